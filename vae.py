@@ -47,14 +47,12 @@ CONFIGS = {
     "sd3":   dict(ch_mult=(1, 2, 4, 4), z_channels=16, use_quant_conv=False,       # f8 c16
                   scaling_factor=1.5305, shift_factor=0.0609),
     "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),       # f16 c16: LDM's kl-f16
-    "tiny":  dict(ch=16, ch_mult=(1, 3, 6), z_channels=4, num_res_blocks=1, norm_groups=8),      # f4 c4: the demo's
+    "tiny":  dict(ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8),      # f4 c4: the demo's
 }
-
 
 # ======================================================================================================================
 # The networks. Module names are LDM's, so that its checkpoints load strictly.
 #     B batch   C channels   H, W image   h, w latent (H / f, W / f)   c latent channels
-
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
@@ -73,7 +71,6 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-
 class AttnBlock(nn.Module):
     """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
 
@@ -88,19 +85,15 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)                            # (B, 1, HW, C)
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
 
-
 def downsample(c):                             # one row and column of zeros at the far ends alone: LDM's asymmetric pad
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-
 
 def upsample(c):
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
-
 def middle(c, groups):
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
                                      block_2=ResnetBlock(c, c, groups)))
-
 
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention where the level has it."""
@@ -116,7 +109,6 @@ class Level(nn.Module):
             if self.attn:
                 h = self.attn[j](h)
         return h
-
 
 class Encoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, out_channels, norm_groups):
@@ -140,7 +132,6 @@ class Encoder(nn.Module):
                 h = level.downsample(h)
         h = self.mid(h)                                                        # (B, ch_mult[-1] ch, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, out_channels, h, w)
-
 
 class Decoder(nn.Module):
     """The encoder turned round, one block more per level. `up` is indexed by resolution (0 = image), used backwards."""
@@ -167,7 +158,6 @@ class Decoder(nn.Module):
                 h = self.up[i].upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, 3, H, W)
 
-
 class Posterior:
     """q(z | x) = N(mean, std^2), diagonal, from the encoder's moments (B, 2c, h, w)."""
 
@@ -183,7 +173,6 @@ class Posterior:
     def kl(self):
         """KL to N(0, 1) in nats, summed over each latent: (B,)."""
         return 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar).sum(dim=(1, 2, 3))
-
 
 class AutoencoderKL(nn.Module):
     """LDM's KL autoencoder (https://arxiv.org/abs/2112.10752), f = 2^(len(ch_mult) - 1).
@@ -237,7 +226,6 @@ class AutoencoderKL(nn.Module):
             raise ValueError("this autoencoder's latent scale is unknown: measure it with vae.measure_latents()")
         return self.scaling_factor
 
-
 class PatchDiscriminator(nn.Module):
     """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
 
@@ -260,12 +248,11 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x):
         return self.main(x)
 
-
 # ======================================================================================================================
 # LPIPS, loading, the latents' scale
 
+SD_VAE = "https://ommer-lab.com/files/latent-diffusion/kl-f8.zip"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-
 
 def load_lpips(vgg=None):
     """The frozen LPIPS network (VGG16, v0.1) of the lpips package: images in [-1, 1], at least 16 px -> (B, 1, 1, 1).
@@ -296,7 +283,6 @@ def load_lpips(vgg=None):
     load_weights(network.net, {name: weights[source] for name, source in names.items() if source in weights}, file)
     return network
 
-
 def read_autoencoder(path, model=None):
     """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
 
@@ -307,6 +293,8 @@ def read_autoencoder(path, model=None):
     if "arch" in checkpoint:
         if checkpoint["arch"] != "AutoencoderKL":
             raise InputError(f"{path}: holds a {checkpoint['arch']}, not an autoencoder")
+        if model not in (None, checkpoint["args"]["model"]):
+            raise InputError(f"{path}: holds a {checkpoint['args']['model']!r} autoencoder, not --model {model}")
         latent = checkpoint["latent"] or dict(scale=None, shift=checkpoint["config"]["shift_factor"])
         config = dict(checkpoint["config"], scaling_factor=latent["scale"], shift_factor=latent["shift"])
         return config, checkpoint["ema"] or checkpoint["model"], checkpoint["disc"]
@@ -314,18 +302,16 @@ def read_autoencoder(path, model=None):
              for key, value in checkpoint.get("state_dict", checkpoint).items()}
     if "encoder.mid.block_1.norm1.weight" not in state:
         raise InputError(f"{path}: no autoencoder in it, neither in our layout nor in LDM's")
-    if model is None:
+    if model not in CONFIGS:
         raise InputError(f"{path}: the file does not say which autoencoder it is; give --model {'|'.join(CONFIGS)}")
     weights = {key: state[key] for key in state if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
     disc = {key.removeprefix("loss.discriminator."): state[key] for key in state if ".discriminator." in key}
     return CONFIGS[model], weights, disc or None
 
-
 def load_autoencoder(path, model=None):
     """The autoencoder in a file of any layout read_autoencoder() knows, strictly, on the CPU, for inference."""
     config, weights, _ = read_autoencoder(path, model)
     return load_weights(AutoencoderKL(**config), weights, path).eval().requires_grad_(False)
-
 
 @torch.no_grad()
 def measure_latents(model, images, n=1024, batch_size=16):
@@ -343,10 +329,8 @@ def measure_latents(model, images, n=1024, batch_size=16):
     return dict(scale=1 / z.std().item(), shift=z.mean().item() if model.config["shift_factor"] else 0.0,
                 mean=z.mean(dim=1).tolist(), std=z.std(dim=1).tolist(), images=len(picked))
 
-
 # ======================================================================================================================
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
-
 
 def train(args, rank, world, device):
     torch.manual_seed(args.seed)
@@ -362,14 +346,17 @@ def train(args, rank, world, device):
     elif args.init == "scratch":
         config, weights, disc_weights = CONFIGS[args.model], None, None
     else:
+        if not Path(args.init).is_file():
+            raise InputError(f"--init {args.init}: no such file; give one (SD-VAE: model.ckpt of {SD_VAE}) or scratch")
         config, weights, disc_weights = read_autoencoder(args.init, args.model)
     model = AutoencoderKL(**config)
     discriminator = PatchDiscriminator() if args.gan_weight else None
     for network, state in ((model, weights), (discriminator, disc_weights)):
         if network and state:
             load_weights(network, state, out if resumed else args.init)
-    if args.disc_start is None:                     # a new discriminator learns for a while before it is listened to
-        args.disc_start = resumed["args"]["disc_start"] if resumed else 0 if disc_weights else 1000
+    if args.disc_start is None:                                # a new one learns for a while before it is listened to
+        done, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (0, 0)
+        args.disc_start = before if disc_weights else done + 1000
 
     # What can be wrong with the arguments is found before anything is written
     grid = model.grid(args.image_size)
@@ -400,24 +387,25 @@ def train(args, rank, world, device):
     optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True) for net in networks]
     parameters = [p for network in networks for p in network.parameters()]
     buffers = [b for network in networks for b in network.buffers()]           # BatchNorm's running statistics
-    ema = {name: p.clone() for name, p in model.state_dict().items()} if args.ema_decay else None
+    ema = (resumed or {}).get("ema") or model.state_dict()     # an average that starts late starts from the weights
+    ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
     step = resumed["step"] if resumed else 0
     if resumed:
         for optimizer, state in zip(optimizers, (resumed["opt"], resumed["opt_disc"])):
             if state:
                 optimizer.load_state_dict(state)
                 optimizer.param_groups[0]["lr"] = args.lr
-        if ema and resumed["ema"]:
-            ema = {name: p.to(device) for name, p in resumed["ema"].items()}
+                for p, kept in optimizer.state.items():        # a fused step wants moments in their weights' layout
+                    kept.update((name, torch.empty_like(p).copy_(kept[name])) for name in ("exp_avg", "exp_avg_sq"))
     if args.compile:
-        model.encoder.compile()
-        model.decoder.compile(dynamic=True)                                    # its input's size changes with tau
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+        for part in (model.encoder, model.decoder.mid, *model.decoder.up):     # for every size that tau draws
+            part.compile(dynamic=False)                        # conv_out's gradients are taken alone: it stays outside
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     encode, decode, discriminate = map(autocast, (model.encode, model.decode, lambda x: discriminator(x).float()))
     last_layer = model.decoder.conv_out.weight
-    latent = None                                                              # measured when training is done
-    if args.latent_scale == "published":
-        latent = dict(scale=model.scaling_factor, shift=model.shift_factor)
+    known = dict(scale=model.scaling_factor, shift=model.shift_factor)
+    latent = known if args.latent_scale == "published" else None               # measured when training is done
 
     def criterion(target, reconstruction):
         """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
@@ -446,10 +434,10 @@ def train(args, rank, world, device):
         say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
 
     def save():
-        states = [optimizer.state_dict() for optimizer in optimizers] + [None]
-        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=model.state_dict(), ema=ema,
-                                  disc=discriminator.state_dict() if discriminator else None, opt=states[0],
-                                  opt_disc=states[1], step=step, args=vars(args), latent=latent))
+        opt, opt_disc = ([optimizer.state_dict() for optimizer in optimizers] + [None])[:2]
+        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=model.state_dict(), ema=ema, opt=opt,
+                                  disc=discriminator.state_dict() if discriminator else None, opt_disc=opt_disc,
+                                  step=step, args=vars(args), latent=latent))
 
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {len(data):,} images; "
         f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
@@ -463,7 +451,7 @@ def train(args, rank, world, device):
         stopped = stop_signal()
         last = step >= args.steps or stopped
         if rank == 0 and not args.bench and (step > first or not resumed):
-            if args.sample_every and (step % args.sample_every == 0 or last):
+            if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
                 look()
             if step % args.save_every == 0 and not last:
                 save()
@@ -535,8 +523,9 @@ def train(args, rank, world, device):
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
         if step % args.log_every == 0 or step == args.steps:                   # only here the host waits for the device
-            count, seconds = step - since, time.time() - started
+            count = step - since
             record = means(totals, count * accumulate, device)
+            seconds = time.time() - started
             record.update(unreadable=round(record["unreadable"] * count * accumulate * world), skipped=int(skipped),
                           grad_norm=grad_norm.item(), lr=args.lr, seconds=seconds,
                           images_per_second=count * args.batch_size / seconds,
@@ -559,7 +548,6 @@ def train(args, rank, world, device):
         say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
     if stopped := stop_signal():                               # for which the other processes wait until all is saved
         raise SystemExit(128 + stopped)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -600,12 +588,10 @@ def main():
     with launch(parser) as (args, rank, world, device):
         train(args, rank, world, device)
 
-
 # ======================================================================================================================
 # The run kit: what every training and sampling script here needs besides its model. The other scripts import it inside
 # train() and sample(), so that their models can be copied alone.
 # ======================================================================================================================
-
 
 class InputError(ValueError):
     """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
@@ -634,7 +620,8 @@ def launch(parser):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if args.precision == "auto":                               # bf16 is the faster one where there are units for it
         units = torch.cpu.get_capabilities()
-        args.precision = "bf16" if cuda or units.get("avx512_bf16") or units.get("amx_bf16") else "fp32"
+        units = torch.cuda.is_bf16_supported(False) if cuda else units.get("avx512_bf16") or units.get("amx_bf16")
+        args.precision = "bf16" if units else "fp32"
     if args.workers is None:
         args.workers = 8 if cuda else 0
     if args.bench:
@@ -642,6 +629,9 @@ def launch(parser):
     for number in (signal.SIGTERM, signal.SIGINT):             # the second Ctrl-C is obeyed at once
         signal.signal(number, lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
     try:
+        for name in ("batch_size", "micro_batch", "log_every", "save_every"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
         yield args, rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
     except InputError as error:
         say(f"{parser.prog}: {error}")
@@ -681,7 +671,8 @@ def seeded(*key):
 def slot_noise(like, seed, step, slots):
     """N(0, 1) of like's shape (B, ...), each row a function of (seed, step, its slot in the global batch)."""
     rows = [torch.randn(like.shape[1:], generator=seeded(seed, "noise", step, int(slot))) for slot in slots]
-    return torch.stack(rows).to(like.device, non_blocking=True)
+    noise = torch.stack(rows)
+    return (noise.pin_memory() if like.is_cuda else noise).to(like.device, non_blocking=True)
 
 # --------------------------------------------------------------------------------------------------------------- images
 class Images(torch.utils.data.Dataset):
@@ -689,7 +680,7 @@ class Images(torch.utils.data.Dataset):
 
     Items: (uint8 image (3, H, W), label, slot, files passed over). Crop "center" is ADM's, for all scoring and for the
     generators; "random" is LDM's, for autoencoders, and wants its items as (index, step, slot), which seed the crop. A
-    file that cannot be read is named once, and the next one takes its place.
+    file that cannot be read is named (once by each worker), and the next one takes its place.
     """
 
     def __init__(self, root, size, crop="center", seed=0):
@@ -735,6 +726,8 @@ class Images(torch.utils.data.Dataset):
 
 def to_rgb(image):
     """A PIL image as RGB, what is transparent as white."""
+    if image.mode.startswith("I"):                             # 16 bits, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -800,7 +793,12 @@ def loader(data, args, micro, start, rank, world):
                 yield [(order(epoch)[place], step, s) for epoch, place, s in places]
 
     return iter(torch.utils.data.DataLoader(data, batch_sampler=items(), num_workers=args.workers,
-                                            pin_memory=torch.cuda.is_available()))
+                                            worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available()))
+
+def leave_signals(worker):
+    """A signal sent to the whole process group is the main process's to answer, which still wants this worker."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
@@ -843,8 +841,9 @@ def load(path):
     names = []
     with contextlib.suppress(Exception):                       # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    known = ("pytorch_lightning", "lightning", "omegaconf", "typing", "collections", "numpy")
-    code = [name for name in names if name.split(".")[0] not in known]
+    known = ("pytorch_lightning.", "lightning.", "omegaconf.", "typing.", "collections.", "numpy.",
+             *(f"builtins.{kind.__name__}" for kind in (list, dict, tuple, set, int, float, str, bool)))
+    code = [name for name in names if not name.startswith(known)]
     if code:
         raise InputError(f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})")
     try:
@@ -877,7 +876,8 @@ def open_log(args, resumed):
     try:
         path.with_suffix("").mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if resumed and path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= resumed["step"]))
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]]
+        path.write_text("".join(line + "\n" for line in lines))
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
 
