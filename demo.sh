@@ -12,7 +12,7 @@ prepare() {
     source .venv/bin/activate
   fi
   echo "installing $* into $(python -c 'import sys; print(sys.prefix)')"
-  python -m pip install --quiet --disable-pip-version-check "$@"
+  python -m pip install -qq --disable-pip-version-check "$@"
 }
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
@@ -26,9 +26,9 @@ TRAIN="$DATA --model tiny --batch-size 32 --lpips-weight 0 --gan-weight 0 --samp
 echo "1/4  pretraining: the standard objective, $PRETRAIN steps -> $OUT/pretrained.pt"
 python vae.py $TRAIN --init scratch --p-alpha 1 --lr 1e-3 --steps "$PRETRAIN" --out "$OUT/pretrained.pt"
 echo "2/4  fine-tuning, standard objective (Eq. 1), $TUNE steps -> $OUT/standard.pt"
-python vae.py $TRAIN --init "$OUT/pretrained.pt" --p-alpha 1 --lr 1e-3 --seed 1 --steps "$TUNE" --out "$OUT/standard.pt"
+python vae.py $TRAIN --init "$OUT/pretrained.pt" --p-alpha 1 --lr 5e-4 --seed 1 --steps "$TUNE" --out "$OUT/standard.pt"
 echo "3/4  fine-tuning, EQ-VAE's objective (Eq. 7), same steps, seed and images -> $OUT/eq.pt"
-python vae.py $TRAIN --init "$OUT/pretrained.pt" --lr 1e-3 --seed 1 --steps "$TUNE" --out "$OUT/eq.pt"
+python vae.py $TRAIN --init "$OUT/pretrained.pt" --lr 5e-4 --seed 1 --steps "$TUNE" --out "$OUT/eq.pt"
 echo "4/4  scoring both on emoji neither has seen -> $OUT/report.md, .json, .png"
 ARMS="$OUT/standard.pt $OUT/eq.pt ${DATA}-val"
 python evaluate.py recon $ARMS --features random --no-lpips --record "$OUT/recon.json"

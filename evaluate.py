@@ -554,11 +554,17 @@ def report(args):
     header = ["", *arms, "paper: SD-VAE", "paper: + EQ"]
     table = [[key, *(show(record[arm].get(key)) for arm in arms), *(show(v) for v in PAPER.get(key, (None, None)))]
              for key in keys]
+    verdict = ""
+    if len(arms) == 2:
+        first, second = (record[arm] for arm in arms)
+        verdict = (f"{arms[1]} beside {arms[0]}: R x {second['R'] / first['R']:.2f}, S x "
+                   f"{second['S'] / first['S']:.2f}, PSNR {second['PSNR'] - first['PSNR']:+.2f} dB")
     panels = sorted(Path(args.figures).glob("fig*.png")) if args.figures else []
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    lines = [f"# {args.title}", "", "| " + " | ".join(header) + " | what |", "|---" * (len(header) + 1) + "|"]
+    lines = [f"# {args.title}", "", verdict, "", "| " + " | ".join(header) + " | what |"]
+    lines += ["|---" * (len(header) + 1) + "|"]
     lines += ["| " + " | ".join(row) + f" | {EXPLAIN[row[0]]} |" for row in table]
     lines += ["", "The paper's columns are ImageNet at 256 px, an 84M autoencoder: compare directions, not values.", ""]
     lines += [args.text, ""] if args.text else []
@@ -571,16 +577,17 @@ def report(args):
 
     figures = [Image.open(path) for path in panels]
     width = max([900] + [figure.width + 20 for figure in figures])
-    page = Image.new("RGB", (width, 90 + 24 * len(table) + sum(f.height + 16 for f in figures) + 20), "white")
+    page = Image.new("RGB", (width, 120 + 24 * len(table) + sum(f.height + 16 for f in figures) + 20), "white")
     draw, columns = ImageDraw.Draw(page), [16, 130, 240, 350, 500]
     draw.text((16, 10), args.title, "black", font(24))
+    draw.text((16, 46), verdict, "black", font(17))
     for x, text in zip(columns, header):
-        draw.text((x, 52), text, "black", font(15))
+        draw.text((x, 82), text, "#666666", font(15))
     for i, row in enumerate(table):
         for x, text in zip(columns, row):
-            draw.text((x, 76 + 24 * i), text, "black", font(15))
-        draw.text((620, 76 + 24 * i), EXPLAIN[row[0]], "#666666", font(13))
-    top = 90 + 24 * len(table)
+            draw.text((x, 106 + 24 * i), text, "black", font(15))
+        draw.text((620, 106 + 24 * i), EXPLAIN[row[0]], "#666666", font(13))
+    top = 120 + 24 * len(table)
     for figure in figures:
         page.paste(figure, (10, top))
         top += figure.height + 16

@@ -48,7 +48,7 @@ def released(args, scale, turns):
     import torchvision
     lpips.LPIPS.load_from_pretrained = lambda self, name="vgg_lpips": None
     vgg16 = torchvision.models.vgg16
-    lpips.models.vgg16 = lambda pretrained: vgg16(weights=None)
+    lpips.models.vgg16 = lambda **_: vgg16(weights=None)
     from ldm.models.autoencoder import AutoencoderKL
 
     loss = dict(target="ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
