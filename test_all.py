@@ -750,7 +750,7 @@ def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos
                            tmp_path / "driver.py", *TINY, *words, "--steps", "3", "--out", tmp_path / "two.pt"],
                           env=os.environ | dict(PYTHONPATH=str(ROOT)), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    two, log = torch.load(tmp_path / "two.pt"), log_of(tmp_path / "two.pt")
+    two, log = torch.load(tmp_path / "two.pt", weights_only=True), log_of(tmp_path / "two.pt")
     monkeypatch.setattr(vae.PatchDiscriminator, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
     one, one_log = train(tmp_path / "one.pt", *words, "--steps", 2)
     for key in ("opt", "opt_disc"):
@@ -763,7 +763,7 @@ def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
     assert [record["skipped"] for record in log] == [0, 0, 1]
     for rank in (0, 1):
-        assert_same(two, dict(model=torch.load(tmp_path / f"two.pt.{rank}")), ("model",), 0)
+        assert_same(two, dict(model=torch.load(tmp_path / f"two.pt.{rank}", weights_only=True)), ("model",), 0)
 
 def test_micro_batches_equal_the_whole_batch(tmp_path, photos):
     """--micro-batch 1 accumulates the same gradient (the GAN's adaptive weight and BatchNorm need the batch)."""
