@@ -846,10 +846,12 @@ def wrong(tmp_path_factory):
     ("--init {wrong}/old.pt", "old.pt: "),                                     # the file format before torch 1.6
     ("--init {wrong}/plain.pt", "plain.pt: "),
     ("--out {wrong}/dit.pt", "give another --out"),
+    ("--out {wrong}/eqvae", "ends in .pt"),
     ("--out /proc/no/such/eqvae.pt", "cannot write there"),                    # a place where root cannot write either
     ("--out {wrong}/text.pt/eqvae.pt", "cannot write there"),
     ("--model medium", "--model"),
     ("--image-size 30", "28x28 and 32x32"),
+    ("--image-size 32x30", "32x28 and 32x32"),
     ("--image-size 2", "4x4"),
     ("--image-size 24 --gan-weight 0.5", "--image-size"),                      # no smaller tau leaves PatchGAN 24 px
     ("--data {wrong}/empty", "no images"),

@@ -201,7 +201,8 @@ class AutoencoderKL(nn.Module):
     def grid(self, size):
         """(h, w) of the latents of images of `size` (H, W). InputError where f does not divide it."""
         if any(side % self.factor or side < self.factor for side in size):
-            near = ["x".join(str(max(1, side // self.factor + up) * self.factor) for side in size) for up in (0, 1)]
+            near = ["x".join(str(max(1, (side + up) // self.factor) * self.factor) for side in size)
+                    for up in (0, self.factor - 1)]
             raise InputError(f"--image-size {size[0]}x{size[1]}: not a multiple of the autoencoder's factor "
                              f"{self.factor}; the nearest are {near[0]} and {near[1]}")
         return tuple(side // self.factor for side in size)
@@ -610,8 +611,7 @@ def launch(parser):
     """Parses the arguments, yields (args, rank, world, device) under `python` as under `torchrun`, cleans up."""
     parser.print_usage = lambda file=None: None                # argparse's errors in one line, too
     args = parser.parse_args()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
@@ -872,6 +872,8 @@ def open_log(args, resumed):
     """-> log(record), which adds a line to OUT.jsonl, where lines past the checkpoint are dropped; makes OUT/."""
     if args.bench or not MAIN:
         return lambda record: say(json.dumps(record)) if args.bench else None
+    if Path(args.out).suffix != ".pt":
+        raise InputError(f"--out {args.out}: give a name that ends in .pt (a folder of the name without it is made)")
     path = Path(args.out).with_suffix(".jsonl")
     try:
         path.with_suffix("").mkdir(parents=True, exist_ok=True)
@@ -880,13 +882,11 @@ def open_log(args, resumed):
         path.write_text("".join(line + "\n" for line in lines))
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
-
     def log(record):
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in record.items()}           # JSON has no NaN
         with open(path, "a") as file:
             file.write(json.dumps(finite) + "\n")
-
     return log
 
 def say_changes(stored, given):
