@@ -36,7 +36,7 @@ class InputError(ValueError):
 
 
 class Unit(nn.Module):
-    """Convolution, BatchNorm, ReLU; fold() merges the first two, which changes the features by 2e-7."""
+    """Convolution, BatchNorm, ReLU; fold() merges the first two, for speed."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
         super().__init__()
@@ -212,7 +212,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64, from means (d,) and covariances (d, d): FID's formula.
 
     tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): no sqrtm, nothing
-    imaginary, no epsilon, 2.7 times faster at d = 2048 and equal to 4e-12.
+    imaginary, no epsilon.
     """
     mean1, cov1, mean2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
