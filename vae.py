@@ -56,7 +56,6 @@ CONFIGS = {
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
-
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -73,7 +72,6 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
-
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -87,17 +85,14 @@ class AttnBlock(nn.Module):
 
 def downsample(c):                             # one row and column of zeros at the far ends alone: LDM's asymmetric pad
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-
 def upsample(c):
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
-
 def middle(c, groups):
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
                                      block_2=ResnetBlock(c, c, groups)))
 
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention where the level has it."""
-
     def __init__(self, c_in, c_out, blocks, attention, groups):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
@@ -135,7 +130,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """The encoder turned round, one block more per level. `up` is indexed by resolution (0 = image), used backwards."""
-
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, in_channels, norm_groups):
         super().__init__()
         widths = [ch * m for m in ch_mult]
@@ -160,7 +154,6 @@ class Decoder(nn.Module):
 
 class Posterior:
     """q(z | x) = N(mean, std^2), diagonal, from the encoder's moments (B, 2c, h, w)."""
-
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)                    # (B, c, h, w) each
         self.logvar = logvar.clamp(-30, 20)
@@ -218,10 +211,8 @@ class AutoencoderKL(nn.Module):
     def normalize(self, z):
         """Latents -> what generators train on, of about unit variance. ValueError while the scale is unknown."""
         return (z - self.shift_factor) * self._scale()
-
     def denormalize(self, z):
         return z / self._scale() + self.shift_factor
-
     def _scale(self):
         if self.scaling_factor is None:
             raise ValueError("this autoencoder's latent scale is unknown: measure it with vae.measure_latents()")
@@ -231,7 +222,6 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
 
     smallest = 24                                                              # pixels: below, no logit is left
-
     def __init__(self, ch=64, num_layers=3):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -286,7 +276,6 @@ def load_lpips(vgg=None):
 
 def read_autoencoder(path, model=None):
     """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
-
     Reads our own checkpoints (their EMA where they have one) and LDM's .ckpt, also inside a Stable Diffusion one,
     where `model` names the preset. InputError for anything else.
     """
@@ -317,7 +306,6 @@ def load_autoencoder(path, model=None):
 @torch.no_grad()
 def measure_latents(model, images, n=1024, batch_size=16):
     """Statistics of posterior samples over n of `images`, evenly spaced: shift, scale, each channel's mean and std.
-
     scale = 1 / std of all values, as LDM's scale_by_std; the shift is their mean where the family has one (SD3), else
     0, because the other families' pipelines know none.
     """
@@ -391,13 +379,12 @@ def train(args, rank, world, device):
     ema = (resumed or {}).get("ema") or model.state_dict()     # an average that starts late starts from the weights
     ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
     step = resumed["step"] if resumed else 0
-    if resumed:
-        for optimizer, state in zip(optimizers, (resumed["opt"], resumed["opt_disc"])):
-            if state:
-                optimizer.load_state_dict(state)
-                optimizer.param_groups[0]["lr"] = args.lr
-                for p, kept in optimizer.state.items():        # a fused step wants moments in their weights' layout
-                    kept.update((name, torch.empty_like(p).copy_(kept[name])) for name in ("exp_avg", "exp_avg_sq"))
+    for optimizer, state in zip(optimizers, ("opt", "opt_disc")):
+        if resumed and resumed[state]:
+            optimizer.load_state_dict(resumed[state])
+            optimizer.param_groups[0]["lr"] = args.lr
+            for p, kept in optimizer.state.items():            # a fused step wants moments in their weights' layout
+                kept.update((name, torch.empty_like(p).copy_(kept[name])) for name in ("exp_avg", "exp_avg_sq"))
     if args.compile:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
         for part in (model.encoder, model.decoder.mid, *model.decoder.up):     # for every size that tau draws
@@ -405,13 +392,12 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     encode, decode, discriminate = map(autocast, (model.encode, model.decode, lambda x: discriminator(x).float()))
     last_layer = model.decoder.conv_out.weight
-    known = dict(scale=model.scaling_factor, shift=model.shift_factor)
-    latent = known if args.latent_scale == "published" else None               # measured when training is done
+    latent = dict(scale=model.scaling_factor, shift=model.shift_factor) if args.latent_scale == "published" else None
 
     def criterion(target, reconstruction):
         """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
         l1 = (target - reconstruction).abs().mean()
-        nll = args.l1_weight * l1 * target[0].numel()
+        nll = l1 * target[0].numel()
         totals["l1"] += l1.detach()
         if perceptual:                             # LDM adds an image's LPIPS to every one of its values, then sums
             lpips = perceptual(target, reconstruction).mean()
@@ -444,10 +430,9 @@ def train(args, rank, world, device):
         f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
         f"lr {args.lr:g}; {device.type}, {args.precision}")
     batches = loader(data, args, micro, step, rank, world)
-    skipped, streak, longest = torch.zeros(3, device=device)
+    skipped, streak = torch.zeros(2, device=device)
     first, since, started, totals = step, step, time.time(), defaultdict(float)
     bar = progress(args.steps, step, out.stem)
-    # ==================================================================================================================
     while True:
         stopped = stop_signal()
         last = step >= args.steps or stopped
@@ -519,7 +504,6 @@ def train(args, rank, world, device):
         if ema:
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
         skipped, streak = skipped + poisoned, (streak + 1) * poisoned
-        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
@@ -533,11 +517,10 @@ def train(args, rank, world, device):
                           memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
             log(dict(step=step, **record))
             bar.set_postfix_str(f"nll {record['nll']:.4g}, {record['images_per_second']:.3g} images/s")
-            if longest >= 20:
+            if streak >= 20:
                 raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is the "
                                  f"last state saved")
             since, started, totals = step, time.time(), defaultdict(float)
-    # ==================================================================================================================
     bar.close()
     if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
         if args.latent_scale == "measured" and not stopped:
@@ -552,53 +535,34 @@ def train(args, rank, world, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/openimages", help="folder of images, or emoji | emoji-val")
     parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)")
     parser.add_argument("--model", choices=CONFIGS, default="sd")
     parser.add_argument("--init", default="data/kl-f8.ckpt", help="checkpoint to fine-tune (ours or LDM's), or scratch")
-    parser.add_argument("--out", default="eqvae.pt", help="checkpoint to write, or to go on with")
     # the objective (Eq. 1, 4, 5, 7)
     parser.add_argument("--tau", choices=KINDS, default="rs", help="rotation and scale; aniso: a scale for each side")
     parser.add_argument("--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only")
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=INTERPOLATIONS[0], help="of tau")
-    parser.add_argument("--l1-weight", type=float, default=1.0)
     parser.add_argument("--lpips-weight", type=float, default=1.0)
     parser.add_argument("--kl-weight", type=float, default=1e-6)
     parser.add_argument("--gan-weight", type=float, default=0.5, help="times the adaptive weight")
-    parser.add_argument("--disc-start", type=int, help="step from which the generator listens to the discriminator "
-                                                       "(default: 0 if --init brings one, else 1000)")
+    parser.add_argument("--disc-start", type=int, help="first step of the GAN term (0 if --init has one, else 1000)")
     parser.add_argument("--explicit-weight", type=float, default=0.0, help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)")
     parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
     parser.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
-    # optimisation
-    parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, default=160, help="images a step, over all processes")
-    parser.add_argument("--micro-batch", type=int, help="images a forward pass of one process (default: all of them)")
-    parser.add_argument("--lr", type=float, default=4.5e-5, help="of Adam (0.5, 0.9), constant, never scaled")
     parser.add_argument("--ema-decay", type=float, default=0.0, help="0.9999 keeps an average of the weights for use")
     parser.add_argument("--latent-scale", choices=("measured", "published"), default="measured")
-    # running
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--workers", type=int, help="of data loading (default: 8 with a GPU, else 0)")
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--sample-every", type=int, default=1000, help="pictures and equivariance errors; 0: none")
-    parser.add_argument("--save-every", type=int, default=1000)
-    parser.add_argument("--bench", action="store_true", help="30 steps for their speed, nothing is written")
-    with launch(parser) as (args, rank, world, device):
+    with launch(parser, data="data/openimages", out="eqvae.pt", steps=50_000, batch_size=160, lr=4.5e-5,
+                save_every=1000, sample_every=1000) as (args, rank, world, device):
         train(args, rank, world, device)
 
 # ======================================================================================================================
 # The run kit: what every training and sampling script here needs besides its model. The other scripts import it inside
 # train() and sample(), so that their models can be copied alone.
-# ======================================================================================================================
 
 class InputError(ValueError):
     """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
 
-def image_size(text):
-    """'256' or '384x256' -> (height, width)."""
+def image_size(text):                                          # "256" or "384x256" -> (height, width)
     height, _, width = text.partition("x")
     return int(height), int(width or height)
 
@@ -607,8 +571,23 @@ MAIN = int(os.environ.get("RANK", 0)) == 0                     # the process tha
 SIGNALS = []                                                   # SIGTERM and Ctrl-C received, for stop_signal()
 
 @contextlib.contextmanager
-def launch(parser):
-    """Parses the arguments, yields (args, rank, world, device) under `python` as under `torchrun`, cleans up."""
+def launch(parser, **defaults):
+    """Adds the flags that all scripts share, parses; yields (args, rank, world, device), under torchrun too."""
+    parser.add_argument("--data", help="folder of images, or emoji | emoji-val")
+    parser.add_argument("--out", help="checkpoint to write, or to go on with")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int, help="images a step, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="images a forward pass of one process (default: all of them)")
+    parser.add_argument("--lr", type=float, help="constant, never scaled")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, help="of data loading (default: 8 with a GPU, else 0)")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--sample-every", type=int, help="pictures and what is measured on them; 0: none")
+    parser.add_argument("--save-every", type=int)
+    parser.add_argument("--bench", action="store_true", help="30 steps for their speed, nothing is written")
+    parser.set_defaults(**defaults)
     parser.print_usage = lambda file=None: None                # argparse's errors in one line, too
     args = parser.parse_args()
     rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -644,10 +623,10 @@ def say(text):
     if MAIN:
         tqdm.write(text, file=sys.stderr)
 
-def progress(total, initial, label):
+def progress(total, initial, label, unit="step"):
     terminal = sys.stderr.isatty()                             # a log file gets a line every 15 s
     return tqdm(total=total, initial=initial, desc=label, disable=not MAIN, dynamic_ncols=terminal,
-                mininterval=0.2 if terminal else 15, unit="step")
+                mininterval=0.2 if terminal else 15, unit=unit)
 
 def stop_signal():
     """The signal that some process received, or 0: so all of them stop after the same step."""
@@ -667,11 +646,9 @@ def average(tensor):
 def seeded(*key):
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
 def slot_noise(like, seed, step, slots):
     """N(0, 1) of like's shape (B, ...), each row a function of (seed, step, its slot in the global batch)."""
-    rows = [torch.randn(like.shape[1:], generator=seeded(seed, "noise", step, int(slot))) for slot in slots]
-    noise = torch.stack(rows)
+    noise = torch.stack([torch.randn(like.shape[1:], generator=seeded(seed, "noise", step, int(k))) for k in slots])
     return (noise.pin_memory() if like.is_cuda else noise).to(like.device, non_blocking=True)
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -803,7 +780,6 @@ def leave_signals(worker):
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
-
 def to_uint8(images):
     """Float in [-1, 1], clamped, -> uint8, to the nearest: the one rounding of this repository."""
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -828,9 +804,35 @@ def save_checkpoint(path, checkpoint):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
+class Rows:
+    """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling: FOLDER/rows.npy, with
+    done.npy, a byte a row, and manifest.json, which says what they belong to. InputError if that is something else."""
+    def __init__(self, folder, shape, dtype, **manifest):
+        path, manifest = Path(folder, "manifest.json"), json.loads(json.dumps(dict(manifest, shape=shape)))
+        files = dict(rows=(dtype, shape), done=("bool", shape[:1]))
+        try:
+            if MAIN and not path.exists():
+                say(f"{folder}: {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.3g} GB")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for name, form in files.items():
+                    np.lib.format.open_memmap(path.with_name(f"{name}.npy"), "w+", *form)
+                path.write_text(json.dumps(manifest, indent=1))
+            stop_signal()                                      # for which the other processes wait
+            kept = json.loads(path.read_text())
+            self.rows, self.done = (np.lib.format.open_memmap(path.with_name(f"{name}.npy"), "r+") for name in files)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: cannot be used ({type(error).__name__}: {error})") from None
+        if wrong := [name for name in manifest if kept.get(name) != manifest[name]]:
+            raise InputError(f"{folder}: belongs to other {', '.join(wrong)}; delete it, or give another name")
+        self.missing = np.flatnonzero(~self.done)              # what is to fill; each process takes [rank::world] of it
+        stop_signal()                                          # before one of them fills any
+
+    def write(self, indices, rows):
+        self.rows[indices] = rows
+        self.done[indices] = True
+
 class Inert:
     """Stands in for a class that a foreign checkpoint names: takes what it is given and does nothing."""
-
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 def load(path):
@@ -883,10 +885,8 @@ def open_log(args, resumed):
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
     def log(record):
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for name, value in record.items()}           # JSON has no NaN
-        with open(path, "a") as file:
-            file.write(json.dumps(finite) + "\n")
+        with open(path, "a") as file:                          # JSON has no NaN
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
     return log
 
 def say_changes(stored, given):
