@@ -275,13 +275,13 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 # The latents: encoded once, image and mirror image, as mean and std, of which every step draws a fresh sample
 
 class Latents(torch.utils.data.Dataset):
-    """What generators train on: images under the autoencoder args.vae, from the cache or encoded as they come.
+    """What generators train on: images under the autoencoder args.vae, encoded as they come, or beforehand by cache().
 
     Items are (moments (2c, h, w), label, slot, files passed over), with a uint8 image in the place of its moments where
     there is no cache; moments() makes them equal. Half of the items are mirrored, a function of (seed, step, slot).
     """
 
-    def __init__(self, args, rank, world, device):
+    def __init__(self, args, device):
         import vae
 
         if not args.vae:
@@ -296,8 +296,6 @@ class Latents(torch.utils.data.Dataset):
             measured = vae.measure_latents(self.autoencoder, self.images)
             pair = vae.average(torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64))
             self.autoencoder.scaling_factor, self.autoencoder.shift_factor = pair.tolist()
-        if not args.no_cache:
-            self.rows = self.cached(args, rank, world)
 
     def __len__(self):
         return len(self.images)
@@ -322,8 +320,8 @@ class Latents(torch.utils.data.Dataset):
         posterior = self.autoencoder.encode(vae.to_float(batch, self.device))  # in fp32: it is what is learned from
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
-    def cached(self, args, rank, world):
-        """Moments (N, 2, 2c, h, w) on disk, float16, each pair's second the mirror image's; encodes what is missing."""
+    def cache(self, args, rank, world):
+        """Puts on disk what is missing there of moments (N, 2, 2c, h, w) in float16, of each image and its mirror."""
         import vae
 
         root, files = os.path.normpath(args.data), self.images.files           # emoji are no files: [] stands for them
@@ -341,14 +339,14 @@ class Latents(torch.utils.data.Dataset):
         for batch, _, index, _ in batches if len(missing) else ():
             if vae.SIGNALS:
                 break
-            pairs = [self.moments(images) for images in (batch, batch.flip(3))]
+            pairs = [self.moments(view) for view in (batch, batch.flip(3))]
             cache.write(index.numpy(), torch.stack(pairs, dim=1).half().cpu().numpy())
             bar.update(len(batch))
         bar.close()
         if stopped := vae.stop_signal():           # for which each process waits until all are done
             vae.say(f"stopped: {int(cache.done.sum()):,} of {len(self):,} images are cached; the same command goes on")
             raise SystemExit(128 + stopped)
-        return cache.rows
+        self.rows = cache.rows
 
 # ======================================================================================================================
 # Training
@@ -365,12 +363,11 @@ def train(args, rank, world, device):
     resumed = vae.load(out) if out.exists() and not args.bench else None
     if resumed and (resumed.get("arch") != "DiT" or resumed["args"]["model"] != args.model):
         raise vae.InputError(f"{out}: holds another model than --model {args.model}; give another --out")
-    data = Latents(args, rank, world, device)
+    data = Latents(args, device)
     autoencoder, classes = data.autoencoder, data.images.classes
     config = dict(CONFIGS[args.model], input_size=data.grid[0], in_channels=autoencoder.config["z_channels"],
                   num_classes=len(classes))
     if resumed:
-        vae.say_changes(resumed["args"], vars(args))
         if resumed["vae"]["sha256"] != data.vae["sha256"]:
             raise vae.InputError(f"{out}: trained on the latents of another autoencoder ({resumed['vae']['file']}); "
                                  "give it as --vae, or another --out")
@@ -383,6 +380,7 @@ def train(args, rank, world, device):
                                  "take another model or --image-size")
     model = DiT(**config)
     if resumed:
+        vae.say_changes(resumed["args"], vars(args))
         vae.load_weights(model, resumed["model"], out)
     model.to(device)
     ema = {name: p.to(device, copy=True) for name, p in (resumed["ema"] if resumed else model.state_dict()).items()}
@@ -395,11 +393,14 @@ def train(args, rank, world, device):
     if args.compile:
         for block in model.blocks:                 # one graph, which all blocks share: compiles in seconds
             block.compile()
-    network = nn.parallel.DistributedDataParallel(model, device_ids=[device] * (device.type == "cuda") or None,
-                                                  static_graph=True) if world > 1 else model
+    network = model
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     diffusion = GaussianDiffusion(device=device)
     log = vae.open_log(args, resumed)
+    if not args.no_cache:
+        data.cache(args, rank, world)
 
     @torch.no_grad()
     def look():

@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,40 @@ def moments(features):
     return features.mean(dim=0), torch.cov(features.T)
 
 
+def inception_score(logits, split=5000):
+    """exp of the mean KL between p(y | x) and p(y), averaged over splits of 5,000 in the order given, as ADM has it.
+
+    logits (N, 1008) of FID-Inception without bias. Samples sorted by class score far too low: shuffle them.
+    """
+    scores = []
+    for part in logits.double().split(split):
+        log_p = part.log_softmax(dim=1)
+        log_mean = log_p.logsumexp(dim=0) - math.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+def precision_recall(real, fake, k=3, chunk=2048):
+    """Improved precision and recall (Kynkaanniemi 2019) of features (N, d), (M, d), as ADM has them: the share of fakes
+    inside some real's ball, and of reals inside some fake's, whose radius reaches the k-th nearest other of its kind.
+
+    In fp32 throughout; ADM's float16 distances move the published values by up to .002.
+    """
+    def distances(a, b):                                       # squared; (chunk, d), (N, d) -> (chunk, N)
+        return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)
+
+    def radii(x):                                                              # the nearest is the point itself
+        return torch.cat([distances(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
+
+    def covered(points, centres):
+        radius = radii(centres)
+        inside = [(distances(part, centres) <= radius).any(dim=1) for part in points.split(chunk)]
+        return float(torch.cat(inside).double().mean())
+
+    real, fake = real.float(), fake.float()
+    return covered(fake, real), covered(real, fake)
+
+
 def psnr(x, y):
     """Per image of uint8 (B, 3, H, W): dB over all pixels and channels, peak 255; identical images have infinity."""
     mse = (x.double() - y.double()).square().mean(dim=(1, 2, 3))
@@ -304,12 +339,13 @@ CONVENTIONS = {
 }
 
 
-def load_features(args, device):
-    """-> (function of uint8 images to (B, d), the distance's name, a description for the record)."""
+def load_features(args, device, preprocess="pytorch-fid"):
+    """-> (function of uint8 images to a tuple of features, the distance's name, a description for the record)."""
     if args.features == "random":
-        network = RandomFeatures().to(device)
-        digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in network.cpu().buffers())).hexdigest()[:12]
-        return network.to(device), "FD-random", f"RandomFeatures, weights {digest}"
+        network = RandomFeatures()
+        digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in network.buffers())).hexdigest()[:12]
+        network.to(device)
+        return lambda images: (network(images),), "FD-random", f"RandomFeatures, weights {digest}"
     path = Path(args.inception or Path(torch.hub.get_dir(), "checkpoints", Path(Inception.URL).name))
     if not path.is_file():
         try:
@@ -323,8 +359,8 @@ def load_features(args, device):
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
         raise InputError(f"{path}: cannot be read as weights ({type(error).__name__})") from None
-    network = Inception(weights).to(device)
-    return lambda images: network(images)[0], "rFID", f"FID-Inception {path.name} {file_hash(path)}, pytorch-fid resize"
+    network = Inception(weights, preprocess).to(device)
+    return network, "FID", f"FID-Inception {path.name} {file_hash(path)}, {preprocess} preprocessing"
 
 
 @torch.no_grad()
@@ -338,6 +374,7 @@ def recon(args):
     if args.record:
         make_folder(Path(args.record).parent)
     features, distance, extractor = load_features(args, device)
+    distance = distance.replace("FID", "rFID")
     if args.vgg == "random":
         raise InputError("--vgg random: that would be no LPIPS; give VGG16's weights or --no-lpips")
     try:
@@ -387,7 +424,7 @@ def recon(args):
             for name, values in row.items():
                 columns.setdefault(name, []).append(values.double().cpu())
             latents.append(mean.flatten(1).cpu())
-            pairs.append((features(real).cpu(), features(fake).cpu()))
+            pairs.append((features(real)[0].cpu(), features(fake)[0].cpu()))
         bar.close()
 
         if sum(map(len, latents)) < 4:
@@ -444,6 +481,135 @@ def write_record(args, results, **about):
                  date=time.strftime("%Y-%m-%d"))
     if args.record:
         Path(args.record).write_text(json.dumps(dict(results, about=about), indent=1) + "\n")
+
+
+# ======================================================================================================================
+# samples: a generator's pictures beside a reference, by ADM's protocol                     (Tables 2, 3, 4, 9, 10, 11)
+
+
+def read_npz(path, keys):
+    """{key: array} for those of `keys` that the npz has, memory-mapped inside the zip where they are not compressed."""
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for item in archive.infolist():
+                key = item.filename.removesuffix(".npy")
+                if key not in keys:
+                    continue
+                with archive.open(item) as member:
+                    major, _ = np.lib.format.read_magic(member)
+                    header = getattr(np.lib.format, f"read_array_header_{major}_0")
+                    shape, fortran, dtype = header(member)
+                    if item.compress_type == zipfile.ZIP_STORED and not fortran and not dtype.hasobject:
+                        file.seek(item.header_offset + 26)     # the local header's own lengths of name and extra field
+                        name, extra = np.frombuffer(file.read(4), "<u2")
+                        start = item.header_offset + 30 + int(name) + int(extra) + member.tell()
+                        arrays[key] = np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else None
+                if key not in arrays:
+                    with archive.open(item) as member:
+                        arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as npz ({type(error).__name__}: {error})") from None
+    return arrays
+
+
+def open_pictures(path, size=None):
+    """-> (count, function of a slice to uint8 (B, 3, H, W), (H, W)) of ADM's npz, or of a folder or "emoji" under ADM's
+    centre crop to `size` (None: the first picture's own)."""
+    if str(path).endswith(".npz"):
+        images = read_npz(path, ("arr_0",)).get("arr_0")
+        if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise InputError(f"{path}: no pictures in it: arr_0, uint8 (N, H, W, 3)")
+        return (len(images), lambda part: torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2),
+                images.shape[1:3])
+    from vae import Images
+
+    lossy = (".jpg", ".jpeg", ".webp")
+    data = Images(path, size or (8, 8))
+    if any(str(file).lower().endswith(lossy) for file in data.files if isinstance(file, str)):
+        if size is None:
+            raise InputError(f"{path}: JPEG loses what the metrics see; score lossless samples, PNG or npz")
+        print(f"{path}: JPEG pictures, whose artefacts count as the reference's", file=sys.stderr)
+    if size is None:
+        with Image.open(data.files[0]) as first:
+            data.size = (first.height, first.width)
+    return len(data), lambda part: torch.stack([data[i][0] for i in range(len(data))[part]]), data.size
+
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")                # in ADM's names: of the pooled, the spatial features
+
+
+@torch.no_grad()
+def describe(path, args, network, distance, extractor, device, size=None):
+    """One side of the comparison -> dict(mu, sigma[, mu_s, sigma_s][, features (N, d)][, logits], N, size).
+
+    Statistics stored in an npz win over those of its pictures, as in ADM: a reference's are of the whole data set.
+    """
+    keys = (*STATISTICS, "features", "extractor", "N", "arr_0")
+    side = read_npz(path, keys) if str(path).endswith(".npz") else dict(arr_0=None)
+    if str(side.get("extractor", extractor)) != extractor:
+        raise InputError(f"{path}: statistics of another extractor ({side['extractor']})")
+    if "extractor" not in side and distance != "FID":          # ADM's statistics are FID-Inception's
+        side = {key: side[key] for key in side if key not in STATISTICS}
+    if "arr_0" in side:
+        count, pictures, size = open_pictures(path, size)
+        rows, bar = [], tqdm(total=count, desc=Path(path).stem, unit="image", mininterval=1)
+        for start in range(0, count, args.batch_size):
+            batch = pictures(slice(start, start + args.batch_size))
+            rows.append([values.cpu() for values in network(batch.to(device))])
+            bar.update(len(batch))
+        bar.close()
+        features, *rest = (torch.cat(column) for column in zip(*rows))
+        if count < 2 or not features.isfinite().all():
+            raise InputError(f"{path}: fewer than two pictures, or features that are not finite")
+        for pair, column in zip((STATISTICS[:2], STATISTICS[2:]), (features, *rest)):
+            if pair[0] not in side:
+                side.update(zip(pair, (part.cpu().numpy() for part in moments(column.to(device)))))
+        side.update(features=features, N=count, size=size, **(dict(logits=rest[1]) if rest else {}))
+    if "mu" not in side:
+        raise InputError(f"{path}: neither pictures (arr_0) nor statistics (mu, sigma) of {extractor}")
+    return side
+
+
+@torch.no_grad()
+def samples(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: at least 1")
+    for path in (args.record, args.save_stats):
+        if path:
+            make_folder(Path(path).parent)
+    network, distance, extractor = load_features(args, device, "adm")
+    fake = describe(args.samples, args, network, distance, extractor, device)
+    real = describe(args.reference, args, network, distance, extractor, device, fake.get("size"))
+    if args.save_stats:
+        kept = {key: np.asarray(real[key]) for key in (*STATISTICS, "features") if key in real}
+        np.savez(args.save_stats, N=real.get("N", 0), extractor=extractor, **kept)
+    result = {"N": int(fake["N"]), "N reference": int(real["N"]) if "N" in real else None}
+    for name, (mu, sigma) in zip((distance, "s" + distance), (STATISTICS[:2], STATISTICS[2:])):
+        if mu in fake and mu in real:
+            pair = (torch.as_tensor(np.array(side[key])).to(device) for side in (fake, real) for key in (mu, sigma))
+            result[name] = frechet_distance(*pair)
+    if distance == "FID" and "logits" in fake:
+        logits = fake["logits"]
+        runs = (logits[1:].argmax(dim=1) == logits[:-1].argmax(dim=1)).double().mean()
+        if args.shuffle:
+            logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(args.seed))]
+        elif runs > 0.5:
+            print(f"{args.samples}: sorted by class, as it seems; ADM's inception score, of each 5,000 in "
+                  "the file's order, is too low; --shuffle mixes them", file=sys.stderr)
+        result["IS"] = inception_score(logits)
+    if distance == "FID" and "features" in fake and "features" in real:
+        sides = (torch.as_tensor(np.array(side["features"])).to(device) for side in (real, fake))
+        result["Precision"], result["Recall"] = precision_recall(*sides)
+    if distance == "FID" and fake["N"] < 2048:
+        print(f"{args.samples}: {fake['N']:,} pictures: below 2,048 FID says little", file=sys.stderr)
+    count = f"{fake['N'] // 1000}k" if fake["N"] % 1000 == 0 else fake["N"]
+    print(f"{args.samples}: " + "  ".join(f"{key}-{count} {result[key]:.4g}" for key in result if key[0] != "N"))
+    settings = Path(args.samples).with_suffix(".json")         # how they were drawn, where our samplers wrote it
+    write_record(args, {Path(args.samples).stem: result}, extractor=extractor, samples=str(args.samples),
+                 hashes={str(path): file_hash(path) for path in (args.samples, args.reference) if os.path.isfile(path)},
+                 drawn=json.loads(settings.read_text()) if settings.is_file() else None)
 
 
 # ======================================================================================================================
@@ -543,18 +709,48 @@ EXPLAIN = {                                          # key -> what it is, which 
     "LPIPS": "reconstruction (lower is better)",
     "ID": "intrinsic dimension of the latents, TwoNN",
     "N": "images",
+    "samples: FID": "generated samples, ADM's protocol (lower is better)",
+    "samples: FD-random": "generated samples, random features (lower is better)",
+    "samples: N": "samples",
 }
 PAPER = {"R": (0.93, 0.49), "S": (0.80, 0.15), "rFID": (0.90, 0.82), "PSNR": (25.82, 25.95), "SSIM": (0.71, 0.72),
          "LPIPS": (0.146, 0.141), "ID": (62.2, 39.4), "N": (50000, 50000)}     # SD-VAE -> + EQ: Tables 5, 7, 12
 
 
-def report(args):
+def read_record(path):
     try:
-        record = json.loads(Path(args.record_file).read_text())
-        about = record.pop("about")
+        record = json.loads(Path(path).read_text())
+        return record, record.pop("about")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{args.record_file}: no record of `recon` ({type(error).__name__}: {error})") from None
-    arms = list(record)
+        raise InputError(f"{path}: no record of `recon` or `samples` ({type(error).__name__}: {error})") from None
+
+
+def verdict(one, two, names):
+    """What a second arm does beside the first, line by line: which of the paper's effects show, and which do not."""
+    def line(what, ratio, text):
+        shows = "shows" if ratio < 0.95 else "does not show"
+        return f"{what}: {text}; the paper's gain {shows} here"
+
+    lines = [line("Equivariance", max(two[key] / one[key] for key in "RS"),
+                  ", ".join(f"{key} x {two[key] / one[key]:.2f}" for key in "RS"))]
+    lines += [f"Reconstruction: PSNR {two['PSNR'] - one['PSNR']:+.2f} dB"]
+    for key in (key for key in one if key.startswith("samples: F") and key in two):
+        ratio = two[key] / one[key]
+        lines += [line("Generation", ratio, f"{key.removeprefix('samples: ')} of {one['samples: N']:,} samples "
+                                            f"{one[key]:.3g} -> {two[key]:.3g}, x {ratio:.2f}") + " (one run each)"]
+    return [f"{names[1]} beside {names[0]}", *lines]
+
+
+def report(args):
+    record, about = read_record(args.record_files[0])
+    arms, drawn = list(record), []
+    for path in args.record_files[1:]:                         # of `samples`: an arm is known by its file's name
+        scores, origin = read_record(path)
+        for arm, values in scores.items():
+            if arm not in record:
+                raise InputError(f"{path}: samples of {arm!r}, but {args.record_files[0]} knows {', '.join(arms)}")
+            record[arm].update({f"samples: {key}": value for key, value in values.items()})
+            drawn.append((arm, origin["samples"]))
     keys = [key for key in EXPLAIN if any(record[arm].get(key) is not None for arm in arms)]
 
     def show(value):
@@ -564,17 +760,19 @@ def report(args):
     header = ["", *arms, "paper: SD-VAE", "paper: + EQ"]
     table = [[key, *(show(record[arm].get(key)) for arm in arms), *(show(v) for v in PAPER.get(key, (None, None)))]
              for key in keys]
-    verdict = ""
-    if len(arms) == 2:
-        first, second = (record[arm] for arm in arms)
-        verdict = (f"{arms[1]} beside {arms[0]}: R x {second['R'] / first['R']:.2f}, S x "
-                   f"{second['S'] / first['S']:.2f}, PSNR {second['PSNR'] - first['PSNR']:+.2f} dB")
-    panels = sorted(Path(args.figures).glob("fig*.png")) if args.figures else []
+    lines_of_verdict = verdict(*record.values(), arms) if len(arms) == 2 else []
     out = Path(args.out)
     make_folder(out.parent)
+    if drawn and args.figures:
+        shown = [(f"{arm}: samples", open_pictures(path)[1](slice(0, 24))) for arm, path in drawn]
+        rows = [(label if k == 0 else "", pictures(part, max(96, *part.shape[2:])))
+                for label, images in shown for k, part in enumerate(images.split(8))]
+        panel("Samples of generators trained on each latent space, from the same noise and labels (Fig. 4)", rows).save(
+            Path(args.figures, "fig4-samples.png"))
+    panels = sorted(Path(args.figures).glob("fig*.png")) if args.figures else []
 
-    lines = [f"# {args.title}", "", verdict, "", "| " + " | ".join(header) + " | what |"]
-    lines += ["|---" * (len(header) + 1) + "|"]
+    lines = [f"# {args.title}", "", *(f"{'' if k == 0 else '- '}{text}" for k, text in enumerate(lines_of_verdict)), ""]
+    lines += ["| " + " | ".join(header) + " | what |", "|---" * (len(header) + 1) + "|"]
     lines += ["| " + " | ".join(row) + f" | {EXPLAIN[row[0]]} |" for row in table]
     lines += ["", "The paper's columns are ImageNet at 256 px, an 84M autoencoder: compare directions, not values.", ""]
     lines += [args.text, ""] if args.text else []
@@ -586,20 +784,22 @@ def report(args):
     out.with_suffix(".json").write_text(json.dumps(dict(record, about=about), indent=1) + "\n")
 
     figures = [Image.open(path) for path in panels]
-    width = max([900] + [figure.width + 20 for figure in figures])
-    page = Image.new("RGB", (width, 120 + 24 * len(table) + sum(f.height + 16 for f in figures) + 20), "white")
-    draw, columns = ImageDraw.Draw(page), [16, 130, 240, 350, 500]
+    width, top = max([1000] + [figure.width + 20 for figure in figures]), 60 + 22 * len(lines_of_verdict)
+    page = Image.new("RGB", (width, top + 60 + 24 * len(table) + sum(f.height + 16 for f in figures) + 20), "white")
+    draw, columns = ImageDraw.Draw(page), [16, 220, 310, 400, 540]
     draw.text((16, 10), args.title, "black", font(24))
-    draw.text((16, 46), verdict, "black", font(17))
+    for i, text in enumerate(lines_of_verdict):
+        draw.text((16, 46 + 22 * i), text, "black", font(16))
     for x, text in zip(columns, header):
-        draw.text((x, 82), text, "#666666", font(15))
-    for i, row in enumerate(table):
+        draw.text((x, top), text, "#666666", font(15))
+    top += 24
+    for row in table:
         for x, text in zip(columns, row):
-            draw.text((x, 106 + 24 * i), text, "black", font(15))
-        draw.text((620, 106 + 24 * i), EXPLAIN[row[0]], "#666666", font(13))
-    top = 120 + 24 * len(table)
+            draw.text((x, top), text, "black", font(15))
+        draw.text((650, top), EXPLAIN[row[0]], "#666666", font(13))
+        top += 24
     for figure in figures:
-        page.paste(figure, (10, top))
+        page.paste(figure, (10, top + 12))
         top += figure.height + 16
     page.save(out.with_suffix(".png"))
     print(f"{out.with_suffix('.md')}  {out.with_suffix('.json')}  {out.with_suffix('.png')}")
@@ -634,12 +834,24 @@ def main():
     command.add_argument("--record", help="JSON file to write")
     command.set_defaults(run=recon)
 
+    command = commands.add_parser("samples", help="a generator's samples: FID, sFID, IS, precision, recall")
+    command.add_argument("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")
+    command.add_argument("reference", metavar="REFERENCE", help="ADM's npz, --save-stats' npz, a folder, or emoji")
+    command.add_argument("--inception", help="FID-Inception's weights (default: torch hub's)")
+    command.add_argument("--features", choices=("inception", "random"), default="inception")
+    command.add_argument("--shuffle", action="store_true", help="before the inception score's splits")
+    command.add_argument("--save-stats", help="npz to write the reference's statistics and features to")
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--record", help="JSON file to write")
+    command.set_defaults(run=samples)
+
     command = commands.add_parser("figures", parents=[shared], help="Fig. 1 left, Fig. 2")
     command.add_argument("--out", default="figures", help="folder")
     command.set_defaults(run=figures)
 
-    command = commands.add_parser("report", help="a page from a record of recon")
-    command.add_argument("record_file", metavar="RECORD")
+    command = commands.add_parser("report", help="a page from a record of recon, and from those of its arms' samples")
+    command.add_argument("record_files", nargs="+", metavar="RECORD")
     command.add_argument("--figures", help="folder of `figures`")
     command.add_argument("--out", default="report", help="report -> report.md, report.json, report.png")
     command.add_argument("--title", default="EQ-VAE")

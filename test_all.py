@@ -39,6 +39,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import dit  # noqa: E402
 import eqloss  # noqa: E402
 import evaluate  # noqa: E402
 import vae  # noqa: E402
@@ -49,6 +50,8 @@ EXACT = 0 if DEVICE == "cpu" else 2e-2          # two equal runs: to the bit on 
 CLOSE = 1e-4 if DEVICE == "cpu" else 2e-2       # two runs that add in another order; TF32 on a GPU
 TINY = ("--model tiny --init scratch --image-size 32 --batch-size 4 --lr 1e-3 --precision fp32 --workers 0 "
         "--lpips-weight 0 --gan-weight 0 --latent-scale published --log-every 1 --sample-every 0").split()
+DIT = ("--model DiT-Ti/2 --image-size 32 --batch-size 4 --lr 1e-3 --ema-decay 0.9 --precision fp32 --workers 0 "
+       "--log-every 1 --sample-every 0").split()
 GAN = ("--gan-weight", "0.5", "--disc-start", "1", "--ema-decay", "0.9")
 vae.emoji = functools.cache(vae.emoji)          # seconds a call, the same answer every time
 
@@ -98,6 +101,18 @@ def train(out, *words):
     """vae.py with the tiny model and without LPIPS and GAN, unless words say otherwise -> (checkpoint, log)."""
     run(vae.main, *TINY, "--out", out, *words)
     return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
+
+def train_dit(out, autoencoder, photos, *words):
+    """dit.py with its smallest model, unless words say otherwise -> (checkpoint, log)."""
+    run(dit.main, *DIT, "--vae", autoencoder, "--data", photos, "--out", out, *words)
+    return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
+
+def draw(checkpoint, autoencoder, out, *words):
+    """Samples of a generator -> (pictures, labels)."""
+    run(dit.main, "--sample-from", checkpoint, "--vae", autoencoder, "--samples", out, "--sampling-steps", 4,
+        "--precision", "fp32", *words)
+    with np.load(out) as file:
+        return file["arr_0"], file["arr_1"]
 
 def log_of(out):
     return [json.loads(line) for line in Path(out).with_suffix(".jsonl").read_text().splitlines()]
@@ -879,6 +894,271 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(capsys, monkeypatch
 
 
 # ======================================================================================================================
+# dit.py
+
+def formula(network):
+    """Every parameter from sines: golden numbers then need no file of weights (results/compare/dit_official.py)."""
+    state = network.state_dict()
+    for k, name in enumerate(sorted(state)):
+        p = state[name]
+        wave = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) ** 1.1 + k).reshape(p.shape)
+        p.copy_(wave * (1.4 / p[0].numel() ** 0.5 if p.dim() > 1 else 0.2))
+    return network.eval()
+
+GOLDEN = dict(                                  # of the official code, by results/compare/dit_official.py --golden
+    forward=[-0.98, 0.906696, -1.191709, -2.407183, 2.220353, 2.237381, -1.276661, -1.444667, 1.792038, 1.040663,
+             -0.918369, -0.076756, 2.453636, 0.698569, -0.074045, 0.868687, -1.029872, -1.104577],
+    mse=[1.50784, 1.672903, 1.201642], vb=[2.924256, 0.013302, 0.017691],
+    ddpm=[0.851313, 0.990894, -0.184547, -0.678117, 0.879273, 1.442001, -0.435344, -0.123392, -9.231466, -5.580803,
+          2.135314, 1.258297],
+    ddim=[0.851313, 0.990894, -0.184547, -0.678117, -0.089811, 0.826013, 0.720306, 0.718491, -6.918804, -4.194192,
+          1.633932, 0.997905])
+
+@torch.no_grad()
+def test_dit_and_its_diffusion_have_the_official_numbers():
+    """Forward, both loss terms at t = 0, 500 and 999, one DDPM and one DDIM step of a 10-step sampler."""
+    model = formula(dit.DiT(input_size=8, hidden_size=48, depth=2, num_heads=4, num_classes=10))
+    x = torch.sin(torch.arange(3 * 4 * 8 * 8, dtype=torch.float64)).reshape(3, 4, 8, 8).float()
+    noise, (t, y, i) = x.flip(0).roll(5, 3), torch.tensor([[0, 500, 999], [0, 7, 10], [0, 4, 9]])
+    long, short = dit.GaussianDiffusion(), dit.GaussianDiffusion(10)
+    noised = long.add_noise(x, t, noise)
+    mse, vb = long.losses(model(noised, t, y), x, noised, t, noise)
+    output = model(x, torch.as_tensor(short.timesteps)[i], y)
+    ours = dict(forward=model(x, t, y)[:, ::3, ::4, 1], mse=mse, vb=vb)
+    ours |= {name: short.step(output, x, i, drawn)[:, ::2, ::4, 1] for name, drawn in (("ddpm", noise), ("ddim", None))}
+    for what, values in GOLDEN.items():
+        assert ours[what].flatten().tolist() == pytest.approx(values, rel=1e-5, abs=3e-5), what
+
+@pytest.mark.parametrize("name, keys, parameters", [
+    ("DiT-XL/2", 292, 675_129_632), ("DiT-L/2", 252, 458_102_816), ("DiT-B/2", 132, 130_512_416),
+    ("DiT-S/2", 132, 32_963_360)])
+def test_dit_sizes_are_the_published_ones(name, keys, parameters):
+    """Counts of tensors and numbers; official files tell their configuration by their shapes."""
+    with torch.device("meta"):
+        state = dit.DiT(**dit.CONFIGS[name]).state_dict()
+    assert len(state) == keys and sum(p.numel() for p in state.values()) == parameters
+    assert state["blocks.3.adaLN_modulation.1.weight"].shape[0] == 6 * state["pos_embed"].shape[2]
+
+@pytest.mark.parametrize("classes", [0, 1, 10, 1000])
+def test_the_null_class_comes_after_the_last(tmp_path, classes):
+    """Any number of classes, bare official files and their {ema}: label num_classes is null, and guidance uses it."""
+    model = formula(dit.DiT(8, 4, 3, hidden_size=128, depth=4, num_heads=4, num_classes=classes))
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(dict(model={}, ema=model.state_dict(), opt={}), tmp_path / "train.pt")
+    for name in ("bare.pt", "train.pt"):
+        config, weights, about = dit.read_generator(tmp_path / name)
+        assert config | dict(mlp_ratio=4.0) == model.config and not about
+        dit.DiT(**config).load_state_dict(weights)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.tensor([0, max(0, classes - 1)])
+    c, u = model(x, t, y), model(x, t, torch.full_like(y, classes))
+    predict = functools.partial(dit.guided, model, classes)
+    assert torch.equal(predict()(x, t, y, 0.5), c) and torch.equal(predict(4.0, 0.6, 1.0)(x, t, y, 0.5), c)
+    expected = torch.cat([u[:, :3] + 4 * (c[:, :3] - u[:, :3]), c[:, 3:]], dim=1)
+    assert torch.allclose(predict(4.0, 0.5, 0.6)(x, t, y, 0.5), expected, atol=1e-5)
+    two = predict(4.0, channels=2)(x, t, y, 0.5)
+    assert torch.allclose(two[:, :2], expected[:, :2], atol=1e-5) and torch.allclose(two[:, 2:], c[:, 2:], atol=1e-6)
+
+def test_a_new_dit_is_the_zero_function_with_positions_in_place():
+    """adaLN-Zero; tokens of one column share the first half of their positions, those of one row the second."""
+    model = dit.DiT(8, 2, 4, hidden_size=64, depth=2, num_heads=2, num_classes=3)
+    assert (model(torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), torch.tensor([0, 3])) == 0).all()
+    grid = model.pos_embed[0].unflatten(0, (4, 4))
+    assert (grid[..., :32] == grid[:1, :, :32]).all() and (grid[..., 32:] == grid[:, :1, 32:]).all()
+    assert torch.allclose(grid[0, 2, :16], torch.sin(2 * 10000 ** -(torch.arange(16) / 16)), atol=1e-6)
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_exact_noise_carries_noise_to_the_target(sampler):
+    """For a target N(2, 0.5^2) the best eps is known: 250 steps end with its mean and standard deviation, from one call
+    of the network a step, which is given the steps of the thousand."""
+    diffusion, full, seen = dit.GaussianDiffusion(250), dit.GaussianDiffusion(), []
+
+    def predict(x, t, y, level):
+        signal, noise = full.signal[t], full.noise[t]
+        seen.append((int(t[0]), level))
+        eps = noise * (x - 2 * signal) / (0.25 * signal ** 2 + noise ** 2)
+        return torch.cat([eps, -torch.ones_like(x)], dim=1)   # the lower bound of the variance
+
+    torch.manual_seed(0)
+    z = diffusion.sample(predict, torch.randn(64, 4, 16, 16), torch.zeros(64, dtype=torch.long), sampler)
+    assert z.mean() == pytest.approx(2, abs=0.02) and z.std() == pytest.approx(0.5, rel=0.03)
+    assert [t for t, _ in seen] == sorted(np.cumsum(np.append(0, np.full(249, 999 / 249))).round(), reverse=True)
+    assert seen[0] == (999, 1) and seen[-1] == (0, 0)
+
+def test_dit_resumes_to_the_bit_and_needs_no_cache(trained, photos, tmp_path):
+    """Four steps equal two and two; the same images encoded on the fly give the same run to float16's rounding; --bench
+    writes no checkpoint; pictures are drawn; a checkpoint knows its autoencoder and its classes."""
+    words = ("--cache", tmp_path / "cache", "--steps")
+    whole, log = train_dit(tmp_path / "whole.pt", trained / "eq.pt", photos, *words, 4, "--sample-every", 4)
+    train_dit(tmp_path / "parts.pt", trained / "eq.pt", photos, *words, 2)
+    parts, parts_log = train_dit(tmp_path / "parts.pt", trained / "eq.pt", photos, *words, 4)
+    assert_same(whole, parts, ("model", "ema", "opt"))
+    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in parts_log], rel=EXACT)
+    _, online = train_dit(tmp_path / "online.pt", trained / "eq.pt", photos, "--no-cache", "--steps", 4)
+    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in online], rel=2e-3)
+    assert whole["classes"] == ["cats", "dogs"] and whole["config"]["num_classes"] == 2
+    assert whole["latent"]["scale"] == vae.load_autoencoder(trained / "eq.pt").scaling_factor
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0000000.png", "0000004.png"]
+    assert np.asarray(Image.open(tmp_path / "whole" / "0000004.png")).std() > 10
+    run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, 4, "--bench", "--out", tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists() and not (tmp_path / "no.jsonl").exists()
+
+def test_the_cache_equals_online_encoding_and_goes_on_after_a_kill(trained, photos, tmp_path, capsys, monkeypatch):
+    """Moments of image and mirror image to float16's rounding; what was encoded before a kill is not encoded again; one
+    of another autoencoder, folder or size is refused."""
+    words = ("--cache", tmp_path / "cache", "--steps", 0, "--out", tmp_path / "a.pt")
+    encoded, moments_of = [], dit.Latents.moments
+
+    def killed(self, batch):
+        encoded.append(len(batch))
+        if len(encoded) == 3:                                  # the second batch's image, before its mirror image
+            raise KeyboardInterrupt
+        return moments_of(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dit.Latents, "moments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, "--micro-batch", 4)
+        done = np.load(tmp_path / "cache" / "done.npy")
+        assert done.sum() == 4
+        run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words)
+    assert encoded == [4, 4, 4, 6, 6]
+    rows, data = np.load(tmp_path / "cache" / "rows.npy"), vae.Images(photos, (32, 32))
+    model = vae.load_autoencoder(trained / "eq.pt")
+    x = torch.stack([data[i][0] for i in range(10)]).float() / 127.5 - 1
+    for k, view in enumerate((x, x.flip(3))):
+        posterior = model.encode(view)
+        expected = torch.cat([posterior.mean, posterior.std], dim=1)
+        torch.testing.assert_close(torch.from_numpy(rows[:, k]).float(), expected, rtol=2e-3, atol=2e-3)
+    for says, changed in (("autoencoder", ("--vae", trained / "standard.pt")), ("images", ("--data", photos / "cats")),
+                          ("image_size", ("--image-size", 48))):
+        line = refusal(capsys, dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, "--out",
+                       tmp_path / "b.pt", *changed)
+        assert "belongs to other" in line and says in line
+
+@torch.no_grad()
+def test_dit_overfits_eight_latents(trained, tmp_path):
+    """One class a latent, without the posterior's noise: under noise that leaves a Gaussian guess an error of 0.6, the
+    model knows the latents nearly; the autoencoder's unknown scale is measured on the way."""
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"]))
+    model.quant_conv.weight[4:], model.quant_conv.bias[4:] = 0, -30
+    checkpoint = torch.load(trained / "eq.pt", weights_only=True) | dict(model=model.state_dict(), latent=None)
+    torch.save(checkpoint, tmp_path / "ae.pt")
+    for i in range(8):
+        (tmp_path / "eight" / str(i)).mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((32, 32)).save(tmp_path / "eight" / str(i) / "0.png")
+    with torch.enable_grad():
+        trained, log = train_dit(tmp_path / "a.pt", tmp_path / "ae.pt", tmp_path / "eight", "--batch-size", 32,
+                                 "--steps", 150, "--lr", 5e-3, "--no-mirror", "--log-every", 50, "--model", "DiT-Ti/4")
+    data, diffusion = vae.Images(tmp_path / "eight", (32, 32)), dit.GaussianDiffusion()
+    z = model.encode(torch.stack([data[i][0] for i in range(8)]) / 127.5 - 1).mean
+    x0 = z * trained["latent"]["scale"]
+    assert x0.std() == pytest.approx(1, rel=0.01) and log[-1]["mse"] < 0.15
+    network = dit.DiT(**trained["config"])
+    network.load_state_dict(trained["ema"])
+    t, y = torch.full((8,), 300), torch.arange(8)
+    noised = diffusion.add_noise(x0, t, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)))
+    estimate = diffusion.read(network(noised, t, y), noised, t)[1]
+    assert (estimate - x0).square().mean() < 0.3
+
+@pytest.fixture(scope="session")
+def generator(trained, photos, tmp_path_factory):
+    """A DiT after a few steps, on the latents of eq.pt."""
+    out = tmp_path_factory.mktemp("generator") / "dit.pt"
+    train_dit(out, trained / "eq.pt", photos, "--steps", 8, "--lr", 1e-2)
+    return out
+
+def test_samples_depend_on_seed_and_index_alone(generator, trained, tmp_path, monkeypatch):
+    """Any batch size gives the same pictures, a stopped run goes on to them; labels, guidance and seeds matter; the
+    record beside the npz says how they were drawn."""
+    words, ae = ("--num-samples", 7, "--labels", "1,0,1"), trained / "eq.pt"
+    whole, labels = draw(generator, ae, tmp_path / "whole.npz", *words)
+    assert whole.shape == (7, 32, 32, 3) and whole.dtype == np.uint8 and labels.tolist() == [1, 0, 1, 1, 0, 1, 1]
+    assert len({picture.tobytes() for picture in whole}) == 7
+    original, calls = vae.Rows.write, itertools.count(1)
+
+    def stopped(self, indices, rows):
+        original(self, indices, rows)
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.Rows, "write", stopped)
+        with pytest.raises(SystemExit) as end:
+            draw(generator, ae, tmp_path / "parts.npz", *words, "--batch-size", 2)
+    assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "parts.npz").exists()
+    assert np.load(tmp_path / "parts.npz.part" / "done.npy").sum() == 4
+    parts, _ = draw(generator, ae, tmp_path / "parts.npz", *words, "--batch-size", 3)
+    assert np.abs(parts.astype(int) - whole).max() <= 1 and not (tmp_path / "parts.npz.part").exists()
+    assert json.loads((tmp_path / "parts.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert Image.open(tmp_path / "whole.png").width > 32
+    for other in (("--seed", 1), ("--cfg-scale", 4), ("--sampler", "ddim"), ("--labels", "balanced")):
+        changed, _ = draw(generator, ae, tmp_path / f"{other[0]}.npz", *words, *other)
+        assert np.abs(changed.astype(int) - whole).max() > 1, other
+    plain, _ = draw(generator, ae, tmp_path / "interval.npz", *words, "--cfg-scale", 4, "--guidance-low", 0.4,
+                    "--guidance-high", 0.6)                    # between the noise levels 1/3 and 2/3 of four steps
+    assert np.abs(plain.astype(int) - whole).max() <= 1
+    _, uniform = draw(generator, ae, tmp_path / "uniform.npz", "--num-samples", 64)
+    assert 16 < uniform.sum() < 48
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
+def test_two_processes_train_and_sample_as_one(generator, trained, photos, tmp_path):
+    """Gradients, losses and weights of two steps, in two micro-batches, and the samples."""
+    def both(*words):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               ROOT / "dit.py", *map(str, words)], text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    words = ("--vae", trained / "eq.pt", "--data", photos, "--cache", tmp_path / "cache", "--steps", 2, "--lr", 1e-4)
+    both(*DIT, *words, "--micro-batch", 1, "--out", tmp_path / "two.pt")
+    one, log = train_dit(tmp_path / "one.pt", trained / "eq.pt", photos, *words)
+    two = vae.load(tmp_path / "two.pt")
+    assert relative(moments(two["opt"]), moments(one["opt"])) < 1e-4
+    assert relative(vector(two["model"].values()), vector(one["model"].values())) < 1e-4
+    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in log_of(tmp_path / "two.pt")], rel=1e-4)
+    assert np.load(tmp_path / "cache" / "done.npy").all()
+    both("--sample-from", generator, "--vae", trained / "eq.pt", "--samples", tmp_path / "two.npz", "--sampling-steps",
+         4, "--precision", "fp32", "--num-samples", 5)
+    alone, _ = draw(generator, trained / "eq.pt", tmp_path / "one.npz", "--num-samples", 5)
+    assert np.abs(np.load(tmp_path / "two.npz")["arr_0"].astype(int) - alone).max() <= 1
+
+@pytest.mark.parametrize("words, says", [
+    ("", "--vae"),
+    ("--vae {wrong}/dit.pt", "not an autoencoder"),
+    ("--vae {ok} --data {wrong}/missing", "--data emoji"),
+    ("--vae {ok} --image-size 30", "28x28 and 32x32"),
+    ("--vae {ok} --image-size 36", "--model DiT-Ti/2"),
+    ("--vae {ok} --out {ok}", "give another --out"),
+    ("--vae {other} --out {dit}", "another autoencoder"),
+    ("--vae {ok} --out {dit} --model DiT-Ti/4", "give another --out"),
+    ("--vae {ok} --batch-size 4 --micro-batch 3", "--batch-size 4"),
+    ("--sample-from {dit}", "--vae"),
+    ("--sample-from {ok} --vae {ok}", "holds a AutoencoderKL, not a DiT"),
+    ("--sample-from {wrong}/foreign.pt --vae {ok}", "no DiT in it"),
+    ("--sample-from {wrong}/code.pt --vae {ok}", "refused"),
+    ("--sample-from {dit} --vae {other}", "another autoencoder"),
+    ("--sample-from {dit} --vae {ok} --labels 0,2", "--labels 0,2"),
+    ("--sample-from {dit} --vae {ok} --cfg-scale -1", "--cfg-scale -1"),
+    ("--sample-from {dit} --vae {ok} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low"),
+    ("--sample-from {dit} --vae {ok} --num-samples 0", "--num-samples 0"),
+    ("--sample-from {dit} --vae {ok} --sampling-steps 1", "--sampling-steps 1"),
+    ("--sample-from {dit} --vae {ok} --samples {wrong}/a.png", "ends in .npz"),
+    ("--sample-from {dit} --vae {ok} --samples {wrong}/no/a.npz", "in a folder that is there"),
+])
+def test_bad_input_to_dit_is_told_in_one_line(capsys, generator, trained, photos, wrong, tmp_path, words, says):
+    words = words.format(wrong=wrong, ok=trained / "eq.pt", other=trained / "standard.pt", dit=generator).split()
+    assert says in refusal(capsys, dit.main, *DIT, "--data", photos, "--out", tmp_path / "a.pt", *words)
+    assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
+
+def test_more_processes_than_samples_are_refused(capsys, generator, trained, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    assert "2 processes" in refusal(capsys, dit.main, "--sample-from", generator, "--vae", trained / "eq.pt",
+                                    "--num-samples", 1, "--samples", tmp_path / "a.npz")
+
+
+# ======================================================================================================================
 # evaluate.py
 
 def test_psnr_and_ssim_equal_torchmetrics(perceptual):
@@ -1088,17 +1368,24 @@ def test_imports_stay_on_the_card(name):
 @pytest.mark.parametrize("name", SOURCES[1:])
 def test_no_option_is_dead(name):
     """Every option of a script is read somewhere as args.NAME, and nothing is read that no option sets."""
-    declared, read = set(), set()
-    for node in ast.walk(ast.parse(TEXTS[name])):
-        called = getattr(getattr(node, "func", None), "attr", None)
-        if called == "add_argument":
-            flag = next((a.value for a in node.args if str(a.value).startswith("--")), node.args[0].value)
-            declared.add(flag.lstrip("-").replace("-", "_"))
-        elif called == "set_defaults":
-            declared.update(keyword.arg for keyword in node.keywords)
-        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "args":
-            read.add(node.attr)
-    assert declared == read
+    def options(name):
+        declared, read = set(), set()
+        for node in ast.walk(ast.parse(TEXTS[name])):
+            called = getattr(getattr(node, "func", None), "attr", None)
+            if called == "add_argument":
+                flag = next((a.value for a in node.args if str(a.value).startswith("--")), node.args[0].value)
+                declared.add(flag.lstrip("-").replace("-", "_"))
+            elif called == "set_defaults":
+                declared.update(keyword.arg for keyword in node.keywords if keyword.arg)
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "args":
+                read.add(node.attr)
+        return declared, read
+
+    (declared, read), (shared, kit) = options(name), options("vae")            # launch() declares what scripts share
+    if name == "evaluate":
+        assert declared == read
+    else:
+        assert declared <= read | kit | {"micro_batch"} and read <= declared | shared
 
 @pytest.mark.parametrize("files, script", [
     ("eqloss", """
