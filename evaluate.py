@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,8 @@ from tqdm import tqdm
 class InputError(ValueError):
     """What the user gave wrong, in one line; main() ends with exit code 2."""
 
-
 # ======================================================================================================================
 # Feature extractors: FID's Inception-v3, and a random network for where its weights cannot be had
-
 
 class Unit(nn.Module):
     """Convolution, BatchNorm, ReLU; fold() merges the first two, for speed."""
@@ -53,7 +52,6 @@ class Unit(nn.Module):
         self.conv.weight *= gain[:, None, None, None]
         self.conv.bias = nn.Parameter(self.bn.bias - self.bn.running_mean * gain)
         self.bn = nn.Identity()
-
 
 class Mixed(nn.Module):
     """An Inception block. `branches` are chains of (name, channels, kernel[, stride]); a list of two forks its end.
@@ -93,13 +91,11 @@ class Mixed(nn.Module):
             pooled = F.max_pool2d(x, 3, **(dict(stride=2) if self.pool == "down" else dict(stride=1, padding=1)))
         return torch.cat([*parts, self.branch_pool(pooled) if hasattr(self, "branch_pool") else pooled], dim=1)
 
-
 def mixed_5(c_in, pool_channels):                                              # 35 x 35
     return Mixed(c_in, [[("branch1x1", 64, 1)],
                         [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
                         [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]],
                  "average", pool_channels)
-
 
 def mixed_6(c):                                                                # 17 x 17
     return Mixed(768, [[("branch1x1", 192, 1)],
@@ -107,13 +103,11 @@ def mixed_6(c):                                                                #
                        [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
                         ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))]], "average", 192)
 
-
 def mixed_7(c_in, pool):                                                       # 8 x 8
     return Mixed(c_in, [[("branch1x1", 320, 1)],
                         [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
                         [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
                          [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]]], pool, 192)
-
 
 class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow, 2015-12-05) in the names of its public PyTorch files.
@@ -171,7 +165,6 @@ class Inception(nn.Module):
         pooled = x.mean(dim=(2, 3))
         return pooled, spatial, pooled @ self.fc.weight.T
 
-
 def tf1_bilinear(n_in, n_out):
     """The matrix (n_out, n_in) of TensorFlow 1's ResizeBilinear: source = i n_in / n_out, no half pixel, no antialias.
     """
@@ -181,7 +174,6 @@ def tf1_bilinear(n_in, n_out):
     matrix[torch.arange(n_out), low] += 1 - (source - low)
     matrix[torch.arange(n_out), (low + 1).clamp(max=n_in - 1)] += source - low
     return matrix
-
 
 class RandomFeatures(nn.Module):
     """Three strided convolutions with weights drawn from a seed, at native size: uint8 (B, 3, H, W) -> (B, 224).
@@ -204,10 +196,75 @@ class RandomFeatures(nn.Module):
             features.append(h.mean(dim=(2, 3)))
         return torch.cat(features, dim=1)
 
+class Classifier(nn.Module):
+    """A small residual network for images of any size from 16 px: uint8 (B, 3, H, W) -> features (B, 256), logits.
+
+    Trained by `classifier` on anyone's labelled images, it is the second extractor where Inception's weights cannot be
+    had; a distance on it is FD-classifier and never FID.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(nn.Sequential(nn.GroupNorm(8, c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1))
+                                   for c in widths[1:])
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, images):
+        h = self.stem(images.float() / 127.5 - 1)
+        for down, block in zip(self.down, self.block):
+            h = down(F.relu(h))
+            h = h + block(h)
+        features = F.relu(h).mean(dim=(2, 3))
+        return features, self.head(features)
+
+def load_classifier(path):
+    """-> (the network of `classifier`'s file, its accuracy on the images held out)."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        network = Classifier(len(checkpoint["model"]["head.bias"]))
+        network.load_state_dict(checkpoint["model"])
+        return network.eval().requires_grad_(False), checkpoint["accuracy"]
+    except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
+        raise InputError(f"--features {path}: inception, random, or a file of `classifier` ({type(error).__name__})"
+                         ) from None
+
+def classifier(args):
+    """Trains Classifier on the labelled images of args.data, a tenth of them held out; half of a batch mirrored."""
+    from vae import Images
+
+    device, data = here(), Images(args.data, args.image_size)
+    if len(data.classes) < 2:
+        raise InputError(f"--data {args.data}: needs a folder for each of at least two classes")
+    torch.manual_seed(args.seed)
+    order = torch.randperm(len(data))
+    held, train = order[:max(1, len(data) // 10)], order[max(1, len(data) // 10):]
+    labels = torch.tensor(data.labels)
+    network = Classifier(len(data.classes)).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
+    for _ in tqdm(range(args.steps), desc="classifier", unit="step", mininterval=1):
+        index = train[torch.randint(len(train), (args.batch_size,))]
+        images = torch.stack([data[int(i)][0] for i in index])
+        images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+        loss = F.cross_entropy(network(images.to(device))[1], labels[index].to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        right = [network(torch.stack([data[int(i)][0] for i in part]).to(device))[1].argmax(dim=1).cpu() == labels[part]
+                 for part in held.split(args.batch_size)]
+    accuracy = float(torch.cat(right).float().mean())
+    make_folder(Path(args.out).parent)
+    torch.save(dict(arch="Classifier", model=network.cpu().state_dict(), classes=data.classes, accuracy=accuracy,
+                    step=args.steps, args={key: value for key, value in vars(args).items() if key != "run"}), args.out)
+    print(f"{args.out}: accuracy {accuracy:.3f} on {len(held):,} images held out, {len(data.classes)} classes")
 
 # ======================================================================================================================
 # Metrics
-
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64, from means (d,) and covariances (d, d): FID's formula.
@@ -221,12 +278,11 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     cross = torch.linalg.eigvalsh(half.T @ cov2 @ half).clamp(min=0).sqrt().sum()
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
-
-def moments(features):
-    """(N, d) -> mean (d,), covariance (d, d) with N - 1, in float64."""
-    features = features.double()
-    return features.mean(dim=0), torch.cov(features.T)
-
+def moments(features, chunk=4096):
+    """(N, d) -> mean (d,), covariance (d, d) with N - 1, in float64, without a copy of all features in float64."""
+    mean = features.mean(dim=0, dtype=torch.float64)
+    product = sum(centred.T @ centred for centred in (part.double() - mean for part in features.split(chunk)))
+    return mean, product / (len(features) - 1)
 
 def inception_score(logits, split=5000):
     """exp of the mean KL between p(y | x) and p(y), averaged over splits of 5,000 in the order given, as ADM has it.
@@ -239,7 +295,6 @@ def inception_score(logits, split=5000):
         log_mean = log_p.logsumexp(dim=0) - math.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
     return float(torch.stack(scores).mean())
-
 
 def precision_recall(real, fake, k=3, chunk=2048):
     """Improved precision and recall (Kynkaanniemi 2019) of features (N, d), (M, d), as ADM has them: the share of fakes
@@ -261,12 +316,10 @@ def precision_recall(real, fake, k=3, chunk=2048):
     real, fake = real.float(), fake.float()
     return covered(fake, real), covered(real, fake)
 
-
 def psnr(x, y):
     """Per image of uint8 (B, 3, H, W): dB over all pixels and channels, peak 255; identical images have infinity."""
     mse = (x.double() - y.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255 ** 2 / mse)
-
 
 def ssim(x, y, data_range=None):
     """Per image of float (B, C, H, W): Gaussian window of 11 and sigma 1.5, reflected borders, mean over all pixels.
@@ -289,7 +342,6 @@ def ssim(x, y, data_range=None):
     similarity = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
     return (similarity / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
 
-
 def nearest_distances(x, k, chunk=1024):
     """Distances (N, k), ascending, float64, of rows of x (N, d) to their k nearest others, exact duplicates dropped.
 
@@ -309,7 +361,6 @@ def nearest_distances(x, k, chunk=1024):
         result.append(exact.sort(dim=1).values)
     return torch.cat(result)
 
-
 def two_nn(x, fraction=0.9):
     """TwoNN intrinsic dimension (Facco 2017, DADApy's variant, the paper's Appendix B) of points (N, d).
 
@@ -323,6 +374,34 @@ def two_nn(x, fraction=0.9):
     y = -torch.log1p(-torch.arange(1, keep + 1, dtype=torch.float64, device=mu.device) / n)
     return float((mu[:keep] * y).sum() / mu[:keep].square().sum())
 
+def mle_dimension(x, k=20):
+    """Levina and Bickel's maximum-likelihood dimension of points (N, d) from k neighbours, with MacKay and Ghahramani's
+    mean of the inverse local estimates."""
+    distances = nearest_distances(x, k)
+    return float(1 / (distances[:, -1:] / distances[:, :-1]).log().mean())
+
+# ======================================================================================================================
+# Processes: under torchrun each scores its share of the images, the first one gathers and reports
+
+RANK, WORLD, LOCAL = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+def gather(columns):
+    """{name: rows in parts} of each process, "index" among them -> {name: (N, ...)} of all in the order of "index", on
+    the first process; None on the others."""
+    columns = {name: torch.cat(parts) for name, parts in columns.items()}
+    shares = [columns]
+    if WORLD > 1:
+        shares = [None] * WORLD if RANK == 0 else None
+        torch.distributed.gather_object(columns, shares)
+    if RANK:
+        return None
+    shares = [share for share in shares if share]
+    order = torch.cat([share["index"] for share in shares]).argsort() if shares else []
+    return {name: torch.cat([share[name] for share in shares])[order] for name in (shares[0] if shares else ())}
+
+def here():
+    """The device of this process."""
+    return torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
 
 # ======================================================================================================================
 # recon: one table row for every autoencoder                                                    (Tables 1, 5, 6, 7, 12)
@@ -335,12 +414,19 @@ CONVENTIONS = {
     "R": "mean over 90, 180, 270 degrees of |tau E(x) - E(tau x)|^2 / |E(tau x)|^2 on posterior means",
     "S": "the same over the scales 0.25, 0.50, 0.75",
     "R_centred": "R with the channels' means taken off E(tau x) in the denominator",
-    "ID": "TwoNN on posterior means",
+    "ID": "TwoNN on posterior means, exact duplicates dropped",
+    "ID_mle": "maximum likelihood with 20 neighbours on the same",
+    "R_border": "the outer ceil(h / 8) cells of E(tau x) alone; R_interior: the others",
+    "transforms": "distance between tau o x and D(tau o z), for each tau and the mean over rotations",
 }
-
 
 def load_features(args, device, preprocess="pytorch-fid"):
     """-> (function of uint8 images to a tuple of features, the distance's name, a description for the record)."""
+    if args.features not in ("inception", "random"):
+        network, accuracy = load_classifier(args.features)
+        network.to(device)
+        return (lambda images: (network(images)[0],), "FD-classifier",
+                f"classifier {Path(args.features).name} {file_hash(args.features)}, held-out accuracy {accuracy:.3f}")
     if args.features == "random":
         network = RandomFeatures()
         digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in network.buffers())).hexdigest()[:12]
@@ -362,14 +448,13 @@ def load_features(args, device, preprocess="pytorch-fid"):
     network = Inception(weights, preprocess).to(device)
     return network, "FID", f"FID-Inception {path.name} {file_hash(path)}, {preprocess} preprocessing"
 
-
 @torch.no_grad()
 def recon(args):
     from eqloss import scale_transform
     from vae import Images, load_autoencoder, load_lpips, slot_noise, to_float, to_uint8
     from vae import InputError as NoWeights
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     data = Images(args.data, args.image_size)
     if args.record:
         make_folder(Path(args.record).parent)
@@ -384,7 +469,9 @@ def recon(args):
             raise
         perceptual = None
         print(f"LPIPS is not run: {error}", file=sys.stderr)
-    indices = range(min(args.num_images or len(data), len(data)))
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: at least 1")
+    count = min(args.num_images or len(data), len(data))
     results, hashes = {}, {}
     for path in args.checkpoints:
         model = load_autoencoder(path, args.model).to(device)
@@ -395,12 +482,12 @@ def recon(args):
         def encode(x):
             return model.encode(x).mean
 
-        columns, latents, pairs = {}, [], []
-        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, indices), args.batch_size,
+        columns = defaultdict(list)
+        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(RANK, count, WORLD)), args.batch_size,
                                              num_workers=args.workers, pin_memory=device.type == "cuda")
-        bar = tqdm(total=len(indices), desc=f"{Path(path).stem}: scoring", unit="image", mininterval=1)
+        bar = tqdm(total=count, desc=f"{Path(path).stem}: scoring", unit="image", mininterval=1, disable=RANK > 0)
         for images, _, index, passed in loader:
-            bar.update(len(images))
+            bar.update(len(images) * WORLD)
             index = index[passed == 0]                                         # an unreadable file is left out
             if not len(index):
                 continue
@@ -413,50 +500,68 @@ def recon(args):
             if not decoded.isfinite().all():
                 raise InputError(f"{path}: a reconstruction of the images {index.tolist()} is not finite")
             real, fake = to_uint8(x), to_uint8(decoded)
-            row = dict(PSNR=psnr(real, fake), SSIM=ssim(x, decoded))
+            row = dict(index=index, latents=mean.flatten(1), PSNR=psnr(real, fake), SSIM=ssim(x, decoded),
+                       real=features(real)[0], fake=features(fake)[0])
             if perceptual:
                 row["LPIPS"] = perceptual(x, decoded).flatten()
             for name, tau in taus.items():                                     # Appendix C.3; the parts of the centred
                 target = encode(tau(x))                                        # error are put together at the end
-                row[name + " error"] = (tau(mean) - target).square().sum(dim=(1, 2, 3))
-                row[name + " norm"] = target.square().sum(dim=(1, 2, 3))
+                error, norm = (tau(mean) - target).square().sum(dim=1), target.square().sum(dim=1)     # (b, h2, w2)
+                row[name + " error"], row[name + " norm"] = error.sum(dim=(1, 2)), norm.sum(dim=(1, 2))
                 row[name + " mean"] = target.mean(dim=(2, 3))                  # (b, c)
+                edge = -(-target.shape[2] // 8)
+                inner = (slice(None), slice(edge, -edge), slice(edge, -edge))
+                row[name + " inner"] = torch.stack([error[inner].sum(dim=(1, 2)), norm[inner].sum(dim=(1, 2))], dim=1)
+                if args.transforms:                                            # Fig. 3
+                    row[name + " real"] = features(to_uint8(tau(x)))[0]
+                    row[name + " fake"] = features(to_uint8(model.decode(tau(z))))[0]
             for name, values in row.items():
-                columns.setdefault(name, []).append(values.double().cpu())
-            latents.append(mean.flatten(1).cpu())
-            pairs.append((features(real)[0].cpu(), features(fake)[0].cpu()))
+                columns[name].append(values.cpu())
         bar.close()
 
-        if sum(map(len, latents)) < 4:
+        columns = gather(columns)
+        if RANK:
+            continue
+        if len(columns.get("index", ())) < 4:
             raise InputError(f"--data {args.data}: fewer than 4 readable images, too few to score")
-        columns = {name: torch.cat(values) for name, values in columns.items()}
-        latents = torch.cat(latents)                                           # (N, c h w)
-        result = dict(N=len(latents), unreadable=len(indices) - len(latents))
-        result[distance] = frechet_distance(*moments(torch.cat([real for real, _ in pairs])),
-                                            *moments(torch.cat([fake for _, fake in pairs])))
-        finite = columns["PSNR"].isfinite()                                    # identical pairs have no finite PSNR
-        result["PSNR"] = float(columns["PSNR"][finite].mean()) if finite.any() else math.inf
-        result["SSIM"] = float(columns["SSIM"].mean())
-        result["LPIPS"] = float(columns["LPIPS"].mean()) if perceptual else None
+
+        def frechet(kind=""):
+            return frechet_distance(*(part for side in ("real", "fake") for part in moments(columns[kind + side])))
+
+        def mean_of(values):                       # what is infinite or undefined in one image would hide all others
+            values = values.double()[values.isfinite()]
+            return float(values.mean()) if len(values) else None
+
+        latents = columns["latents"]                                           # (N, c h w)
+        result = {"N": len(latents), "unreadable": count - len(latents), distance: frechet()}
+        result.update((key, mean_of(columns[key]) if key in columns else None) for key in ("PSNR", "SSIM", "LPIPS"))
         for name, tau in taus.items():
-            error, norm, mean = (columns[f"{name} {part}"] for part in ("error", "norm", "mean"))
+            error, norm, mean = (columns[f"{name} {part}"].double() for part in ("error", "norm", "mean"))
             cells, centre = tau.size[0] * tau.size[1], mean.mean(dim=0)
             spread = norm - cells * (2 * mean @ centre - centre.square().sum())             # |E(tau x) - centre|^2
-            result[name], result[name + "_centred"] = float((error / norm).mean()), float((error / spread).mean())
+            inner_error, inner_norm = columns[name + " inner"].double().T
+            result[name], result[name + "_centred"] = mean_of(error / norm), mean_of(error / spread)
+            result[name + "_interior"] = mean_of(inner_error / inner_norm)
+            result[name + "_border"] = mean_of((error - inner_error) / (norm - inner_norm))
+            if args.transforms:
+                result[f"{distance} {name}"] = frechet(name + " ")
         for kind in "RS":
-            for suffix in ("", "_centred"):
-                parts = [result[name + suffix] for name in taus if name.startswith(kind)]
-                result[kind + suffix] = sum(parts) / len(parts)
+            for form in ("{}", "{}_centred", "{}_interior", "{}_border", distance + " {}"):
+                parts = [result.get(form.format(name)) for name in taus if name.startswith(kind)]
+                parts = [part for part in parts if part is not None]
+                result[form.format(kind)] = sum(parts) / len(parts) if parts else None
         result["ID"] = two_nn(latents.to(device))
+        result["ID_mle"] = mle_dimension(latents.to(device)) if len(latents.unique(dim=0)) > 20 else None
         channels = latents.unflatten(1, (-1, grid[0] * grid[1])).double()
         result["latent_mean"] = channels.mean(dim=(0, 2)).tolist()
         result["latent_std"] = channels.transpose(0, 1).flatten(1).std(dim=1).tolist()
         name = Path(path).stem if Path(path).stem not in results else str(path)
-        results[name], hashes[name] = result, file_hash(path)
-        keys = [key for key in (distance, "PSNR", "SSIM", "LPIPS", "R", "S", "ID") if result[key] is not None]
-        print(f"{name}: " + "  ".join(f"{key} {result[key]:.4g}" for key in keys) + f"  N {result['N']:,}")
-    write_record(args, dict(results), checkpoints=hashes, extractor=extractor, conventions=CONVENTIONS)
-
+        results[name] = {key: value for key, value in result.items() if value is not None}
+        hashes[name] = file_hash(path)
+        shown = (key for key in (distance, "PSNR", "SSIM", "LPIPS", "R", "S", "ID") if key in results[name])
+        print(f"{name}: " + "  ".join(f"{key} {result[key]:.4g}" for key in shown) + f"  N {result['N']:,}")
+    write_record(args, dict(results), checkpoints=hashes, extractor=extractor,
+                 conventions=dict(CONVENTIONS, latent=args.latent, interpolation=args.interpolation))
 
 def file_hash(path):
     digest = hashlib.sha256()
@@ -465,13 +570,11 @@ def file_hash(path):
             digest.update(block)
     return digest.hexdigest()[:16]
 
-
 def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror})") from None
-
 
 def write_record(args, results, **about):
     """The results with all that is needed to run them again, as JSON."""
@@ -479,13 +582,11 @@ def write_record(args, results, **about):
     about.update(command=["evaluate.py", *sys.argv[1:]], seed=args.seed, device=device, threads=torch.get_num_threads(),
                  versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                  date=time.strftime("%Y-%m-%d"))
-    if args.record:
+    if args.record and not RANK:
         Path(args.record).write_text(json.dumps(dict(results, about=about), indent=1) + "\n")
-
 
 # ======================================================================================================================
 # samples: a generator's pictures beside a reference, by ADM's protocol                     (Tables 2, 3, 4, 9, 10, 11)
-
 
 def read_npz(path, keys):
     """{key: array} for those of `keys` that the npz has, memory-mapped inside the zip where they are not compressed."""
@@ -512,7 +613,6 @@ def read_npz(path, keys):
         raise InputError(f"{path}: cannot be read as npz ({type(error).__name__}: {error})") from None
     return arrays
 
-
 def open_pictures(path, size=None):
     """-> (count, function of a slice to uint8 (B, 3, H, W), (H, W)) of ADM's npz, or of a folder or "emoji" under ADM's
     centre crop to `size` (None: the first picture's own)."""
@@ -535,15 +635,12 @@ def open_pictures(path, size=None):
             data.size = (first.height, first.width)
     return len(data), lambda part: torch.stack([data[i][0] for i in range(len(data))[part]]), data.size
 
-
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")                # in ADM's names: of the pooled, the spatial features
-
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")                # ADM's names: pooled features, spatial features
 
 @torch.no_grad()
 def describe(path, args, network, distance, extractor, device, size=None):
-    """One side of the comparison -> dict(mu, sigma[, mu_s, sigma_s][, features (N, d)][, logits], N, size).
-
-    Statistics stored in an npz win over those of its pictures, as in ADM: a reference's are of the whole data set.
+    """One side of the comparison -> dict(mu, sigma[, mu_s, sigma_s][, features (N, d)][, logits], N, size), on
+    the first process. Statistics stored in an npz win over those of its pictures, as in ADM: they are of the whole data set.
     """
     keys = (*STATISTICS, "features", "extractor", "N", "arr_0")
     side = read_npz(path, keys) if str(path).endswith(".npz") else dict(arr_0=None)
@@ -553,27 +650,32 @@ def describe(path, args, network, distance, extractor, device, size=None):
         side = {key: side[key] for key in side if key not in STATISTICS}
     if "arr_0" in side:
         count, pictures, size = open_pictures(path, size)
-        rows, bar = [], tqdm(total=count, desc=Path(path).stem, unit="image", mininterval=1)
-        for start in range(0, count, args.batch_size):
+        if count < 2:
+            raise InputError(f"{path}: fewer than two pictures")
+        columns, bar = defaultdict(list), tqdm(total=count, desc=Path(path).stem, unit="image", disable=RANK > 0)
+        for start in range(RANK * args.batch_size, count, WORLD * args.batch_size):
             batch = pictures(slice(start, start + args.batch_size))
-            rows.append([values.cpu() for values in network(batch.to(device))])
-            bar.update(len(batch))
+            columns["index"].append(torch.arange(start, start + len(batch)))
+            for name, values in zip(("features", "spatial", "logits"), network(batch.to(device))):
+                columns[name].append(values.cpu())
+            bar.update(len(batch) * WORLD)
         bar.close()
-        features, *rest = (torch.cat(column) for column in zip(*rows))
-        if count < 2 or not features.isfinite().all():
-            raise InputError(f"{path}: fewer than two pictures, or features that are not finite")
-        for pair, column in zip((STATISTICS[:2], STATISTICS[2:]), (features, *rest)):
-            if pair[0] not in side:
-                side.update(zip(pair, (part.cpu().numpy() for part in moments(column.to(device)))))
-        side.update(features=features, N=count, size=size, **(dict(logits=rest[1]) if rest else {}))
+        side["size"], columns = size, gather(columns)
+        if RANK:
+            return side
+        if not columns["features"].isfinite().all():
+            raise InputError(f"{path}: features that are not finite")
+        for (mu, sigma), name in ((STATISTICS[:2], "features"), (STATISTICS[2:], "spatial")):
+            if mu not in side and name in columns:
+                side[mu], side[sigma] = (part.cpu().numpy() for part in moments(columns[name].to(device)))
+        side.update(N=count, **{name: columns[name] for name in ("features", "logits") if name in columns})
     if "mu" not in side:
         raise InputError(f"{path}: neither pictures (arr_0) nor statistics (mu, sigma) of {extractor}")
     return side
 
-
 @torch.no_grad()
 def samples(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: at least 1")
     for path in (args.record, args.save_stats):
@@ -582,6 +684,8 @@ def samples(args):
     network, distance, extractor = load_features(args, device, "adm")
     fake = describe(args.samples, args, network, distance, extractor, device)
     real = describe(args.reference, args, network, distance, extractor, device, fake.get("size"))
+    if RANK:
+        return
     if args.save_stats:
         kept = {key: np.asarray(real[key]) for key in (*STATISTICS, "features") if key in real}
         np.savez(args.save_stats, N=real.get("N", 0), extractor=extractor, **kept)
@@ -611,17 +715,15 @@ def samples(args):
                  hashes={str(path): file_hash(path) for path in (args.samples, args.reference) if os.path.isfile(path)},
                  drawn=json.loads(settings.read_text()) if settings.is_file() else None)
 
-
 # ======================================================================================================================
 # figures: latents as pictures (Fig. 1 left), and what transformed latents decode to (Fig. 2 and 6)
-
 
 @torch.no_grad()
 def figures(args):
     from eqloss import scale_transform
     from vae import Images, load_autoencoder, to_float, to_uint8
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     data = Images(args.data, args.image_size)
     out = Path(args.out)
     make_folder(out)
@@ -651,7 +753,6 @@ def figures(args):
             out / f"fig2-{title.split()[0]}.png")
     print(f"figures in {out}/: fig1-latents.png, fig2-scale.png, fig2-rotation.png")
 
-
 def principal_colours(z, sample):
     """Latents z (N, c, h, w) -> uint8 (N, 3, h, w): projections on `sample`'s three principal axes, 1st to 99th
     percentile as 0..255. Fitted per autoencoder, so colours mean nothing across autoencoders."""
@@ -665,17 +766,14 @@ def principal_colours(z, sample):
     scaled = (projected - low[:, None, None]) / (high - low)[:, None, None]
     return (scaled * 255).round().clamp(0, 255).to(torch.uint8)
 
-
 def pictures(images, cell):
     """uint8 (N, 3, h, w) -> PIL images, magnified by whole pixels to at most `cell` on the longer side."""
     factor = max(1, cell // max(images.shape[-2:]))
     return [Image.fromarray(a).resize((a.shape[1] * factor, a.shape[0] * factor), Image.Resampling.NEAREST)
             for a in images.permute(0, 2, 3, 1).cpu().numpy()]
 
-
 def font(size):
     return ImageFont.load_default(size=size)
-
 
 def panel(title, rows, margin=4, label_width=190):
     """Rows of (label, PIL images) under a title, as one PIL image."""
@@ -692,7 +790,6 @@ def panel(title, rows, margin=4, label_width=190):
             left += picture.width + margin
         top += height
     return canvas
-
 
 # ======================================================================================================================
 # report: a page from records
@@ -716,14 +813,12 @@ EXPLAIN = {                                          # key -> what it is, which 
 PAPER = {"R": (0.93, 0.49), "S": (0.80, 0.15), "rFID": (0.90, 0.82), "PSNR": (25.82, 25.95), "SSIM": (0.71, 0.72),
          "LPIPS": (0.146, 0.141), "ID": (62.2, 39.4), "N": (50000, 50000)}     # SD-VAE -> + EQ: Tables 5, 7, 12
 
-
 def read_record(path):
     try:
         record = json.loads(Path(path).read_text())
         return record, record.pop("about")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: no record of `recon` or `samples` ({type(error).__name__}: {error})") from None
-
 
 def verdict(one, two, names):
     """What a second arm does beside the first, line by line: which of the paper's effects show, and which do not."""
@@ -739,7 +834,6 @@ def verdict(one, two, names):
         lines += [line("Generation", ratio, f"{key.removeprefix('samples: ')} of {one['samples: N']:,} samples "
                                             f"{one[key]:.3g} -> {two[key]:.3g}, x {ratio:.2f}") + " (one run each)"]
     return [f"{names[1]} beside {names[0]}", *lines]
-
 
 def report(args):
     record, about = read_record(args.record_files[0])
@@ -804,7 +898,6 @@ def report(args):
     page.save(out.with_suffix(".png"))
     print(f"{out.with_suffix('.md')}  {out.with_suffix('.json')}  {out.with_suffix('.png')}")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -825,9 +918,10 @@ def main():
     command.add_argument("--interpolation", choices=("bicubic-antialias", "bicubic", "bilinear"),
                          default="bicubic-antialias", help="of tau in R and S, see eqloss.py")
     command.add_argument("--inception", help="FID-Inception's weights (default: torch hub's)")
-    command.add_argument("--features", choices=("inception", "random"), default="inception")
+    command.add_argument("--features", default="inception", help="inception, random, or a file of `classifier`")
     command.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's)")
     command.add_argument("--no-lpips", action="store_true")
+    command.add_argument("--transforms", action="store_true", help="also the distances of Fig. 3")
     command.add_argument("--batch-size", type=int, default=32)
     command.add_argument("--workers", type=int, default=0)
     command.add_argument("--seed", type=int, default=0)
@@ -838,13 +932,22 @@ def main():
     command.add_argument("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")
     command.add_argument("reference", metavar="REFERENCE", help="ADM's npz, --save-stats' npz, a folder, or emoji")
     command.add_argument("--inception", help="FID-Inception's weights (default: torch hub's)")
-    command.add_argument("--features", choices=("inception", "random"), default="inception")
+    command.add_argument("--features", default="inception", help="inception, random, or a file of `classifier`")
     command.add_argument("--shuffle", action="store_true", help="before the inception score's splits")
     command.add_argument("--save-stats", help="npz to write the reference's statistics and features to")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--record", help="JSON file to write")
     command.set_defaults(run=samples)
+
+    command = commands.add_parser("classifier", help="trains a second extractor on labelled images")
+    command.add_argument("--data", required=True, help="folder of class folders, or emoji")
+    command.add_argument("--image-size", type=image_size, default=(64, 64))
+    command.add_argument("--out", required=True, help="file to write")
+    command.add_argument("--steps", type=int, default=1500)
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=classifier)
 
     command = commands.add_parser("figures", parents=[shared], help="Fig. 1 left, Fig. 2")
     command.add_argument("--out", default="figures", help="folder")
@@ -862,6 +965,9 @@ def main():
         each.print_usage = lambda file=None: None                              # errors in one line
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False                                    # metrics are computed in fp32
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo")           # what is gathered lies on the CPU
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:
         args.run(args)
     except ValueError as error:
@@ -869,6 +975,9 @@ def main():
             raise
         print(f"evaluate.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

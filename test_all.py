@@ -542,15 +542,6 @@ def test_an_epoch_holds_every_image_once(tmp_path):
         assert read(world, micro, 0, 6) == (images, slots)
     assert read(2, 4, 4, 6) == (images[32:], slots[32:])
 
-def test_crops_and_noise_depend_on_seed_step_and_slot(photos):
-    """A random crop and a row of noise are functions of these three, of which each counts, and of nothing else."""
-    crops, rows = [], []
-    for seed, step, slot in ((0, 5, 2), (0, 5, 2), (1, 5, 2), (0, 6, 2), (0, 5, 3)):
-        crops.append(vae.Images(photos, (16, 16), "random", seed)[0, step, slot][0])
-        rows.append(vae.slot_noise(torch.zeros(1, 9), seed, step, [slot]))
-    for values in (crops, rows):
-        assert [torch.equal(values[0], value) for value in values] == [True, True, False, False, False]
-
 @pytest.mark.parametrize("shift", [0.0, 0.0609])
 @torch.no_grad()
 def test_the_latents_scale_is_measured(photos, shift):
@@ -1229,6 +1220,78 @@ def test_inception_is_fids(monkeypatch):
     with pytest.raises(evaluate.InputError, match="not FID-Inception"):
         evaluate.Inception({"conv.weight": torch.ones(3)})
 
+def test_inception_score_precision_and_recall_by_hand():
+    """IS is 1 for equal predictions and the number of classes for certain, even ones, per split; precision and recall
+    equal the definition on all pairs."""
+    assert evaluate.inception_score(torch.ones(7, 5)) == pytest.approx(1)
+    assert evaluate.inception_score(100 * torch.eye(4).repeat(3, 1)) == pytest.approx(4)
+    assert evaluate.inception_score(100 * torch.eye(4).repeat_interleave(6, 0), split=6) == pytest.approx(1)
+    torch.manual_seed(0)
+    real, fake = torch.randn(60, 4), 0.5 + 0.7 * torch.randn(50, 4)
+
+    def share(points, centres):
+        radius = torch.cdist(centres, centres).sort(dim=1).values[:, 3]
+        return (torch.cdist(points, centres) <= radius).any(dim=1).double().mean().item()
+
+    assert evaluate.precision_recall(real, fake, chunk=16) == pytest.approx((share(fake, real), share(real, fake)))
+    mean, cov = evaluate.moments(real, chunk=7)
+    assert torch.allclose(cov, torch.cov(real.double().T)) and torch.allclose(mean, real.double().mean(dim=0))
+
+def test_samples_are_scored_from_npz_folders_and_stored_statistics(capsys, monkeypatch, photos, tmp_path):
+    """Distance zero to themselves, however they are stored; statistics of other features are not taken; JPEG and what
+    holds no pictures are refused; two processes agree with one."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(40))
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=pictures)
+    (tmp_path / "folder").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "folder" / f"{i:06d}.png")
+    assert isinstance(evaluate.read_npz(tmp_path / "a.npz", ("arr_0",))["arr_0"], np.memmap)
+    assert (evaluate.read_npz(tmp_path / "a.npz", ("arr_0", "arr_1"))["arr_1"] == np.arange(40)).all()
+
+    def score(samples, reference, *words):
+        run(evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--features", "random", "--record",
+            tmp_path / "r.json", "--batch-size", 7, *words)
+        return json.loads((tmp_path / "r.json").read_text())[Path(samples).stem]
+
+    for samples, reference in (("a.npz", "packed.npz"), ("packed.npz", "folder"), ("folder", "a.npz")):
+        result = score(samples, reference)
+        assert abs(result["FD-random"]) < 1e-6 and result["N"] == 40 and len(result) == 3
+    np.savez(tmp_path / "b.npz", arr_0=pictures[:20] // 2)
+    far = score("b.npz", "a.npz", "--save-stats", tmp_path / "stats.npz")["FD-random"]
+    assert far > 1 and score("b.npz", "stats.npz")["FD-random"] == pytest.approx(far, rel=1e-9)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=pictures)
+    assert score("b.npz", "adm.npz")["FD-random"] == pytest.approx(far, rel=1e-9)      # they are not this extractor's
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT /
+                           "evaluate.py", "samples", tmp_path / "b.npz", tmp_path / "a.npz", "--features", "random",
+                           "--batch-size", "7", "--record", tmp_path / "two.json"], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two.json").read_text())["b"]["FD-random"] == pytest.approx(far, rel=1e-6)
+    Image.fromarray(pictures[0]).save(tmp_path / "folder" / "z.jpg")
+    np.savez(tmp_path / "wrong.npz", arr_0=pictures.astype(float))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3), extractor="another")
+    for samples, reference, says in (("folder", "a.npz", "JPEG"), ("wrong.npz", "a.npz", "uint8"),
+                                     ("a.npz", "no.npz", "no.npz"), ("a.npz", "other.npz", "another")):
+        assert says in refusal(capsys, evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--features",
+                               "random")
+
+def test_the_classifier_learns_and_serves_as_an_extractor(capsys, photos, tmp_path):
+    """Red and blue pictures are told apart; its features score samples under their own name."""
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), tuple(c + 3 * i for c in colour)).save(tmp_path / "data" / name / f"{i}.png")
+    run(evaluate.main, "classifier", "--data", tmp_path / "data", "--image-size", 16, "--out", tmp_path / "c.pt",
+        "--steps", 30, "--batch-size", 8)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["accuracy"] == 1
+    run(evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data" / "blue", "--features", tmp_path / "c.pt",
+        "--record", tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["red"]["FD-classifier"] > 0.1 and "accuracy 1.000" in record["about"]["extractor"]
+    assert "--features" in refusal(capsys, evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data",
+                                   "--features", tmp_path / "r.json")
+
 def test_tensorflow_1s_resize_by_hand():
     """2 -> 4 has its sources at 0, 0.5, 1 and 1.5, the last beyond the border; rows of any size sum to one."""
     assert evaluate.tf1_bilinear(2, 4).tolist() == [[1, 0], [0.5, 0.5], [0, 1], [0, 1]]
@@ -1237,16 +1300,17 @@ def test_tensorflow_1s_resize_by_hand():
     assert torch.equal(evaluate.tf1_bilinear(299, 299), torch.eye(299, dtype=torch.float64))
 
 def test_an_identity_codec_scores_perfectly(monkeypatch, tmp_path, photos):
-    """E = D = identity: distance 0, SSIM 1, no equivariance error, infinite PSNR."""
+    """E = D = identity: distance 0, under every tau too, SSIM 1, no equivariance error; no PSNR, which is infinite."""
     codec = types.SimpleNamespace(encode=lambda x: types.SimpleNamespace(mean=x, std=torch.zeros_like(x)),
                                   decode=lambda z: z, grid=lambda size: size, to=lambda device: codec)
     monkeypatch.setattr(vae, "load_autoencoder", lambda *_: codec)
     (tmp_path / "identity.pt").write_bytes(b"hashed only")
     run(evaluate.main, "recon", tmp_path / "identity.pt", "--data", photos, "--image-size", 32, "--features", "random",
-        "--no-lpips", "--record", tmp_path / "record.json")
+        "--no-lpips", "--transforms", "--record", tmp_path / "record.json")
     result = json.loads((tmp_path / "record.json").read_text())["identity"]
+    assert all(abs(result[f"FD-random {name}"]) < 1e-6 for name in ("R90", "R180", "R270", "S0.25", "S0.75", "R"))
     assert abs(result["FD-random"]) < 1e-6 and result["SSIM"] == pytest.approx(1, abs=1e-6) and result["N"] == 10
-    assert result["R"] == result["S"] == result["R_centred"] == 0 and result["PSNR"] == math.inf
+    assert result["R"] == result["S"] == result["R_border"] == 0 and "PSNR" not in result
 
 def test_recon_figures_and_report_make_a_page(trained, tmp_path):
     """The three commands on two tiny checkpoints: the record's keys and values, the figures, the page."""
@@ -1279,7 +1343,14 @@ def test_recon_figures_and_report_make_a_page(trained, tmp_path):
     assert result["SSIM"] == pytest.approx(evaluate.ssim(x, decoded).mean().item(), rel=10 * CLOSE)
     assert result["latent_std"] == pytest.approx(mean.transpose(0, 1).flatten(1).std(dim=1).tolist(), rel=10 * CLOSE)
     assert result["ID"] == pytest.approx(evaluate.two_nn(mean.flatten(1)), rel=10 * CLOSE)
-    assert result["N"] == 24 and result["LPIPS"] is None and result["FD-random"] > 0
+    assert result["N"] == 24 and "LPIPS" not in result and result["FD-random"] > 0
+    assert result["ID_mle"] == pytest.approx(evaluate.mle_dimension(mean.flatten(1)), rel=10 * CLOSE)
+    tau, target = scale_transform(1, (8, 8), 2), model.encode(torch.rot90(x, 2, (2, 3))).mean
+    error, norm = (tau(mean) - target).square().sum(dim=1), target.square().sum(dim=1)
+    inner = F.pad(torch.ones(6, 6), (1, 1, 1, 1))
+    for part, mask in (("interior", inner), ("border", 1 - inner)):
+        ratio = (error * mask).sum(dim=(1, 2)) / (norm * mask).sum(dim=(1, 2))
+        assert result[f"R180_{part}"] == pytest.approx(ratio.mean().item(), rel=10 * CLOSE)
 
     run(evaluate.main, "figures", *arms, "--num-images", 4, "--out", tmp_path / "figures")
     run(evaluate.main, "report", tmp_path / "record.json", "--figures", tmp_path / "figures", "--title", "A title",
@@ -1289,17 +1360,6 @@ def test_recon_figures_and_report_make_a_page(trained, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert all(part in text for part in ("A title", "A paragraph.", "(figures/fig1-latents.png)", "| PSNR |"))
     assert json.loads((tmp_path / "report.json").read_text())["eq"]["R"] == result["R"]
-
-def test_the_colours_of_latents_are_principal_components():
-    """Three orthogonal directions of falling variance are found in mixed channels, whatever their unit."""
-    torch.manual_seed(0)
-    sources = torch.randn(6, 3, 16, 16) * torch.tensor([9.0, 3, 1])[:, None, None]
-    z = torch.einsum("ck,nkhw->nchw", torch.linalg.qr(torch.randn(4, 4)).Q[:, :3], sources)
-    colours = evaluate.principal_colours(z, z)
-    assert colours.shape == (6, 3, 16, 16) and colours.dtype == torch.uint8
-    for k in range(3):
-        assert abs(np.corrcoef(colours[:, k].flatten(), sources[:, k].flatten())[0, 1]) > 0.97
-    assert (colours.int() - evaluate.principal_colours(5 * z + 7, 5 * z + 7).int()).abs().max() <= 1
 
 @pytest.mark.parametrize("words, says", [
     ("report {wrong}/missing.json", "missing.json"),
