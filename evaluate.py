@@ -640,7 +640,7 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")                # ADM's names: po
 @torch.no_grad()
 def describe(path, args, network, distance, extractor, device, size=None):
     """One side of the comparison -> dict(mu, sigma[, mu_s, sigma_s][, features (N, d)][, logits], N, size), on
-    the first process. Statistics stored in an npz win over those of its pictures, as in ADM: they are of the whole data set.
+    the first process. Statistics stored in an npz win over its pictures', as in ADM: they are of the whole data set.
     """
     keys = (*STATISTICS, "features", "extractor", "N", "arr_0")
     side = read_npz(path, keys) if str(path).endswith(".npz") else dict(arr_0=None)

@@ -1285,8 +1285,8 @@ def test_the_classifier_learns_and_serves_as_an_extractor(capsys, photos, tmp_pa
     run(evaluate.main, "classifier", "--data", tmp_path / "data", "--image-size", 16, "--out", tmp_path / "c.pt",
         "--steps", 30, "--batch-size", 8)
     assert torch.load(tmp_path / "c.pt", weights_only=True)["accuracy"] == 1
-    run(evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data" / "blue", "--features", tmp_path / "c.pt",
-        "--record", tmp_path / "r.json")
+    run(evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data" / "blue", "--features",
+        tmp_path / "c.pt", "--record", tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["red"]["FD-classifier"] > 0.1 and "accuracy 1.000" in record["about"]["extractor"]
     assert "--features" in refusal(capsys, evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data",
