@@ -1460,6 +1460,11 @@ model = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
 posterior = model.encode(torch.zeros(1, 3, 16, 16))
 (model.decode(posterior.sample()).square().mean() + posterior.kl().mean()).backward()
 assert vae.PatchDiscriminator()(torch.zeros(2, 3, 24, 24)).shape == (2, 1, 1, 1)"""),
+    ("dit", """
+import torch, dit
+model, x, i = dit.DiT(8, 2, 4, 32, 1, 2, num_classes=3), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+sum(each.mean() for each in dit.GaussianDiffusion().losses(model(x, i, i), x, x, i, x)).backward()
+assert dit.GaussianDiffusion(4).sample(dit.guided(model, 3, 2.0), x, i).shape == x.shape"""),
     ("evaluate", """
 import torch, evaluate
 u = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
