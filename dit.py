@@ -424,7 +424,7 @@ def train(args, rank, world, device):
         f"{latent['scale']:.5f}; steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x "
         f"{micro}), lr {args.lr:g}; {device.type}, {args.precision}")
     batches = vae.loader(data, args, micro, step, rank, world)
-    skipped, streak = torch.zeros(2, device=device)
+    skipped, streak, longest = torch.zeros(3, device=device)
     first, since, started, totals = step, step, time.time(), defaultdict(float)
     bar = vae.progress(args.steps, step, out.stem)
     while True:
@@ -465,6 +465,7 @@ def train(args, rank, world, device):
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
         skipped, streak = skipped + poisoned, (streak + 1) * poisoned
+        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
@@ -478,7 +479,7 @@ def train(args, rank, world, device):
                           memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
             log(dict(step=step, **record))
             bar.set_postfix_str(f"mse {record['mse']:.4g}, {record['images_per_second']:.3g} images/s")
-            if streak >= 20:
+            if longest >= 20:
                 raise vae.InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is "
                                      "the last state saved")
             since, started, totals = step, time.time(), defaultdict(float)

@@ -828,7 +828,8 @@ def verdict(one, two, names):
 
     lines = [line("Equivariance", max(two[key] / one[key] for key in "RS"),
                   ", ".join(f"{key} x {two[key] / one[key]:.2f}" for key in "RS"))]
-    lines += [f"Reconstruction: PSNR {two['PSNR'] - one['PSNR']:+.2f} dB"]
+    if "PSNR" in one and "PSNR" in two:                        # identical images have none
+        lines += [f"Reconstruction: PSNR {two['PSNR'] - one['PSNR']:+.2f} dB"]
     for key in (key for key in one if key.startswith("samples: F") and key in two):
         ratio = two[key] / one[key]
         lines += [line("Generation", ratio, f"{key.removeprefix('samples: ')} of {one['samples: N']:,} samples "

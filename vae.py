@@ -430,7 +430,7 @@ def train(args, rank, world, device):
         f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
         f"lr {args.lr:g}; {device.type}, {args.precision}")
     batches = loader(data, args, micro, step, rank, world)
-    skipped, streak = torch.zeros(2, device=device)
+    skipped, streak, longest = torch.zeros(3, device=device)
     first, since, started, totals = step, step, time.time(), defaultdict(float)
     bar = progress(args.steps, step, out.stem)
     while True:
@@ -504,6 +504,7 @@ def train(args, rank, world, device):
         if ema:
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
         skipped, streak = skipped + poisoned, (streak + 1) * poisoned
+        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
@@ -517,7 +518,7 @@ def train(args, rank, world, device):
                           memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
             log(dict(step=step, **record))
             bar.set_postfix_str(f"nll {record['nll']:.4g}, {record['images_per_second']:.3g} images/s")
-            if streak >= 20:
+            if longest >= 20:
                 raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is the "
                                  f"last state saved")
             since, started, totals = step, time.time(), defaultdict(float)
@@ -556,8 +557,7 @@ def main():
         train(args, rank, world, device)
 
 # ======================================================================================================================
-# The run kit: what every training and sampling script here needs besides its model. The other scripts import it inside
-# train() and sample(), so that their models can be copied alone.
+# The run kit, for every script here; the others import it inside train() and sample(): models can be copied alone.
 
 class InputError(ValueError):
     """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
