@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's two ideas on real images, in one command. Pretrains a small autoencoder on emoji, fine-tunes it twice from
 # there, with the standard loss and with EQ-VAE's; then trains a small DiT on each of the two latent spaces and draws 512
-# pictures from each. Writes out/report.md, .json and .png. 7 to 13 minutes on two CPU cores; uses a GPU where there is
+# pictures from each. Writes out/report.md and out/figures/. 7 to 13 minutes on two CPU cores; uses a GPU where there is
 # one. Run again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -45,10 +45,9 @@ both dit.py $DIT --vae "$OUT/@.pt" --out "$OUT/dit-@.pt"
 echo "4/5  $SAMPLES samples of each, from the same noise and labels -> $OUT/samples/"
 mkdir -p "$OUT/samples"
 both dit.py --sample-from "$OUT/dit-@.pt" --vae "$OUT/@.pt" --samples "$OUT/samples/@.npz" $DRAW
-echo "5/5  scoring: the autoencoders on emoji neither has seen, the samples beside all training emoji -> $OUT/report.*"
+echo "5/5  scoring: the autoencoders on emoji neither has seen, the samples beside all training emoji -> $OUT/report.md"
 ARMS="$OUT/standard.pt $OUT/eq.pt ${DATA}-val"
 python evaluate.py recon $ARMS --features random --no-lpips --record "$OUT/recon.json"
 both evaluate.py samples "$OUT/samples/@.npz" emoji --features random --record "$OUT/samples-@.json"
-python evaluate.py figures $ARMS --out "$OUT/figures"
-python evaluate.py report "$OUT/recon.json" "$OUT/samples-standard.json" "$OUT/samples-eq.json" --figures "$OUT/figures" \
-  --out "$OUT/report" --title "EQ-VAE on emoji: one autoencoder, two fine-tunes of $TUNE steps, a DiT on each"
+python evaluate.py figures $ARMS --records "$OUT"/recon.json "$OUT"/samples-{standard,eq}.json --out "$OUT/figures"
+python evaluate.py report "$OUT"/recon.json "$OUT"/samples-{standard,eq}.json --figures "$OUT/figures" --out "$OUT/report.md"

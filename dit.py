@@ -505,7 +505,7 @@ def sample(args, rank, world, device):
                      3 if args.three_channels else None)
     write_samples(args, rank, world, device, config, about, lambda noise, labels, noise_like: diffusion.sample(
         predict, noise, labels, args.sampler, noise_like), sampler=args.sampler, sampling_steps=args.sampling_steps,
-        three_channels=args.three_channels)
+        three_channels=args.three_channels, model=next(k for k in CONFIGS if CONFIGS[k].items() <= config.items()))
 
 @torch.no_grad()
 def write_samples(args, rank, world, device, config, about, draw, **settings):

@@ -1164,21 +1164,28 @@ def test_psnr_and_ssim_equal_torchmetrics(perceptual):
             assert abs(evaluate.ssim(x, y, data_range)[i] - expected) < 1e-5
     assert evaluate.psnr(u, u).tolist() == [math.inf] * 4 and torch.allclose(evaluate.ssim(x, x), torch.ones(4))
 
-def test_two_nn_equals_scikit_dimension(perceptual):
-    """The intrinsic dimension within 1e-6 of skdim's TwoNN, unchanged by exact duplicates, and right for a plane."""
+def test_the_intrinsic_dimension_equals_scikit_dimensions(perceptual):
+    """TwoNN and MLE within 1e-6, unchanged by exact duplicates, and right for a plane."""
     skdim = pytest.importorskip("skdim")
     torch.manual_seed(0)
     for n, d in ((300, 5), (1500, 40)):
         x = torch.randn(n, d) * torch.linspace(1, 0.1, d)
-        ours = evaluate.two_nn(x)
-        assert ours == pytest.approx(skdim.id.TwoNN(discard_fraction=0.1).fit(x.double().numpy()).dimension_, rel=1e-6)
-        assert evaluate.two_nn(torch.cat([x, x[:50]])) == ours
+        for ours, oracle in ((evaluate.two_nn, skdim.id.TwoNN(discard_fraction=0.1)),
+                             (evaluate.mle_dimension, skdim.id.MLE(K=20))):
+            assert ours(x) == pytest.approx(oracle.fit(x.double().numpy()).dimension_, rel=1e-6)
+            assert ours(torch.cat([x, x[:50]])) == ours(x)
     assert evaluate.two_nn(torch.rand(4000, 2) @ torch.randn(2, 30)) == pytest.approx(2, abs=0.15)
     with pytest.raises(evaluate.InputError):
         evaluate.two_nn(torch.ones(10, 3))
 
+def stats(*batches):
+    total = evaluate.Moments()
+    for batch in batches:
+        total.add(batch)
+    return total.result()
+
 def test_the_frechet_distance_has_its_closed_forms():
-    """Two diagonal Gaussians, scipy's matrix root on random covariances, a distance to itself."""
+    """Two diagonal Gaussians, scipy's matrix root on random covariances, a distance to itself; moments of batches."""
     from scipy.linalg import sqrtm
     a, b = torch.tensor([1.0, 4, 9]), torch.tensor([4.0, 1, 16])
     m, n = torch.tensor([0.0, 1, 2]), torch.tensor([1.0, 1, 0])
@@ -1187,35 +1194,70 @@ def test_the_frechet_distance_has_its_closed_forms():
     expected = np.trace(c + d - 2 * sqrtm(c @ d).real)
     assert evaluate.frechet_distance(np.zeros(20), c, np.zeros(20), d) == pytest.approx(expected, rel=1e-8)
     assert abs(evaluate.frechet_distance(np.zeros(20), c, np.zeros(20), c)) < 1e-10
-    mean, cov = evaluate.moments(torch.tensor([[1.0, 2], [3, 6]]))
-    assert mean.tolist() == [2, 4] and cov.tolist() == [[2, 4], [4, 8]]
+    x = 5 + torch.randn(60, 4)
+    mean, cov = stats(*x.split(7))
+    assert torch.allclose(cov, torch.cov(x.double().T)) and torch.allclose(mean, x.double().mean(dim=0))
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of random weights under FID-Inception's 472 names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.Unit, "fold", lambda self: None)
+        network = evaluate.Inception()
+    weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    generator = torch.Generator().manual_seed(0)
+    for name, value in weights.items():
+        if name.endswith("conv.weight"):
+            value.normal_(std=(2 / value[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:                                                  # fc's too: then the classes' probabilities differ
+            value.normal_(std=0.1, generator=generator)
+    path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
+    torch.save(weights, path)
+    return path
 
 @torch.no_grad()
-def test_inception_is_fids(monkeypatch):
-    """472 tensors, folding changes nothing, both preprocessings, the outputs' sizes; other weights are refused."""
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Unit, "fold", lambda self: None)
-        unfolded = evaluate.Inception()
-    weights = {name: value for name, value in unfolded.state_dict().items() if not name.endswith("num_batches_tracked")}
+def test_inception_is_fids(perceptual, inception, tmp_path):
+    """32 pictures through torch-fidelity's and pytorch-fid's networks with the same weights: features and logits within
+    1e-4; FID, IS, precision and recall of the whole command equal torch-fidelity's."""
+    fidelity, pytorch_fid = pytest.importorskip("torch_fidelity"), pytest.importorskip("pytorch_fid.inception")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    weights = torch.load(inception, weights_only=True)
     assert len(weights) == 472 and weights["Mixed_6e.branch7x7dbl_5.conv.weight"].shape == (192, 192, 1, 7)
-    assert weights["fc.weight"].shape == (1008, 2048)
-    redraw(unfolded)
-    for name, value in weights.items():                        # shared with `unfolded`, so drawn in place
-        if name.endswith(("running_var", "bn.weight")):
-            value.uniform_(0.5, 1.5)
-        elif name.endswith("running_mean"):
-            value.normal_(std=0.1)
-        elif name.endswith("conv.weight"):
-            value.mul_(2 ** 0.5)                               # keeps the activations' size
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    for preprocess in ("pytorch-fid", "adm"):
-        unfolded.preprocess = preprocess
-        network = evaluate.Inception(weights | {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.ones(())}, preprocess)
-        for output, expected, width in zip(network(images), unfolded(images), (2048, 2023, 1008), strict=True):
-            assert output.shape == (2, width) and output.std() > 1e-6
-            assert (output - expected).abs().max() <= 1e-4 * expected.abs().max()
-    with pytest.raises(evaluate.InputError, match="not FID-Inception"):
-        evaluate.Inception({"conv.weight": torch.ones(3)})
+    rng = np.random.default_rng(0)
+    blobs = [rng.integers(low, 256, (n, 5, 5, 3), dtype=np.uint8) for n, low in ((32, 0), (16, 60))]
+    pictures = [np.stack([np.asarray(Image.fromarray(blob).resize((48, 48))) for blob in part]) for part in blobs]
+    u = torch.from_numpy(pictures[0]).permute(0, 3, 1, 2).contiguous()
+
+    oracle, seen = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(inception)), []
+    oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pooled, logits = oracle(u)
+    spatial = seen[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *_, **__: weights)
+        other = pytorch_fid.InceptionV3().eval()(u[:8].float() / 255)[0].flatten(1)
+    adm = evaluate.Inception(weights | {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.ones(())}, "adm")
+    pairs = [*zip(adm(u), (pooled, spatial, logits)), (evaluate.Inception(weights)(u[:8])[0], other)]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert (other - pooled[:8]).abs().max() > 1e-3 * pooled.abs().max()            # the two preprocessings differ
+
+    for name, part in zip(("fake", "real"), pictures):
+        np.savez(tmp_path / f"{name}.npz", arr_0=part)
+    run(evaluate.main, "samples", tmp_path / "fake.npz", tmp_path / "real.npz", "--inception", inception, "--record",
+        tmp_path / "r.json")
+    result = json.loads((tmp_path / "r.json").read_text())["fake"]
+    sets = [torch.utils.data.TensorDataset(torch.from_numpy(part).permute(0, 3, 1, 2)) for part in pictures]
+    for data in sets:
+        data.__class__ = type("Pictures", (type(data),), dict(__getitem__=lambda self, i: self.tensors[0][i]))
+    expected = fidelity.calculate_metrics(
+        input1=sets[0], input2=sets[1], cuda=False, fid=True, isc=True, prc=True, isc_splits=1, prc_neighborhood=3,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), verbose=False,
+        samples_shuffle=False, cache=False)
+    for ours, theirs in (("FID", "frechet_inception_distance"), ("IS", "inception_score_mean"),
+                         ("Precision", "precision"), ("Recall", "recall")):
+        assert result[ours] == pytest.approx(expected[theirs], rel=1e-4), ours
 
 def test_inception_score_precision_and_recall_by_hand():
     """IS is 1 for equal predictions and the number of classes for certain, even ones, per split; precision and recall
@@ -1231,49 +1273,77 @@ def test_inception_score_precision_and_recall_by_hand():
         return (torch.cdist(points, centres) <= radius).any(dim=1).double().mean().item()
 
     assert evaluate.precision_recall(real, fake, chunk=16) == pytest.approx((share(fake, real), share(real, fake)))
-    mean, cov = evaluate.moments(real, chunk=7)
-    assert torch.allclose(cov, torch.cov(real.double().T)) and torch.allclose(mean, real.double().mean(dim=0))
 
-def test_samples_are_scored_from_npz_folders_and_stored_statistics(capsys, monkeypatch, photos, tmp_path):
-    """Distance zero to themselves, however they are stored; statistics of other features are not taken; JPEG and what
-    holds no pictures are refused; two processes agree with one."""
+def two_processes(*words):
+    """evaluate.py under torchrun."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT /
+                           "evaluate.py", *map(str, words)], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+def test_samples_are_scored_from_npz_folders_and_stored_statistics(capsys, monkeypatch, inception, tmp_path):
+    """Distance zero to themselves, however they are stored, pictures mapped from disk; ADM's reference, with what else
+    is in it; statistics that were kept; two processes agree with one; what cannot be compared is refused."""
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(40))
+    pictures = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(8))
     np.savez_compressed(tmp_path / "packed.npz", arr_0=pictures)
-    (tmp_path / "folder").mkdir()
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(tmp_path / "folder" / f"{i:06d}.png")
-    assert isinstance(evaluate.read_npz(tmp_path / "a.npz", ("arr_0",))["arr_0"], np.memmap)
-    assert (evaluate.read_npz(tmp_path / "a.npz", ("arr_0", "arr_1"))["arr_1"] == np.arange(40)).all()
+    for folder, mode in (("folder", "png"), ("lossy", "jpg")):
+        (tmp_path / folder).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / folder / f"{i:06d}.{mode}")
+    for name in ("a.npz", "packed.npz"):
+        rows = evaluate.read_npz(tmp_path / name, ("arr_0",))["arr_0"]
+        assert isinstance(rows, np.memmap) and np.array_equal(rows, pictures)
 
     def score(samples, reference, *words):
-        run(evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--features", "random", "--record",
-            tmp_path / "r.json", "--batch-size", 7, *words)
+        run(evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--record", tmp_path / "r.json",
+            "--batch-size", 7, *words)
         return json.loads((tmp_path / "r.json").read_text())[Path(samples).stem]
 
+    random = ("--features", "random")
     for samples, reference in (("a.npz", "packed.npz"), ("packed.npz", "folder"), ("folder", "a.npz")):
-        result = score(samples, reference)
-        assert abs(result["FD-random"]) < 1e-6 and result["N"] == 40 and len(result) == 3
-    np.savez(tmp_path / "b.npz", arr_0=pictures[:20] // 2)
-    far = score("b.npz", "a.npz", "--save-stats", tmp_path / "stats.npz")["FD-random"]
-    assert far > 1 and score("b.npz", "stats.npz")["FD-random"] == pytest.approx(far, rel=1e-9)
-    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=pictures)
-    assert score("b.npz", "adm.npz")["FD-random"] == pytest.approx(far, rel=1e-9)      # they are not this extractor's
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT /
-                           "evaluate.py", "samples", tmp_path / "b.npz", tmp_path / "a.npz", "--features", "random",
-                           "--batch-size", "7", "--record", tmp_path / "two.json"], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+        result = score(samples, reference, *random)
+        assert abs(result["FD-random"]) < 1e-6 and result["N"] == 8 and len(result) == 3
+    np.savez(tmp_path / "b.npz", arr_0=pictures[:5] // 2)
+    far = score("b.npz", "a.npz", *random, "--save-stats", tmp_path / "stats.npz")["FD-random"]
+    assert far > 1 and score("b.npz", "stats.npz", *random)["FD-random"] == pytest.approx(far, rel=1e-6)
+    assert score("b.npz", "lossy", *random)["FD-random"] != far and "JPEG pictures" in capsys.readouterr().err
+    two_processes("samples", tmp_path / "b.npz", tmp_path / "a.npz", *random, "--record", tmp_path / "two.json")
     assert json.loads((tmp_path / "two.json").read_text())["b"]["FD-random"] == pytest.approx(far, rel=1e-6)
-    Image.fromarray(pictures[0]).save(tmp_path / "folder" / "z.jpg")
-    np.savez(tmp_path / "wrong.npz", arr_0=pictures.astype(float))
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3), extractor="another")
-    for samples, reference, says in (("folder", "a.npz", "JPEG"), ("wrong.npz", "a.npz", "uint8"),
-                                     ("a.npz", "no.npz", "no.npz"), ("a.npz", "other.npz", "another")):
-        assert says in refusal(capsys, evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--features",
-                               "random")
 
-def test_the_classifier_learns_and_serves_as_an_extractor(capsys, photos, tmp_path):
+    fid = ("--inception", inception)                           # FID by ADM's protocol, its reference as ADM stores it
+    own = score("b.npz", "a.npz", *fid, "--save-stats", tmp_path / "kept.npz")
+    assert {"FID", "sFID", "IS", "Precision", "Recall"} < set(own) and "below 2,048" in capsys.readouterr().err
+    with np.load(tmp_path / "kept.npz") as kept:
+        np.savez(tmp_path / "adm.npz", arr_0=pictures, **{k: kept[k] for k in evaluate.STATISTICS})
+    assert score("b.npz", "adm.npz", *fid) == pytest.approx(own, rel=1e-5)
+    score("b.npz", "adm.npz", *random)                         # takes the pictures: the statistics are not its own
+    np.savez(tmp_path / "sorted.npz", arr_0=pictures[:1].repeat(5, 0))
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 0.0)          # seconds each
+    assert score("sorted.npz", "kept.npz", *fid)["IS"] == pytest.approx(1, abs=1e-4)
+    assert "--shuffle" in capsys.readouterr().err
+
+    np.savez(tmp_path / "wide.npz", arr_0=pictures[:, :, :8])
+    np.savez(tmp_path / "float.npz", arr_0=pictures.astype(float))
+    np.savez(tmp_path / "none.npz", other=pictures)
+    (tmp_path / "text.npz").write_text("no npz")
+    for name, broken in (("torn", None), ("mixed", (9, 9))):
+        shutil.copytree(tmp_path / "folder", tmp_path / name)
+        (tmp_path / name / "000003.png").write_bytes(b"no picture")
+        if broken:
+            Image.new("RGB", broken).save(tmp_path / name / "000003.png")
+    (tmp_path / "empty").mkdir()
+    for samples, reference, words, says in (
+            ("lossy", "a.npz", random, "JPEG"), ("float.npz", "a.npz", random, "uint8"),
+            ("none.npz", "a.npz", random, "arr_0"), ("text.npz", "a.npz", random, "text.npz: cannot be read"),
+            ("a.npz", "no.npz", random, "no.npz"), ("a.npz", "wide.npz", random, "mixed sizes"),
+            ("mixed", "a.npz", random, "mixed/000003.png"), ("empty", "a.npz", random, "empty"),
+            ("torn", "a.npz", (*random, "--workers", 1), "torn/000003.png: cannot be read"),
+            ("gone", "a.npz", random, "gone"), ("a.npz", "stats.npz", fid, "another extractor"),
+            ("a.npz", "a.npz", (*random, "--batch-size", 0), "--batch-size 0")):
+        assert says in refusal(capsys, evaluate.main, "samples", tmp_path / samples, tmp_path / reference, *words), says
+
+def test_the_classifier_learns_and_serves_as_an_extractor(capsys, tmp_path):
     """Red and blue pictures are told apart; its features score samples under their own name."""
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -1286,8 +1356,10 @@ def test_the_classifier_learns_and_serves_as_an_extractor(capsys, photos, tmp_pa
         tmp_path / "c.pt", "--record", tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["red"]["FD-classifier"] > 0.1 and "accuracy 1.000" in record["about"]["extractor"]
-    assert "--features" in refusal(capsys, evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data",
-                                   "--features", tmp_path / "r.json")
+    torch.save(dict(arch="DiT"), tmp_path / "d.pt")
+    for other, says in (("d.pt", "--features"), ("r.json", "cannot be read")):
+        assert says in refusal(capsys, evaluate.main, "samples", tmp_path / "data" / "red", tmp_path / "data",
+                               "--features", tmp_path / other)
 
 def test_tensorflow_1s_resize_by_hand():
     """2 -> 4 has its sources at 0, 0.5, 1 and 1.5, the last beyond the border; rows of any size sum to one."""
@@ -1296,36 +1368,44 @@ def test_tensorflow_1s_resize_by_hand():
         assert torch.allclose(evaluate.tf1_bilinear(n, 299).sum(dim=1), torch.ones(299, dtype=torch.float64))
     assert torch.equal(evaluate.tf1_bilinear(299, 299), torch.eye(299, dtype=torch.float64))
 
-def test_an_identity_codec_scores_perfectly(monkeypatch, tmp_path, photos):
-    """E = D = identity: distance 0, under every tau too, SSIM 1, no equivariance error; no PSNR, which is infinite."""
+def test_an_identity_codec_scores_perfectly(monkeypatch, tmp_path, photos, inception):
+    """E = D = identity: rFID 0, under every tau too, SSIM 1, no equivariance error; no PSNR, which is infinite."""
     codec = types.SimpleNamespace(encode=lambda x: types.SimpleNamespace(mean=x, std=torch.zeros_like(x)),
                                   decode=lambda z: z, grid=lambda size: size, to=lambda device: codec)
     monkeypatch.setattr(vae, "load_autoencoder", lambda *_: codec)
-    (tmp_path / "identity.pt").write_bytes(b"hashed only")
-    run(evaluate.main, "recon", tmp_path / "identity.pt", "--data", photos, "--image-size", 32, "--features", "random",
-        "--no-lpips", "--transforms", "--record", tmp_path / "record.json")
+    (tmp_path / "identity.ckpt").write_bytes(b"hashed only")
+    run(evaluate.main, "recon", tmp_path / "identity.ckpt", "--data", photos, "--image-size", 32, "--no-lpips",
+        "--inception", inception, "--num-images", 4, "--record", tmp_path / "record.json")
     result = json.loads((tmp_path / "record.json").read_text())["identity"]
-    assert all(abs(result[f"FD-random {name}"]) < 1e-6 for name in ("R90", "R180", "R270", "S0.25", "S0.75", "R"))
-    assert abs(result["FD-random"]) < 1e-6 and result["SSIM"] == pytest.approx(1, abs=1e-6) and result["N"] == 10
+    assert abs(result["rFID"]) < 1e-3 and result["SSIM"] == pytest.approx(1, abs=1e-6) and result["N"] == 4
     assert result["R"] == result["S"] == result["R_border"] == 0 and "PSNR" not in result
 
-def test_recon_figures_and_report_make_a_page(trained, tmp_path):
-    """The three commands on two tiny checkpoints: the record's keys and values, the figures, the page."""
-    arms = (trained / "standard.pt", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32)
-    run(evaluate.main, "recon", *arms, "--num-images", 24, "--features", "random", "--no-lpips", "--batch-size", 10,
-        "--record", tmp_path / "record.json")
-    record = json.loads((tmp_path / "record.json").read_text())
+@pytest.fixture(scope="session")
+def scored(trained, tmp_path_factory):
+    """The record of recon, of two tiny checkpoints on 24 emoji."""
+    out = tmp_path_factory.mktemp("scored") / "record.json"
+    run(evaluate.main, "recon", trained / "standard.pt", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32,
+        "--num-images", 24, "--features", "random", "--no-lpips", "--batch-size", 10, "--transforms", "--record", out)
+    return out
+
+def test_recon_has_every_number_by_its_definition(trained, scored, tmp_path):
+    """R and S whole, centred, interior and border, PSNR, SSIM, the distances of Fig. 3, the latents' dimensions and
+    statistics; two processes and another batch size give the same."""
+    record = json.loads(scored.read_text())
     result, about = record["eq"], record["about"]
     assert list(record) == ["standard", "eq", "about"] and "rFID" not in result
-    assert {"command", "seed", "checkpoints", "extractor", "versions", "device", "conventions", "date"} <= set(about)
-    assert about["checkpoints"]["eq"] == evaluate.file_hash(trained / "eq.pt")
-
-    # every number from its definition: R and S directly, the centred error, PSNR, SSIM, the latents' statistics
+    assert {"command", "seed", "autoencoders", "extractor", "versions", "device", "conventions", "date"} <= set(about)
+    assert about["autoencoders"]["eq"]["sha256"] == evaluate.file_hash(trained / "eq.pt")
     model, data = vae.load_autoencoder(trained / "eq.pt"), vae.Images("emoji-val", (32, 32))
     images = torch.stack([data[i][0] for i in range(24)])
     x = images.float() / 127.5 - 1
     posterior = model.encode(x)
-    mean = posterior.mean
+    mean, z = posterior.mean, posterior.mean + posterior.std * vae.slot_noise(posterior.mean, 0, "recon", range(24))
+    features = evaluate.load_features(argparse.Namespace(features="random"))[0].cpu()
+
+    def distance(a, b):
+        return evaluate.frechet_distance(*stats(*features(vae.to_uint8(a))), *stats(*features(vae.to_uint8(b))))
+
     for names, taus in ((("R90", "R180", "R270", "R"), [scale_transform(1, (8, 8), k) for k in (1, 2, 3)]),
                         (("S0.25", "S0.50", "S0.75", "S"), [scale_transform(s, (8, 8)) for s in (0.25, 0.5, 0.75)])):
         errors = [equivariance_error(lambda x: model.encode(x).mean, x, tau).mean().item() for tau in taus]
@@ -1335,55 +1415,109 @@ def test_recon_figures_and_report_make_a_page(trained, tmp_path):
             spread = (target - target.mean(dim=(0, 2, 3), keepdim=True)).square().sum(dim=(1, 2, 3))
             centred = ((tau(mean) - target).square().sum(dim=(1, 2, 3)) / spread).mean().item()
             assert result[name + "_centred"] == pytest.approx(centred, rel=10 * CLOSE)
-    decoded = model.decode(mean + posterior.std * vae.slot_noise(mean, 0, "recon", range(24)))
+            assert result[f"FD-random {name}"] == pytest.approx(distance(tau(x), model.decode(tau(z))), rel=1e-2)
+    decoded = model.decode(z)
+    assert result["FD-random"] == pytest.approx(distance(x, decoded), rel=1e-3)
     assert result["PSNR"] == pytest.approx(evaluate.psnr(images, vae.to_uint8(decoded)).mean().item(), rel=CLOSE)
     assert result["SSIM"] == pytest.approx(evaluate.ssim(x, decoded).mean().item(), rel=10 * CLOSE)
     assert result["latent_std"] == pytest.approx(mean.transpose(0, 1).flatten(1).std(dim=1).tolist(), rel=10 * CLOSE)
-    assert result["ID"] == pytest.approx(evaluate.two_nn(mean.flatten(1)), rel=10 * CLOSE)
-    assert result["N"] == 24 and "LPIPS" not in result and result["FD-random"] > 0
-    assert result["ID_mle"] == pytest.approx(evaluate.mle_dimension(mean.flatten(1)), rel=10 * CLOSE)
+    assert result["N"] == result["N_ID"] == 24 and "LPIPS" not in result
+    for key, dimension in (("ID", evaluate.two_nn), ("ID_mle", evaluate.mle_dimension)):
+        assert result[key] == pytest.approx(dimension(mean.flatten(1)), rel=10 * CLOSE)
     tau, target = scale_transform(1, (8, 8), 2), model.encode(torch.rot90(x, 2, (2, 3))).mean
     error, norm = (tau(mean) - target).square().sum(dim=1), target.square().sum(dim=1)
     inner = F.pad(torch.ones(6, 6), (1, 1, 1, 1))
     for part, mask in (("interior", inner), ("border", 1 - inner)):
         ratio = (error * mask).sum(dim=(1, 2)) / (norm * mask).sum(dim=(1, 2))
         assert result[f"R180_{part}"] == pytest.approx(ratio.mean().item(), rel=10 * CLOSE)
+    two_processes("recon", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32, "--num-images", 24,
+                  "--features", "random", "--no-lpips", "--batch-size", 7, "--record", tmp_path / "two.json")
+    two = json.loads((tmp_path / "two.json").read_text())["eq"]
+    assert all(two[key] == pytest.approx(result[key], rel=10 * CLOSE) for key in two)
 
-    run(evaluate.main, "figures", *arms, "--num-images", 4, "--out", tmp_path / "figures")
-    run(evaluate.main, "report", tmp_path / "record.json", "--figures", tmp_path / "figures", "--title", "A title",
-        "--text", "A paragraph.", "--out", tmp_path / "report")
-    figures = [tmp_path / "figures" / f"{name}.png" for name in ("fig1-latents", "fig2-rotation", "fig2-scale")]
-    assert all(np.asarray(Image.open(path)).std() > 10 for path in (*figures, tmp_path / "report.png"))
-    text = (tmp_path / "report.md").read_text()
-    assert all(part in text for part in ("A title", "A paragraph.", "(figures/fig1-latents.png)", "| PSNR |"))
-    assert json.loads((tmp_path / "report.json").read_text())["eq"]["R"] == result["R"]
+def generated(folder, arm, autoencoder, step, distance, key="FD-random", model="DiT-Ti/2", cfg_scale=1):
+    """A record as `samples` writes it, of pictures that are there."""
+    path = folder / f"{arm}-{step}.npz"
+    np.savez(path, arr_0=np.random.default_rng(step).integers(0, 256, (9, 16, 16, 3), np.uint8))
+    drawn = dict(model=model, step=step, cfg_scale=cfg_scale, autoencoder=autoencoder)
+    record = {path.stem: {"N": 9, key: distance}, "about": dict(drawn=drawn, samples=str(path))}
+    path.with_suffix(".json").write_text(json.dumps(record))
+    return path.with_suffix(".json")
+
+def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_path, monkeypatch):
+    """Fig. 1 to 5, the speed-up in closed form; the paper's tables with what was run beside, seeds with their spread,
+    another distance under its own name."""
+    assert evaluate.speed_up([(100, 9), (400, 5)], [(100, 7), (200, 3)]) == pytest.approx(400 / 150)
+    assert evaluate.speed_up([(100, 9), (400, 5)], [(100, 7), (200, 6)]) is None
+    made = json.loads(scored.read_text())["about"]["autoencoders"]
+    runs = [generated(tmp_path, arm, made[arm]["sha256"], step, distance) for arm, step, distance in
+            (("standard", 100, 9.0), ("standard", 400, 5.0), ("eq", 100, 7.0), ("eq", 200, 3.0))]
+    longer = json.loads(scored.read_text())                    # the same autoencoder, fine-tuned for longer
+    longer["about"]["autoencoders"]["eq"] |= dict(sha256="longer", step=9)
+    (tmp_path / "longer.json").write_text(json.dumps(longer))
+    runs.append(generated(tmp_path, "longer", "longer", 200, 2.0))
+    run(evaluate.main, "figures", trained / "standard.pt", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32,
+        "--num-images", 4, "--records", scored, tmp_path / "longer.json", *runs, "--out", tmp_path / "figures")
+    figures = ("fig1-curves", "fig1-latents", "fig2-rotation", "fig2-scale", "fig3-transforms", "fig4-samples",
+               "fig5-fine-tuning")
+    assert sorted(path.stem for path in (tmp_path / "figures").iterdir()) == list(figures)
+    assert all(np.asarray(Image.open(tmp_path / "figures" / f"{name}.png")).std() > 10 for name in figures)
+
+    full = json.loads(scored.read_text())                      # as if the full-size ones had been scored, on two seeds
+    for arm, init, p_alpha in (("standard", "scratch", 1), ("eq", "kl-f8.ckpt", 0.5)):
+        full["about"]["autoencoders"][arm] |= dict(model="sd", init=init, p_alpha=p_alpha)
+    (tmp_path / "full.json").write_text(json.dumps(full))
+    eq = full["about"]["autoencoders"]["eq"]
+    runs = [generated(tmp_path, name, eq["sha256"], step, fid, "FID", "DiT-XL/2", scale) for name, step, fid, scale in
+            (("one", 400_000, 14.0, 1), ("two", 400_000, 15.0, 1), ("guided", 1_500_000, 2.5, 1.5))]
+    run(evaluate.main, "report", tmp_path / "full.json", *runs, "--figures", tmp_path / "figures", "--out",
+        tmp_path / "r.md")
+    text, random, psnr = (tmp_path / "r.md").read_text(), *(evaluate.show(full["eq"][k]) for k in ("FD-random", "PSNR"))
+    for line in ("| SD-VAE + EQ | DiT-XL/2 400k | 14.5 | 14.5 ± 0.71 (2 seeds) |",
+                 "| SD-VAE + EQ | DiT-XL/2 1.5M | 8.8 | not run |", "(figures/fig5-fine-tuning.png)",
+                 "| SD-VAE + EQ | DiT-XL/2 1.5M* | 2.37 | 2.5 | 4.78 | not run |",
+                 f"| SD-VAE + EQ | .82 | {random} (FD-random) | 25.95 | {psnr} | .141 | not run |",
+                 "nothing was run for 3, 10, 11."):
+        assert line in text, line
+    for name, how in (("+ EQ (R)", dict(tau="r")), ("+ EQ (p_alpha 0.3)", dict(p_alpha=0.3)),
+                      ("+ Eq. 1", dict(p_alpha=1)), ("+ explicit", dict(explicit_weight=1))):
+        assert evaluate.paper_name(eq | how) == f"SD-VAE {name}"
+        assert f"| SD-VAE {name} |" in (ROOT / "results" / "paper.md").read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(evaluate.InputError, match="pip install matplotlib"):
+        evaluate.record_figures(*evaluate.read_records([scored]), tmp_path)
 
 @pytest.mark.parametrize("words, says", [
     ("report {wrong}/missing.json", "missing.json"),
     ("report {wrong}/torn.json", "torn.json"),
     ("report {wrong}/other.json", "other.json"),
+    ("figures --records --out {wrong}/figures", "nothing to draw"),
+    ("figures {ok} --out /proc/no/figures", "/proc/no/figures: cannot write there"),
+    ("figures {wrong}/corrupt.pt --out {wrong}/figures", "corrupt.pt"),
     ("recon {wrong}/code.pt {random}", "code.pt: refused"),
-    ("recon {wrong}/foreign.pt {random}", "foreign.pt"),
+    ("recon {wrong}/nan.pt {random}", "nan: a reconstruction of the images [0, 1, 2, 3"),
     ("recon {ok} {random} --data {wrong}/missing", "--data"),
     ("recon {ok} {random} --image-size 30", "28x28 and 32x32"),
     ("recon {ok} {random} --interpolation nearest", "--interpolation"),
     ("recon {ok} {random} --num-images 2", "too few"),
     ("recon {ok} {random} --record /proc/no/record.json", "/proc/no: cannot write there"),
-    ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "--features random"),
+    ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "missing.pth"),
     ("recon {ok} --no-lpips", "--features random"),                            # offline, nothing in torch hub's cache
     ("recon {ok} --no-lpips --inception {wrong}/weights.pt", "not FID-Inception"),
     ("recon {ok} --no-lpips --inception {wrong}/code.pt", "code.pt"),
+    ("recon {ok} --features random", "vgg16"),
     ("recon {ok} --features random --vgg {wrong}/missing.pth", "missing.pth"),
     ("recon {ok} --features random --vgg random", "--vgg random"),
-    ("figures {ok} --out /proc/no/figures", "/proc/no/figures: cannot write there"),
-    ("figures {wrong}/corrupt.pt --out {wrong}/figures", "corrupt.pt"),
 ])
 def test_bad_input_to_evaluate_is_told_in_one_line(capsys, monkeypatch, trained, photos, wrong, tmp_path, words, says):
     """Exit code 2 and one line that names what was wrong, no traceback, no code run; scoring may have started."""
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    broken = torch.load(trained / "eq.pt", weights_only=True)
+    broken["model"]["decoder.conv_out.bias"].fill_(math.nan)
+    torch.save(broken, wrong / "nan.pt")
     words = words.format(wrong=wrong, ok=trained / "eq.pt", random="--features random --no-lpips").split()
-    if words[0] in ("recon", "figures"):
+    if words[0] == "recon" or words[0] == "figures" and "--records" not in words:
         words[1:1] = ["--data", str(photos), "--image-size", "32"]
     assert says in refusal(capsys, evaluate.main, *words) and not (wrong / "marker").exists()
 
@@ -1462,9 +1596,9 @@ assert dit.GaussianDiffusion(4).sample(dit.guided(model, 3, 2.0), x, i).shape ==
     ("evaluate", """
 import torch, evaluate
 u = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-features = evaluate.RandomFeatures()(u)
-assert features.shape == (8, 224) and torch.equal(features, evaluate.RandomFeatures()(u))
-assert abs(evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(features))) < 1e-6
+total = evaluate.Moments()
+total.add(evaluate.Classifier(2)(u)[0])
+assert abs(evaluate.frechet_distance(*total.result(), *total.result())) < 1e-6
 assert evaluate.psnr(u, u // 2).shape == evaluate.ssim(u.float(), u.float() / 2).shape == (8,)
 assert evaluate.two_nn(torch.randn(50, 3)) > 1 and evaluate.Inception()(u[:1])[0].shape == (1, 2048)"""),
 ])
