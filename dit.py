@@ -22,8 +22,7 @@ import json
 import math
 import os
 import shutil
-import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -356,10 +355,7 @@ def train(args, rank, world, device):
 
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    accumulate = args.batch_size // (world * micro)
-    if args.batch_size != world * micro * accumulate:
-        raise vae.InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+    micro, accumulate = vae.split_batch(args, world)
     resumed = vae.load(out) if out.exists() and not args.bench else None
     if resumed and (resumed.get("arch") != "DiT" or resumed["args"]["model"] != args.model):
         raise vae.InputError(f"{out}: holds another model than --model {args.model}; give another --out")
@@ -398,7 +394,7 @@ def train(args, rank, world, device):
         network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     diffusion = GaussianDiffusion(device=device)
-    log = vae.open_log(args, resumed)
+    meter = vae.Meter(args, resumed, world, device)
     if not args.no_cache:
         data.cache(args, rank, world)
 
@@ -424,13 +420,11 @@ def train(args, rank, world, device):
         f"{latent['scale']:.5f}; steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x "
         f"{micro}), lr {args.lr:g}; {device.type}, {args.precision}")
     batches = vae.loader(data, args, micro, step, rank, world)
-    skipped, streak, longest = torch.zeros(3, device=device)
-    first, since, started, totals = step, step, time.time(), defaultdict(float)
-    bar = vae.progress(args.steps, step, out.stem)
+    meter.start(step)
     while True:
         stopped = vae.stop_signal()
         last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and (step > first or not resumed):
+        if rank == 0 and not args.bench and step != (resumed or {}).get("step"):
             if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
                 look()
             if step % args.save_every == 0 and not last:
@@ -455,8 +449,7 @@ def train(args, rank, world, device):
                     output = network(x, t, y)                                  # (b, 2c, h, w)
                 mse, vb = (each.mean() for each in diffusion.losses(output, x0, x, t, noise))
                 ((mse + vb) / accumulate).backward()
-            for name, value in dict(mse=mse, vb=vb, unreadable=passed.float().sum()).items():
-                totals[name] += value.detach()
+            meter.add(mse=mse, vb=vb, unreadable=passed.sum())
 
         grad_norm = nn.utils.get_total_norm([p.grad for p in trainable])
         poisoned = (~grad_norm.isfinite()).float()             # skips the step in every process, without a host sync:
@@ -464,26 +457,10 @@ def train(args, rank, world, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
-        skipped, streak = skipped + poisoned, (streak + 1) * poisoned
-        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
-        bar.update()
-        if step % args.log_every == 0 or step == args.steps:                   # only here the host waits for the device
-            count = step - since
-            record = vae.means(totals, count * accumulate, device)
-            seconds = time.time() - started
-            record.update(unreadable=round(record["unreadable"] * count * accumulate * world), skipped=int(skipped),
-                          grad_norm=grad_norm.item(), lr=args.lr, seconds=seconds,
-                          images_per_second=count * args.batch_size / seconds,
-                          memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-            log(dict(step=step, **record))
-            bar.set_postfix_str(f"mse {record['mse']:.4g}, {record['images_per_second']:.3g} images/s")
-            if longest >= 20:
-                raise vae.InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is "
-                                     "the last state saved")
-            since, started, totals = step, time.time(), defaultdict(float)
-    bar.close()
+        meter.step(step, grad_norm, poisoned)
+    meter.bar.close()
     if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
         save()
         vae.say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")

