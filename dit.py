@@ -93,7 +93,6 @@ def timestep_features(t):
 
 class DiT(nn.Module):
     """DiT of any size; CONFIGS has the published ones (and Ti, the demo's).
-
     input_size, in_channels   of the latents: (B, in_channels, input_size, input_size)
     num_classes               labels are 0 .. num_classes - 1; label num_classes is the null class. 0: unconditional
     learn_sigma               twice as many output channels: the noise, then what its variance is interpolated with
@@ -133,6 +132,17 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @classmethod
+    def config_of(cls, weights):
+        """The arguments that an official file's shapes tell."""
+        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        return dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch_size=patch,
+                    in_channels=channels, hidden_size=width, depth=depth,
+                    num_heads=next(heads for *size, heads in SIZES.values() if size == [width, depth]),
+                    num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
+                    learn_sigma=len(weights["final_layer.linear.bias"]) == 2 * channels * patch ** 2)
+
     def embed(self, x, t, y):
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed     # (B, N, D)
         return h, self.t_embedder(timestep_features(t)) + self.y_embedder(y)   # and c (B, D)
@@ -149,31 +159,22 @@ class DiT(nn.Module):
             h = block(h, c)
         return self.unpatchify(self.final_layer(h, c))                         # float32, also under autocast
 
-def read_generator(path, arch="DiT"):
-    """-> (the network's arguments, its weights, the rest of the checkpoint or {}); the EMA where there is one.
-
+def read_generator(path, network=DiT):
+    """-> (arguments of a network like DiT, its weights, the EMA where there is one, the rest of the checkpoint or {}).
     Reads our own files and the official ones (bare, or {model, ema, opt, args}), whose shapes tell the configuration.
-    InputError for anything else.
-    """
+    InputError for anything else."""
     import vae
 
-    checkpoint = vae.load(path)
+    checkpoint, arch = vae.load(path), network.__name__
     if "arch" in checkpoint:
         if checkpoint["arch"] != arch:
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {arch}")
         return checkpoint["config"], checkpoint["ema"] or checkpoint["model"], checkpoint
     weights = checkpoint.get("ema", checkpoint)
     try:
-        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        heads = next(heads for *size, heads in SIZES.values() if size == [width, depth])
-        config = dict(input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch, patch_size=patch,
-                      in_channels=channels, hidden_size=width, depth=depth, num_heads=heads,
-                      num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
-                      learn_sigma=len(weights["final_layer.linear.bias"]) == 2 * channels * patch ** 2)
+        return network.config_of(weights), weights, {}
     except (KeyError, AttributeError, StopIteration):
         raise vae.InputError(f"{path}: no {arch} in it, neither in our layout nor in the official one") from None
-    return config, weights, {}
 
 # ======================================================================================================================
 # Gaussian diffusion: DDPM (https://arxiv.org/abs/2006.11239) with learned variances (https://arxiv.org/abs/2102.09672)
@@ -270,6 +271,13 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 
     return predict
 
+def file_hash(path):
+    """SHA-256 of a file, or of all the files in a folder of diffusers'."""
+    digest = hashlib.sha256()
+    for part in sorted(p for p in Path(path).rglob("*") if p.is_file()) or [path]:
+        digest.update(np.memmap(part, mode="r"))
+    return digest.hexdigest()
+
 # ======================================================================================================================
 # The latents: encoded once, image and mirror image, as mean and std, of which every step draws a fresh sample
 
@@ -282,13 +290,12 @@ class Latents(torch.utils.data.Dataset):
 
     def __init__(self, args, device):
         import vae
-
         if not args.vae:
             raise vae.InputError("--vae: give the autoencoder on whose latents to train (vae.py makes one: eqvae.pt)")
-        self.seed, self.mirror, self.device, self.rows = args.seed, not args.no_mirror, device, None
+        self.seed, self.mirror, self.device, self.rows = args.seed, args.mirror, device, None
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.autoencoder = vae.load_autoencoder(args.vae, args.vae_model).to(device, memory_format=layout)
-        self.vae = dict(file=args.vae, sha256=hashlib.sha256(Path(args.vae).read_bytes()).hexdigest())
+        self.vae = dict(file=args.vae, sha256=file_hash(args.vae))
         self.images = vae.Images(args.data, (args.image_size, args.image_size))
         self.grid = self.autoencoder.grid(self.images.size)
         if self.autoencoder.scaling_factor is None:            # LDM's kl-f16, for one, comes without its scale
@@ -299,173 +306,207 @@ class Latents(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, item):
+    def mirrored(self, item):
         import vae
+        return self.mirror and bool(torch.randint(2, (), generator=vae.seeded(self.seed, "mirror", *item[1:])))
 
-        index, step, slot = item
-        mirrored = self.mirror and int(torch.randint(2, (), generator=vae.seeded(self.seed, "mirror", step, slot)))
+    def __getitem__(self, item):
+        index, _, slot = item
         if self.rows is not None:
-            return torch.from_numpy(self.rows[index, int(mirrored)]), self.images.labels[index], slot, 0
+            return torch.from_numpy(self.rows[index, int(self.mirrored(item))]), self.images.labels[index], slot, 0
         image, label, _, passed = self.images[item]
-        return image.flip(2) if mirrored else image, label, slot, passed
+        return image.flip(2) if self.mirrored(item) else image, label, slot, passed
 
     @torch.no_grad()
     def moments(self, batch):
         """A batch of items' first entry -> means and standard deviations (B, 2c, h, w), float32, on the device."""
         import vae
-
         if batch.dtype != torch.uint8:
             return batch.to(self.device, non_blocking=True).float()
         posterior = self.autoencoder.encode(vae.to_float(batch, self.device))  # in fp32: it is what is learned from
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
     def cache(self, args, rank, world):
-        """Puts on disk what is missing there of moments (N, 2, 2c, h, w) in float16, of each image and its mirror."""
-        import vae
+        """Keeps the moments of all images and mirror images on disk, unless args.no_cache."""
+        if not args.no_cache:
+            shape = (2 * self.autoencoder.config["z_channels"], *self.grid)
+            self.rows = self.fill(args, rank, world, "latents", 2, shape, self.moments, autoencoder=self.vae["sha256"])
 
+    def fill(self, args, rank, world, what, views, shape, compute, **manifest):
+        """-> rows (N, views, *shape), float16 mapped from disk: compute(uint8 images) of each image and, with 2 views,
+        of its mirror image. An earlier run's are gone on with, if they belong to the same things."""
+        import vae
         root, files = os.path.normpath(args.data), self.images.files           # emoji are no files: [] stands for them
         names = [file[len(root):] for file in files if isinstance(file, str)]
         sizes = [os.path.getsize(root + names[int(k)]) for k in np.linspace(0, len(names) - 1, 256 * bool(names))]
         images = hashlib.sha256(json.dumps([len(files), names, sizes]).encode()).hexdigest()
-        cache = vae.Rows(args.cache or f"{os.path.splitext(args.vae)[0]}-latents",
-                         (len(files), 2, 2 * self.autoencoder.config["z_channels"], *self.grid), "float16",
-                         autoencoder=self.vae["sha256"], images=images, image_size=self.images.size)
+        folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vae))[0]}-latents"
+        cache = vae.Rows(folder if what == "latents" else f"{folder}-{what}", (len(files), views, *shape), "float16",
+                         images=images, image_size=self.images.size, **manifest)
         missing = cache.missing[rank::world]
         batches = torch.utils.data.DataLoader(
             torch.utils.data.Subset(self.images, missing.tolist()), min(32, args.micro_batch or 32),
             num_workers=args.workers, worker_init_fn=vae.leave_signals, pin_memory=self.device.type == "cuda")
-        bar = vae.progress(len(missing), 0, "caching latents", "image")
+        bar = vae.progress(len(missing), 0, f"caching {what}", "image")
         for batch, _, index, _ in batches if len(missing) else ():
             if vae.SIGNALS:
                 break
-            pairs = [self.moments(view) for view in (batch, batch.flip(3))]
-            cache.write(index.numpy(), torch.stack(pairs, dim=1).half().cpu().numpy())
+            parts = [compute(view) for view in (batch, batch.flip(3))[:views]]
+            cache.write(index.numpy(), torch.stack(parts, dim=1).half().cpu().numpy())
             bar.update(len(batch))
         bar.close()
         if stopped := vae.stop_signal():           # for which each process waits until all are done
             vae.say(f"stopped: {int(cache.done.sum()):,} of {len(self):,} images are cached; the same command goes on")
             raise SystemExit(128 + stopped)
-        self.rows = cache.rows
+        return cache.rows
 
 # ======================================================================================================================
 # Training
 
-def train(args, rank, world, device):
-    import vae
+class Run:
+    """What the training of DiT, SiT and REPA has in common, all but the step: see train(). `data` is a Latents,
+    `network` a class like DiT, `options` are its arguments beside those of configs[args.model]."""
 
-    torch.manual_seed(args.seed)
-    out = Path(args.out)
-    micro, accumulate = vae.split_batch(args, world)
-    resumed = vae.load(out) if out.exists() and not args.bench else None
-    if resumed and (resumed.get("arch") != "DiT" or resumed["args"]["model"] != args.model):
-        raise vae.InputError(f"{out}: holds another model than --model {args.model}; give another --out")
-    data = Latents(args, device)
-    autoencoder, classes = data.autoencoder, data.images.classes
-    config = dict(CONFIGS[args.model], input_size=data.grid[0], in_channels=autoencoder.config["z_channels"],
-                  num_classes=len(classes))
-    if resumed:
-        if resumed["vae"]["sha256"] != data.vae["sha256"]:
-            raise vae.InputError(f"{out}: trained on the latents of another autoencoder ({resumed['vae']['file']}); "
-                                 "give it as --vae, or another --out")
-        if resumed["config"] != DiT(**config).config:
-            raise vae.InputError(f"{out}: trained on latents of another size or with other classes; give another --out")
-        autoencoder.scaling_factor, autoencoder.shift_factor = resumed["latent"]["scale"], resumed["latent"]["shift"]
-    latent = dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor)
-    if config["input_size"] % config["patch_size"]:
-        raise vae.InputError(f"--model {args.model}: patches do not divide latents of {data.grid[0]} x {data.grid[1]}: "
-                                 "take another model or --image-size")
-    model = DiT(**config)
-    if resumed:
-        vae.say_changes(resumed["args"], vars(args))
-        vae.load_weights(model, resumed["model"], out)
-    model.to(device)
-    ema = {name: p.to(device, copy=True) for name, p in (resumed["ema"] if resumed else model.state_dict()).items()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
-    step = resumed["step"] if resumed else 0
-    if resumed:
-        optimizer.load_state_dict(resumed["opt"])
-        optimizer.param_groups[0]["lr"] = args.lr
-    if args.compile:
-        for block in model.blocks:                 # one graph, which all blocks share: compiles in seconds
-            block.compile()
-    network = model
-    if world > 1:
-        network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    diffusion = GaussianDiffusion(device=device)
-    meter = vae.Meter(args, resumed, world, device)
-    if not args.no_cache:
+    def __init__(self, args, rank, world, device, data, network, configs, **options):
+        import vae
+        torch.manual_seed(args.seed)
+        self.kit = vae
+        self.args, self.rank, self.world, self.device, self.data = args, rank, world, device, data
+        self.out, self.autoencoder, self.classes = Path(args.out), data.autoencoder, data.images.classes
+        self.micro, self.accumulate = vae.split_batch(args, world)
+        self.resumed = resumed = vae.load(self.out) if self.out.exists() and not args.bench else None
+        self.arch, self.step = network.__name__, resumed["step"] if resumed else 0
+        config = dict(configs[args.model], input_size=data.grid[0], num_classes=len(self.classes),
+                      in_channels=self.autoencoder.config["z_channels"], **options)
+        if config["input_size"] % config["patch_size"]:
+            raise vae.InputError(f"--model {args.model}: its patches do not divide latents of {data.grid[0]} x "
+                                 f"{data.grid[1]}; take another, or another --image-size")
+        self.model = network(**config)
+        if resumed:
+            wrong = (f"holds another model than --model {args.model}" if resumed.get("arch") != self.arch
+                     or resumed["args"]["model"] != args.model else
+                     f"trained on the latents of another autoencoder ({resumed['vae']['file']})"
+                     if resumed["vae"]["sha256"] != data.vae["sha256"] else
+                     "trained on latents of another size, with other classes or options"
+                     if resumed["config"] != self.model.config else None)
+            if wrong:
+                raise vae.InputError(f"{self.out}: {wrong}; give another --out")
+            scale, shift = resumed["latent"]["scale"], resumed["latent"]["shift"]
+            self.autoencoder.scaling_factor, self.autoencoder.shift_factor = scale, shift
+            vae.say_changes(resumed["args"], vars(args))
+            vae.load_weights(self.model, resumed["model"], self.out)
+        self.model.to(device)
+        weights = resumed["ema"] if resumed else self.model.state_dict()
+        self.ema = {name: p.to(device, copy=True) for name, p in weights.items()}
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
+        if resumed:
+            self.optimizer.load_state_dict(resumed["opt"])
+            self.optimizer.param_groups[0]["lr"] = args.lr
+        for block in self.model.blocks if args.compile else ():
+            block.compile()                        # one graph, which all blocks share: compiles in seconds
+        self.network = self.model if world == 1 else nn.parallel.DistributedDataParallel(
+            self.model, [device] if device.type == "cuda" else None)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        self.meter = vae.Meter(args, resumed, world, device)
         data.cache(args, rank, world)
+        vae.say(f"{args.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters; {len(data):,} images, "
+                f"{len(self.classes)} classes, latents {config['in_channels']}x{data.grid[0]}x{data.grid[1]} scaled by "
+                f"{self.autoencoder.scaling_factor:.5f}; steps {self.step} to {args.steps} of {args.batch_size} "
+                f"({world} x {self.accumulate} x {self.micro}), lr {args.lr:g}; {device.type}, {args.precision}")
+        self.batches = vae.loader(data, args, self.micro, self.step, rank, world)
+        self.meter.start(self.step)
+
+    def goes_on(self, draw):
+        """Before each step: the pictures, by draw(predict, noise, labels) -> latents, and the checkpoint when they are
+        due or a signal came; whether there is a step to take."""
+        args, stopped, new = self.args, self.kit.stop_signal(), self.step != (self.resumed or {}).get("step")
+        last = self.step >= args.steps or stopped
+        if self.rank == 0 and not args.bench:
+            if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
+                self.look(draw)
+            if last or new and self.step % args.save_every == 0:
+                self.save()
+        if last:
+            self.meter.bar.close()
+            self.kit.say(f"{self.out}: {'stopped' if stopped else 'finished'} at step {self.step} of {args.steps}")
+            if stopped := self.kit.stop_signal():  # for which the other processes wait until all is saved
+                raise SystemExit(128 + stopped)
+        return not last
 
     @torch.no_grad()
-    def look():
+    def look(self, draw):
         """Samples of the EMA from the same noise and labels each time, in a grid."""
-        shape = (16, config["in_channels"], *data.grid)
-        noise = torch.randn(shape, generator=vae.seeded(args.seed, "look")).to(device)
-        labels = torch.arange(16, device=device) % max(1, len(classes))
-        predict = guided(lambda *inputs: torch.func.functional_call(model, ema, inputs), len(classes), args.cfg_scale)
-        with autocast:
-            z = GaussianDiffusion(50, device).sample(predict, noise, labels, "ddim")
-        vae.image_grid(autoencoder.decode(autoencoder.denormalize(z)).split(8)).save(
-            out.with_suffix("") / f"{step:07d}.png")
+        shape = (16, self.autoencoder.config["z_channels"], *self.data.grid)
+        noise = torch.randn(shape, generator=self.kit.seeded(self.args.seed, "look")).to(self.device)
+        labels = torch.arange(16, device=self.device) % max(1, len(self.classes))
+        predict = guided(lambda *inputs: torch.func.functional_call(self.model, self.ema, inputs), len(self.classes),
+                         self.args.cfg_scale)
+        with self.autocast:
+            z = draw(predict, noise, labels)
+        pictures = self.autoencoder.decode(self.autoencoder.denormalize(z.float()))
+        self.kit.image_grid(pictures.split(8)).save(self.out.with_suffix("") / f"{self.step:07d}.png")
 
-    def save():
-        vae.save_checkpoint(out, dict(arch="DiT", config=model.config, model=model.state_dict(), ema=ema,
-                                  opt=optimizer.state_dict(), step=step, args=vars(args), latent=latent, vae=data.vae,
-                                  classes=classes))
+    def save(self):
+        latent = dict(scale=self.autoencoder.scaling_factor, shift=self.autoencoder.shift_factor)
+        self.kit.save_checkpoint(self.out, dict(
+            arch=self.arch, config=self.model.config, model=self.model.state_dict(), ema=self.ema, step=self.step,
+            opt=self.optimizer.state_dict(), args=vars(self.args), latent=latent, vae=self.data.vae,
+            classes=self.classes))
 
-    vae.say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {len(data):,} images in "
-        f"{len(classes)} classes, latents {config['in_channels']}x{data.grid[0]}x{data.grid[1]} scaled by "
-        f"{latent['scale']:.5f}; steps {step} to {args.steps}, {args.batch_size} images each ({world} x {accumulate} x "
-        f"{micro}), lr {args.lr:g}; {device.type}, {args.precision}")
-    batches = vae.loader(data, args, micro, step, rank, world)
-    meter.start(step)
-    while True:
-        stopped = vae.stop_signal()
-        last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and step != (resumed or {}).get("step"):
-            if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
-                look()
-            if step % args.save_every == 0 and not last:
-                save()
-        if last:
-            break
+    def micro_batches(self):
+        """A step's micro-batches, each with a context for its backward pass: processes average gradients last."""
+        for part in range(self.accumulate):
+            wait = self.world > 1 and part < self.accumulate - 1
+            yield next(self.batches), self.network.no_sync() if wait else contextlib.nullcontext()
+
+    def latents(self, batch):
+        """A batch -> normalised latents x0 and N(0, 1) noise (b, c, h, w), a uniform number in [0, 1) (b,), labels
+        (b,), a tenth of them null. All that is random is a function of (seed, step, slot in the global batch)."""
+        batch, labels, slots, passed = batch
+        moments, seed = self.data.moments(batch), self.args.seed               # (b, 2c, h, w)
+        mean, std = moments.chunk(2, dim=1)
+        fresh, noise = self.kit.slot_noise(moments, seed, self.step, slots).chunk(2, dim=1)         # (b, c, h, w) each
+        uniform = torch.stack([torch.rand(2, generator=self.kit.seeded(seed, "t", self.step, int(k))) for k in slots])
+        labels = torch.where(uniform[:, 1] < LABEL_DROP, len(self.classes), labels)
+        self.meter.add(unreadable=passed.sum())
+        uniform, labels = (each.to(self.device, non_blocking=True) for each in (uniform[:, 0], labels))
+        return self.autoencoder.normalize(mean + std * fresh), noise, uniform, labels
+
+    def update(self, clip=math.inf):
+        """The optimiser's step, the gradients' norm clipped, and the EMA's. A norm that is not finite skips the step in
+        every process, without a host sync: the fused step then changes nothing, as under AMP."""
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.trainable])
+        nn.utils.clip_grads_with_norm_(self.trainable, clip, grad_norm)
+        self.optimizer.found_inf = (~grad_norm.isfinite()).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - self.args.ema_decay)
+        self.step += 1
+        self.meter.step(self.step, grad_norm, self.optimizer.found_inf)
+
+def train(args, rank, world, device):
+    run = Run(args, rank, world, device, Latents(args, device), DiT, CONFIGS)
+    diffusion = GaussianDiffusion(device=device)
+
+    def draw(predict, noise, labels):
+        return GaussianDiffusion(50, device).sample(predict, noise, labels, "ddim")
+
+    while run.goes_on(draw):
         # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP. All that is random is a function of (seed, step, slot in the global batch).
-        for part in range(accumulate):
-            batch, labels, slots, passed = next(batches)
-            moments = data.moments(batch)                                      # (b, 2c, h, w)
-            mean, std = moments.chunk(2, dim=1)
-            fresh, noise = vae.slot_noise(moments, args.seed, step, slots).chunk(2, dim=1)     # (b, c, h, w) each
-            x0 = autoencoder.normalize(mean + std * fresh)
-            uniform = torch.stack([torch.rand(2, generator=vae.seeded(args.seed, "t", step, int(k))) for k in slots])
-            t = (1000 * uniform[:, 0]).long().to(device, non_blocking=True)    # 0 .. 999
-            y = torch.where(uniform[:, 1] < LABEL_DROP, len(classes), labels).to(device, non_blocking=True)
-
+        # TRAINING STEP
+        for batch, sync in run.micro_batches():
+            x0, noise, uniform, y = run.latents(batch)                         # (b, c, h, w) each, (b,), (b,)
+            t = (1000 * uniform).long()                                        # 0 .. 999
             x = diffusion.add_noise(x0, t, noise)
-            with network.no_sync() if world > 1 and part < accumulate - 1 else contextlib.nullcontext():
-                with autocast:
-                    output = network(x, t, y)                                  # (b, 2c, h, w)
+            with sync:
+                with run.autocast:
+                    output = run.network(x, t, y)                              # (b, 2c, h, w)
                 mse, vb = (each.mean() for each in diffusion.losses(output, x0, x, t, noise))
-                ((mse + vb) / accumulate).backward()
-            meter.add(mse=mse, vb=vb, unreadable=passed.sum())
-
-        grad_norm = nn.utils.get_total_norm([p.grad for p in trainable])
-        poisoned = (~grad_norm.isfinite()).float()             # skips the step in every process, without a host sync:
-        optimizer.found_inf = poisoned                         # the fused step then changes nothing, as under AMP
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
-        step += 1
+                ((mse + vb) / run.accumulate).backward()
+            run.meter.add(mse=mse, vb=vb)
+        run.update()
         # --------------------------------------------------------------------------------------------------------------
-        meter.step(step, grad_norm, poisoned)
-    meter.bar.close()
-    if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
-        save()
-        vae.say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
-    if stopped := vae.stop_signal():                           # for which the other processes wait until all is saved
-        raise SystemExit(128 + stopped)
 
 # ======================================================================================================================
 # Sampling
@@ -499,9 +540,8 @@ def write_samples(args, rank, world, device, config, about, draw, **settings):
     out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
     if not args.vae:
         raise vae.InputError("--vae: give the autoencoder on whose latents the generator was trained")
-    sha256 = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (args.sample_from, args.vae)
-              if os.path.isfile(file)}
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model).to(device)
+    sha256 = {file: file_hash(file) for file in (args.sample_from, args.vae)}
     if about and about["vae"]["sha256"] != sha256[args.vae]:
         raise vae.InputError(f"--vae {args.vae}: {args.sample_from} was trained on the latents of another autoencoder "
                              f"({about['vae']['file']}, SHA-256 {about['vae']['sha256'][:16]})")
@@ -582,7 +622,7 @@ def arguments(description, models):
     parser.add_argument("--vae-model", help="preset of a file that does not say it: sd, sdxl, sd3, sd-16")
     parser.add_argument("--cache", help="folder of the cached latents (default: NAME-latents beside the autoencoder)")
     parser.add_argument("--no-cache", action="store_true", help="encode on the fly")
-    parser.add_argument("--no-mirror", action="store_true", help="no mirror images")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="half of the images")
     parser.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights that samples are drawn with")
     # sampling
     parser.add_argument("--sample-from", help="checkpoint to sample from, ours or official: no training")
