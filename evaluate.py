@@ -59,7 +59,6 @@ class Unit(nn.Module):
 
 class Mixed(nn.Module):
     """An Inception block. `branches` are chains of (name, channels, kernel[, stride]); a list of two forks its end.
-
     pool: "average" and "max" keep the size, a `branch_pool` follows; "down" halves it, as all units with a stride do.
     FID's graph is not torchvision's: average pools do not count their padding, the last one is a max pool.
     """
@@ -110,7 +109,6 @@ def mixed_7(c_in, pool):                                                       #
 
 class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow, 2015-12-05) in the names of its public PyTorch files.
-
     weights     pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or torch-fidelity's file of the same tag
     preprocess  "pytorch-fid": half-pixel bilinear to 299, then 2 x / 255 - 1; the paper's rFID
                 "adm": TensorFlow 1's bilinear, then (x - 128) / 128; ADM's evaluator, the paper's gFID
@@ -179,18 +177,32 @@ class Classifier(nn.Module):
                                    for c in (64, 128, 256))
         self.head = nn.Linear(448, classes)
 
-    def forward(self, images):
-        h, levels = self.stem(images.float() / 127.5 - 1), []
+    def levels(self, images):
+        h = self.stem(images.float() / 127.5 - 1)
         for down, block in zip(self.down, self.block):
             h = down(F.relu(h))                                                # (B, 64, H / 4, W / 4), ...
             h = h + block(h)
-            levels.append(F.relu(h).mean(dim=(2, 3)))
-        return torch.cat(levels, dim=1),
+            yield F.relu(h)
+    def forward(self, images):
+        return torch.cat([level.mean(dim=(2, 3)) for level in self.levels(images)], dim=1),
+
+def load_classifier(path):
+    checkpoint = read_weights(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("arch") != "Classifier":
+        raise InputError(f"{path}: no file of `classifier` (--features: inception, random, or one)")
+    network = Classifier(len(checkpoint["classes"]))
+    network.load_state_dict(checkpoint["model"])
+    return network, f"classifier of accuracy {checkpoint['accuracy']:.3f} on images held out"
+
+def tokens(path, device):
+    """A file of `classifier` as repa.py's --encoder evaluate:tokens, in DINOv2's place: (B, side^2, 448)."""
+    network = load_classifier(path)[0].to(device).requires_grad_(False)
+    return lambda images, side: torch.cat([F.adaptive_avg_pool2d(level, side).flatten(2) for level in
+                                           network.levels(images)], dim=1).transpose(1, 2)
 
 def classifier(args):
     """Trains Classifier on the labelled images of args.data, a tenth of them held out; half of a batch mirrored."""
     from vae import Images, save_checkpoint
-
     data = Images(args.data, args.image_size)
     if len(data.classes) < 2:
         raise InputError(f"--data {args.data}: needs a folder for each of at least two classes")
@@ -240,12 +252,7 @@ def load_features(args, preprocess="pytorch-fid"):
             torch.manual_seed(0)
             network, name = Classifier(1), "random convolutions"
     else:
-        checkpoint = read_weights(args.features)
-        if not isinstance(checkpoint, dict) or checkpoint.get("arch") != "Classifier":
-            raise InputError(f"--features {args.features}: inception, random, or a file of `classifier`")
-        network = Classifier(len(checkpoint["classes"]))
-        network.load_state_dict(checkpoint["model"])
-        name = f"classifier of accuracy {checkpoint['accuracy']:.3f} on images held out"
+        network, name = load_classifier(args.features)
     digest = hashlib.sha256()                                  # of the numbers: the same ones come in several files
     for _, values in sorted(network.state_dict().items()):
         digest.update(values.numpy().tobytes())
@@ -257,7 +264,6 @@ def load_features(args, preprocess="pytorch-fid"):
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64, from means (d,) and covariances (d, d): FID's formula.
-
     tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): no sqrtm, nothing
     imaginary, no epsilon.
     """
@@ -286,7 +292,6 @@ class Moments:
 
 def inception_score(logits, split=5000):
     """exp of the mean KL between p(y | x) and p(y), averaged over splits of 5,000 in the order given, as ADM has it.
-
     logits (N, 1008) of FID-Inception without bias. Samples sorted by class score far too low: shuffle them.
     """
     scores = []
@@ -299,7 +304,6 @@ def inception_score(logits, split=5000):
 def precision_recall(real, fake, k=3, chunk=2048):
     """Improved precision and recall (Kynkaanniemi 2019) of features (N, d), (M, d), as ADM has them: the share of fakes
     inside some real's ball, and of reals inside some fake's, whose radius reaches the k-th nearest other of its kind.
-
     In fp32 throughout, in blocks of `chunk` rows; ADM's float16 distances move the published values by up to .002.
     """
     def blocks(points, centres):                               # squared distances (chunk, N)
@@ -321,7 +325,6 @@ def psnr(x, y):
 
 def ssim(x, y, data_range=None):
     """Per image of float (B, C, H, W): Gaussian window of 11 and sigma 1.5, reflected borders, mean over all pixels.
-
     data_range None takes each pair's own range, max of both images' max - min: torchmetrics' default on single images,
     which the paper's scoring script uses on unclamped [-1, 1]. The convention moves SSIM by up to .014: name it.
     """
@@ -340,7 +343,6 @@ def ssim(x, y, data_range=None):
 
 def nearest_distances(x, k, chunk=1024):
     """Distances (N, k), ascending, float64, of rows of x (N, d) to their k nearest others, exact duplicates dropped.
-
     Neighbours are found with fp32 matrix products, the winners' distances are then computed in float64.
     """
     x = torch.as_tensor(np.unique(np.asarray(x.cpu()), axis=0), device=x.device)
@@ -359,7 +361,6 @@ def nearest_distances(x, k, chunk=1024):
 
 def two_nn(x, fraction=0.9):
     """TwoNN intrinsic dimension (Facco 2017, DADApy's variant, the paper's Appendix B) of points (N, d).
-
     The slope through the origin of -log(1 - F(mu)) against log mu, mu = r2 / r1, over the lower `fraction`. It grows
     with N: compare at equal N only.
     """
@@ -430,7 +431,6 @@ CONVENTIONS = {
 def recon(args):
     from eqloss import scale_transform
     from vae import Images, load_autoencoder, load_lpips, slot_noise, to_float, to_uint8
-
     device, data = here(), Images(args.data, args.image_size)
     make_folder(Path(args.record or ".").parent)
     features, distance, extractor = load_features(args)
@@ -442,7 +442,8 @@ def recon(args):
     models, taus, made = {}, {}, {}
     for path in args.checkpoints:
         name = Path(path).stem if Path(path).stem not in models else str(path)
-        models[name], made[name] = load_autoencoder(path, args.model).to(device), how_made(path, args.model)
+        models[name] = load_autoencoder(path, args.model).to(device)
+        made[name] = how_made(path, args.model, models[name].config)
         grid = models[name].grid(args.image_size)
         taus[name] = {f"R{90 * k}": scale_transform(1, grid, k, args.interpolation) for k in (1, 2, 3)}
         taus[name] |= {f"S{s:.2f}": scale_transform(s, grid, 0, args.interpolation) for s in (0.25, 0.5, 0.75)}
@@ -517,13 +518,14 @@ def recon(args):
     write_record(args, results, autoencoders=made, extractor=extractor,
                  conventions=dict(CONVENTIONS, latent=args.latent, interpolation=args.interpolation))
 
-def how_made(path, model):
+def how_made(path, model, config):
     """What tells an autoencoder's row in the paper's tables: hash, preset, step, arguments of a training of ours."""
+    from vae import presets
     checkpoint = read_weights(path) if str(path).endswith(".pt") else {}
     given = checkpoint.get("args", {}) if "arch" in checkpoint else {}
     kept = {key: given[key] for key in ("init", "tau", "p_alpha", "explicit_weight", "stop_gradient") if key in given}
-    return dict(kept, sha256=file_hash(path), file=str(path), model=given.get("model", model) or Path(path).stem,
-                step=checkpoint["step"] if given else None)
+    model = given.get("model") or model or next(iter(presets(config)), Path(path).stem)
+    return dict(kept, model=model, sha256=file_hash(path), file=str(path), step=checkpoint["step"] if given else None)
 
 def file_hash(path):
     """SHA-256 of a file, or of all the files in a folder of diffusers'."""
@@ -757,7 +759,6 @@ def figures(args):
 def latent_figures(args, out):
     from eqloss import scale_transform
     from vae import Images, load_autoencoder, to_float, to_uint8
-
     data = Images(args.data, args.image_size)
     x, many = (to_float(torch.stack([data[i * len(data) // n][0] for i in range(n)]), here())  # shown; PCA's
                for n in (min(count, len(data)) for count in (args.num_images or 8, 256)))
@@ -839,7 +840,6 @@ def record_figures(arms, runs, out):
         axes.legend()
         figure.savefig(out / name)
         made.append(name)
-
     for run in runs:
         if os.path.exists(run["about"]["samples"]):
             drawn = Pictures(run["about"]["samples"])

@@ -243,7 +243,7 @@ def train(args, rank, world, device):
                     velocity, (projection,) = run.network(x, t, y, return_projections=True)
                 loss, cosine = (velocity - towards_noise).square().mean(), alignment(projection, target)
                 ((loss - args.align_weight * cosine) / run.accumulate).backward()
-            run.meter.add(loss=loss, alignment=cosine)
+            run.meter.add(mse=loss, alignment=cosine)
         run.update(clip=1.0)
         # --------------------------------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def train(args, rank, world, device):
                     velocity = run.network(x, t, y)
                 loss = (velocity - target).square().mean()
                 (loss / run.accumulate).backward()
-            run.meter.add(loss=loss)
+            run.meter.add(mse=loss)
         run.update()
         # --------------------------------------------------------------------------------------------------------------
 
