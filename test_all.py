@@ -166,107 +166,80 @@ def python(script, cwd, *words):
 # eqloss.py
 
 def test_the_example_in_the_docstring_runs():
-    """Anyone can paste eqloss.py's example."""
     result = doctest.testmod(eqloss)
     assert result.attempted >= 8 and not result.failed
 
-def assert_uniform(values, expected):
-    """Each expected value's count lies within five standard deviations of the mean count, and no other value occurs."""
-    counts, mean = [values.count(value) for value in expected], len(values) / len(expected)
-    assert sum(counts) == len(values) and all(abs(count - mean) <= 5 * mean ** 0.5 for count in counts), counts
-
 @pytest.mark.parametrize("kind", eqloss.KINDS)
 def test_draws_have_the_stated_frequencies(kind):
-    """10,000 draws: identity with p_alpha, else uniform turns and uniform sizes, of the kind's own sort."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [sample_transform((32, 32), p_alpha=0.3, kind=kind, generator=generator) for _ in range(10_000)]
+    """10,000 draws: identity with p_alpha, else the kind's own turns and sizes, uniform; functions of the generator.
+    On any grid no side falls below `smallest` or reaches the grid, and isotropic scales keep the aspect ratio."""
+    draws, again = ([sample_transform((32, 32), 0.3, kind, generator=generator) for _ in range(10_000)]
+                    for generator in (torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)))
     moved = [tau for tau in draws if tau != Transform((32, 32), (32, 32))]
-    assert abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
-    assert_uniform([tau.quarter_turns for tau in moved], (0,) if kind == "s" else (1, 2, 3))
-    h, w = (np.array([tau.size[axis] for tau in moved]) for axis in (0, 1))
-    for side in (h, w):
-        assert_uniform(side.tolist(), (32,) if kind == "r" else range(8, 32))
+    assert draws == again and abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
+    turns, h, w = ([tau.quarter_turns for tau in moved], *([tau.size[axis] for tau in moved] for axis in (0, 1)))
+    sides = (32,) if kind == "r" else range(8, 32)
+    for values, expected in ((turns, (0,) if kind == "s" else (1, 2, 3)), (h, sides), (w, sides)):
+        found, counts = np.unique(values, return_counts=True)
+        mean = len(moved) / len(expected)
+        assert found.tolist() == list(expected) and (abs(counts - mean) <= 5 * mean ** 0.5).all(), counts
     unrelated = 5 / len(moved) ** 0.5
-    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else (h == w).all()
-    if kind.startswith("rs"):
-        assert abs(np.corrcoef(h, [tau.quarter_turns for tau in moved])[0, 1]) < unrelated
-    one, two = ([sample_transform((32, 32), generator=generator) for _ in range(20)]
-                for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)))
-    assert one == two and len(set(one)) > 5                   # a function of the generator's state
-
-@pytest.mark.parametrize("kind", ["rs", "rs-aniso", "s"])
-def test_sizes_keep_their_bounds_and_the_aspect_ratio(kind):
-    """No side falls below `smallest` or reaches the grid; isotropic scales keep the aspect ratio."""
-    for smallest, shortest in ((1, 5), (6, 6)):                # the lowest of the shorter side: ceil(0.25 * 20) cells
+    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else h == w
+    assert kind in ("r", "s") or abs(np.corrcoef(h, turns)[0, 1]) < unrelated
+    for smallest, shortest in ((1, 5), (6, 6)) if kind != "r" else ():         # 5 is ceil(0.25 * 20)
         sizes = [sample_transform((33, 20), 0, kind, smallest=smallest).size for _ in range(500)]
         assert (min(w for _, w in sizes), max(w for _, w in sizes)) == (shortest, 19)
         assert all(9 <= h < 33 and (kind == "rs-aniso" or abs(h - max(9, w * 33 / 20)) <= 0.5) for h, w in sizes)
 
 def test_what_tau_cannot_do_is_a_value_error():
     """Unknown kinds, grids without room and tensors off the grid are refused."""
-    for options in (dict(kind="shear"), dict(grid=(1, 1), p_alpha=0), dict(p_alpha=0, smallest=8)):
+    for call, *words in ((sample_transform, (8, 8), 0.5, "shear"), (sample_transform, (1, 1), 0),
+                         (sample_transform, (8, 8), 0, "rs", 0.25, 8),
+                         *((scale_transform(0.5, (8, 8)), torch.zeros(1, 3, *size)) for size in ((64, 32), (4, 4)))):
         with pytest.raises(ValueError):
-            sample_transform(**dict(grid=(8, 8)) | options)
-    for size in ((60, 64), (64, 32), (4, 4)):
-        with pytest.raises(ValueError):
-            scale_transform(0.5, (8, 8))(torch.zeros(1, 3, *size))
+            call(*words)
 
-@pytest.mark.parametrize("height, width, factor", [
-    (h, w, f) for h, w in ((256, 256), (320, 320), (384, 256), (512, 512), (72, 72)) for f in (8, 16) if not h % f])
-def test_image_and_decoded_latent_agree_in_shape(height, width, factor):
-    """tau(x) and D(tau(z)) have equal shapes for every size and turn."""
-    grid = (height // factor, width // factor)
-    x, z = torch.zeros(1, 1, height, width), torch.zeros(1, 1, *grid)
-    for rows in range(1, grid[0] + 1):
-        size = (rows, 1 + (rows * 7) % grid[1])
-        tau = Transform(grid, size, rows % 4, "bilinear")
-        decoded = F.interpolate(tau(z), scale_factor=factor)
-        assert tau(x).shape == decoded.shape == (1, 1, *(factor * side for side in (size[::-1] if rows % 2 else size)))
+@pytest.mark.parametrize("f", [8, 16])
+def test_image_and_decoded_latent_agree_in_shape(f):
+    """tau(x) and D(tau(z)) have equal shapes for images of 256, 320, 384x256, 512 and 72 px, every scale and turn."""
+    for h, w in ((256 // f, 256 // f), (320 // f, 320 // f), (384 // f, 256 // f), (512 // f, 512 // f), (9, 9)):
+        for rows in range(1, h + 1):
+            tau = Transform((h, w), (rows, 1 + rows * 7 % w), rows % 4, "bilinear")
+            decoded = F.interpolate(tau(torch.zeros(1, 1, h, w)), scale_factor=f)
+            assert tau(torch.zeros(1, 1, f * h, f * w)).shape == decoded.shape
 
 def test_four_quarter_turns_are_the_identity():
-    """Turning four times gives the tensor back to the bit, once is torch.rot90, and a turn commutes with a decoder."""
-    z, grid = torch.randn(2, 4, 6, 9), (6, 9)
-    once, again = scale_transform(1, grid, 1), scale_transform(1, grid[::-1], 1)
-    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, grid, 4)(z) is z
-    for turns in (1, 2, 3):
-        tau, decode = scale_transform(1, grid, turns), functools.partial(F.interpolate, scale_factor=8)
-        assert torch.equal(tau(z), torch.rot90(z, turns, (2, 3))) and torch.equal(tau(decode(z)), decode(tau(z)))
-
-@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
-def test_gradients_reach_the_encoder_through_tau(interpolation):
-    """tau is differentiable, and Eq. 5's gradient reaches the encoder."""
-    tau = Transform((6, 6), (4, 3), 1, interpolation)
-    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
-    encode, x = torch.nn.Conv2d(3, 3, 8, stride=8), torch.randn(2, 3, 48, 48)
-    loss, _, _ = eqloss.eq_loss(F.l1_loss, lambda z: F.interpolate(z, scale_factor=8), x, encode(x), tau)
-    loss.backward()
-    assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and encode.bias.grad.abs().min() > 0
+    """To the bit; one to three are torch.rot90, and scales are rounded to whole cells."""
+    z, (once, again) = torch.randn(2, 4, 6, 9), (scale_transform(1, grid, 1) for grid in ((6, 9), (9, 6)))
+    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, (6, 9), 4)(z) is z
+    assert all(torch.equal(scale_transform(1, (6, 9), k)(z), torch.rot90(z, k, (2, 3))) for k in (1, 2, 3))
+    assert scale_transform(0.75, (8, 5)).size == (6, 4)
 
 def test_interpolations_are_what_they_are_called():
     """Antialiased bicubic is Pillow's bicubic and the default; the two others are F.interpolate's, which alias."""
     x, size = torch.rand(1, 1, 16, 24), (11, 9)
-    pillow = Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
-    result = {mode: Transform((16, 24), size, 0, mode)(x) for mode in eqloss.INTERPOLATIONS}
-    assert np.abs(result["bicubic-antialias"][0, 0].numpy() - np.asarray(pillow)).max() < 1e-4
+    pillow = np.asarray(Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
+    for tau in (sample_transform((8, 8)), scale_transform(1, (8, 8))):
+        assert np.abs(Transform((16, 24), size, 0, tau.interpolation)(x)[0, 0].numpy() - pillow).max() < 1e-4
     for mode in ("bilinear", "bicubic"):
-        assert torch.equal(result[mode], F.interpolate(x, size=size, mode=mode, align_corners=False))
-        assert (result[mode] - result["bicubic-antialias"]).abs().max() > 0.01
-    assert sample_transform((8, 8)).interpolation == scale_transform(1, (8, 8)).interpolation == "bicubic-antialias"
+        assert torch.equal(Transform((16, 24), size, 0, mode)(x), F.interpolate(x, size, mode=mode))
 
-def test_eq5_with_the_identity_is_eq1():
-    """tau = identity makes Eq. 5 the plain loss to the bit; any other tau compares tau(x) with D(tau(z))."""
+@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
+def test_eq5_with_the_identity_is_eq1(interpolation):
+    """To the bit; any other tau compares tau(x) with D(tau(z)), and gradients reach the encoder through it."""
     encode, decode = torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.ConvTranspose2d(4, 3, 8, stride=8)
-    x = torch.randn(2, 3, 64, 64)
+    x, tau = torch.randn(2, 3, 48, 48), sample_transform((6, 6), 0, interpolation=interpolation)
     z = encode(x)
-    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, scale_transform(1, (8, 8)))
+    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, scale_transform(1, (6, 6)))
     assert torch.equal(loss, F.mse_loss(x, decode(z))) and target is x and torch.equal(reconstruction, decode(z))
-    tau = Transform((8, 8), (5, 5), 3)
-    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, tau)
+    loss, target, _ = eqloss.eq_loss(F.mse_loss, decode, x, z, tau)
     assert torch.equal(target, tau(x)) and torch.equal(loss, F.mse_loss(tau(x), decode(tau(z))))
+    loss.backward()
+    assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and tau.interpolation == interpolation
+    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
 
 def test_an_equivariant_encoder_has_no_error():
-    """Average pooling commutes with turns, and with halving where that averages 2 x 2; another encoder does not, and
-    doubling its latents changes nothing."""
+    """Average pooling commutes with turns, and with halving that averages 2 x 2; another does not, in any unit."""
     x, half = torch.randn(3, 3, 64, 64, dtype=torch.float64), scale_transform(0.5, (8, 8), 1, "bilinear")
     for tau in (*(scale_transform(1, (8, 8), turns) for turns in (1, 2, 3)), half):
         assert (equivariance_error(lambda x: F.avg_pool2d(x, 8), x, tau) < 1e-28).all()
@@ -276,16 +249,11 @@ def test_an_equivariant_encoder_has_no_error():
 @pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
 def test_unrelated_latents_have_the_closed_form_error(interpolation):
     """Independent latents: 2 under rotations, 1 + Var(tau z) / Var(z) under scales, one number an image."""
-    generator, x = torch.Generator().manual_seed(0), torch.zeros(2048, 3, 16, 16)
-
-    def encode(x):
-        return torch.randn(len(x), 4, x.shape[2], x.shape[3], generator=generator)
-
+    torch.manual_seed(0)
     for s, turns in ((1, 1), (1, 2), (0.75, 0), (0.5, 0), (0.25, 3)):
-        tau = scale_transform(s, (16, 16), turns, interpolation)
-        z, error = encode(x), equivariance_error(encode, x, tau)
+        z, tau = torch.randn(2048, 4, 16, 16), scale_transform(s, (16, 16), turns, interpolation)
+        error, n = equivariance_error(torch.randn_like, z, tau), 4 * tau.size[0] * tau.size[1]
         # E[1 / chi2(n)] = 1 / (n - 2): the mean of the ratios lies above the ratio of the means
-        n = 4 * tau.size[0] * tau.size[1]
         assert error.shape == (2048,) and abs(error.mean() - (1 + tau(z).var() / z.var() * n / (n - 2))) < 0.02
 
 @pytest.mark.parametrize("stop_gradient, slope", [(False, 25.0), (True, 5.0)])
@@ -299,24 +267,15 @@ def test_the_explicit_loss_by_hand(stop_gradient, slope):
     assert loss.item() == 12.5 and w.grad.item() == slope
 
 def test_the_explicit_loss_alone_shrinks_the_latents():
-    """Table 7: Eq. 4 alone takes more than half of the latents' std away, Eq. 5 does not."""
-    def std_after(implicit):
-        torch.manual_seed(0)
-        encode, decode = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.ConvTranspose2d(4, 3, 4, stride=4)
-        optimizer = torch.optim.SGD([*encode.parameters(), *decode.parameters()], lr=0.1 if implicit else 2e-3)
-        x = torch.randn(8, 3, 32, 32)
-        before = encode(x).std().item()
-        for _ in range(60):
-            tau = sample_transform((8, 8), p_alpha=0)
-            loss = explicit_loss(encode, x, tau)
-            if implicit:
-                loss, *_ = eqloss.eq_loss(F.mse_loss, decode, x, encode(x), tau)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return encode(x).std().item() / before
-
-    assert std_after(implicit=False) < 0.5 and std_after(implicit=True) > 0.9
+    """Table 7: Eq. 4 alone takes more than half of the latents' std away."""
+    torch.manual_seed(0)
+    encode, x = torch.nn.Conv2d(3, 4, 4, stride=4), torch.randn(8, 3, 32, 32)
+    optimizer, before = torch.optim.SGD(encode.parameters(), lr=2e-3), encode(x).std()
+    for _ in range(60):
+        optimizer.zero_grad()
+        explicit_loss(encode, x, sample_transform((8, 8), p_alpha=0)).backward()
+        optimizer.step()
+    assert encode(x).std() < 0.5 * before
 
 
 # ======================================================================================================================
