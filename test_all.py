@@ -914,6 +914,11 @@ def test_a_new_dit_is_the_zero_function_with_positions_in_place():
     assert (grid[..., :32] == grid[:1, :, :32]).all() and (grid[..., 32:] == grid[:, :1, 32:]).all()
     assert torch.allclose(grid[0, 2, :16], torch.sin(2 * 10000 ** -(torch.arange(16) / 16)), atol=1e-6)
 
+def test_the_variational_bound_trains_the_variance_alone():
+    output, x, t = torch.randn(3, 8, 4, 4, requires_grad=True), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    dit.GaussianDiffusion().losses(output, x, x, t, x)[1].sum().backward()
+    assert (output.grad[:, :4] == 0).all() and output.grad[:, 4:].abs().sum() > 0
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_exact_noise_carries_noise_to_the_target(sampler):
     """For a target N(2, 0.5^2) the best eps is known: 250 of the thousand steps, one call each, end in that target."""
@@ -1008,6 +1013,8 @@ def test_generators_resume_to_the_bit_and_need_no_cache(script, trained, photos,
     assert relative(ema, 0.9 * p0 + 0.1 * p1) < 1e-6 < relative(ema, p0)
     online, plain = (moments(fit(word, word, "--steps", 4)[0]["opt"]) for word in ("--no-cache", "--no-mirror"))
     assert relative(online, moments(whole["opt"])) < 1e-2 < relative(plain, online)
+    assert torch.equal(vector(dit.read_generator(tmp_path / "parts.pt", parts["arch"])[1].values()),
+                       vector(parts["ema"].values()))
     assert whole["classes"] == ["cats", "dogs"] and whole["config"]["num_classes"] == 2
     assert whole["latent"]["scale"] == vae.load_autoencoder(trained / "eq.pt").scaling_factor
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0000000.png", "0000004.png"]
