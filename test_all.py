@@ -1104,8 +1104,8 @@ def test_bad_input_to_generators_is_told_in_one_line(capsys, monkeypatch, script
             monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     names = dict(wrong=wrong, ok=trained / "eq.pt", other=trained / "standard.pt", generator=generator,
                  model=tiny(script)[-1], larger=tiny(script, 4)[-1])
-    assert says.format(**names) in refusal(capsys, script.main, *tiny(script), "--data", photos, "--out",
-                                           tmp_path / "a.pt", *words.format(**names).split())
+    given = ("--steps", 1, "--num-samples", 2, "--data", photos, "--out", tmp_path / "a.pt")
+    assert says.format(**names) in refusal(capsys, script.main, *tiny(script), *given, *words.format(**names).split())
     assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
 
 
