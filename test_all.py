@@ -102,14 +102,18 @@ def train(out, *words):
     run(vae.main, *TINY, "--out", out, *words)
     return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
 
-def train_dit(out, autoencoder, photos, *words):
-    """dit.py with its smallest model, unless words say otherwise -> (checkpoint, log)."""
-    run(dit.main, *DIT, "--vae", autoencoder, "--data", photos, "--out", out, *words)
+def tiny(script, patch=2):
+    """The words of a generator's shortest runs, unless more words say otherwise."""
+    return [*DIT, "--model", next(name for name in script.CONFIGS if name.endswith(f"-Ti/{patch}"))]
+
+def train_dit(out, autoencoder, photos, *words, script=dit):
+    """A generator's script with its smallest model, unless words say otherwise -> (checkpoint, log)."""
+    run(script.main, *tiny(script), "--vae", autoencoder, "--data", photos, "--out", out, *words)
     return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
 
-def draw(checkpoint, autoencoder, out, *words):
+def draw(checkpoint, autoencoder, out, *words, script=dit):
     """Samples of a generator -> (pictures, labels)."""
-    run(dit.main, "--sample-from", checkpoint, "--vae", autoencoder, "--samples", out, "--sampling-steps", 4,
+    run(script.main, "--sample-from", checkpoint, "--vae", autoencoder, "--samples", out, "--sampling-steps", 4,
         "--precision", "fp32", *words)
     with np.load(out) as file:
         return file["arr_0"], file["arr_1"]
@@ -166,107 +170,80 @@ def python(script, cwd, *words):
 # eqloss.py
 
 def test_the_example_in_the_docstring_runs():
-    """Anyone can paste eqloss.py's example."""
     result = doctest.testmod(eqloss)
     assert result.attempted >= 8 and not result.failed
 
-def assert_uniform(values, expected):
-    """Each expected value's count lies within five standard deviations of the mean count, and no other value occurs."""
-    counts, mean = [values.count(value) for value in expected], len(values) / len(expected)
-    assert sum(counts) == len(values) and all(abs(count - mean) <= 5 * mean ** 0.5 for count in counts), counts
-
 @pytest.mark.parametrize("kind", eqloss.KINDS)
 def test_draws_have_the_stated_frequencies(kind):
-    """10,000 draws: identity with p_alpha, else uniform turns and uniform sizes, of the kind's own sort."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [sample_transform((32, 32), p_alpha=0.3, kind=kind, generator=generator) for _ in range(10_000)]
+    """10,000 draws: identity with p_alpha, else the kind's own turns and sizes, uniform; functions of the generator.
+    On any grid no side falls below `smallest` or reaches the grid, and isotropic scales keep the aspect ratio."""
+    draws, again = ([sample_transform((32, 32), 0.3, kind, generator=generator) for _ in range(10_000)]
+                    for generator in (torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)))
     moved = [tau for tau in draws if tau != Transform((32, 32), (32, 32))]
-    assert abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
-    assert_uniform([tau.quarter_turns for tau in moved], (0,) if kind == "s" else (1, 2, 3))
-    h, w = (np.array([tau.size[axis] for tau in moved]) for axis in (0, 1))
-    for side in (h, w):
-        assert_uniform(side.tolist(), (32,) if kind == "r" else range(8, 32))
+    assert draws == again and abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
+    turns, h, w = ([tau.quarter_turns for tau in moved], *([tau.size[axis] for tau in moved] for axis in (0, 1)))
+    sides = (32,) if kind == "r" else range(8, 32)
+    for values, expected in ((turns, (0,) if kind == "s" else (1, 2, 3)), (h, sides), (w, sides)):
+        found, counts = np.unique(values, return_counts=True)
+        mean = len(moved) / len(expected)
+        assert found.tolist() == list(expected) and (abs(counts - mean) <= 5 * mean ** 0.5).all(), counts
     unrelated = 5 / len(moved) ** 0.5
-    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else (h == w).all()
-    if kind.startswith("rs"):
-        assert abs(np.corrcoef(h, [tau.quarter_turns for tau in moved])[0, 1]) < unrelated
-    one, two = ([sample_transform((32, 32), generator=generator) for _ in range(20)]
-                for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)))
-    assert one == two and len(set(one)) > 5                   # a function of the generator's state
-
-@pytest.mark.parametrize("kind", ["rs", "rs-aniso", "s"])
-def test_sizes_keep_their_bounds_and_the_aspect_ratio(kind):
-    """No side falls below `smallest` or reaches the grid; isotropic scales keep the aspect ratio."""
-    for smallest, shortest in ((1, 5), (6, 6)):                # the lowest of the shorter side: ceil(0.25 * 20) cells
+    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else h == w
+    assert kind in ("r", "s") or abs(np.corrcoef(h, turns)[0, 1]) < unrelated
+    for smallest, shortest in ((1, 5), (6, 6)) if kind != "r" else ():         # 5 is ceil(0.25 * 20)
         sizes = [sample_transform((33, 20), 0, kind, smallest=smallest).size for _ in range(500)]
         assert (min(w for _, w in sizes), max(w for _, w in sizes)) == (shortest, 19)
         assert all(9 <= h < 33 and (kind == "rs-aniso" or abs(h - max(9, w * 33 / 20)) <= 0.5) for h, w in sizes)
 
 def test_what_tau_cannot_do_is_a_value_error():
     """Unknown kinds, grids without room and tensors off the grid are refused."""
-    for options in (dict(kind="shear"), dict(grid=(1, 1), p_alpha=0), dict(p_alpha=0, smallest=8)):
+    for call, *words in ((sample_transform, (8, 8), 0.5, "shear"), (sample_transform, (1, 1), 0),
+                         (sample_transform, (8, 8), 0, "rs", 0.25, 8),
+                         *((scale_transform(0.5, (8, 8)), torch.zeros(1, 3, *size)) for size in ((64, 32), (4, 4)))):
         with pytest.raises(ValueError):
-            sample_transform(**dict(grid=(8, 8)) | options)
-    for size in ((60, 64), (64, 32), (4, 4)):
-        with pytest.raises(ValueError):
-            scale_transform(0.5, (8, 8))(torch.zeros(1, 3, *size))
+            call(*words)
 
-@pytest.mark.parametrize("height, width, factor", [
-    (h, w, f) for h, w in ((256, 256), (320, 320), (384, 256), (512, 512), (72, 72)) for f in (8, 16) if not h % f])
-def test_image_and_decoded_latent_agree_in_shape(height, width, factor):
-    """tau(x) and D(tau(z)) have equal shapes for every size and turn."""
-    grid = (height // factor, width // factor)
-    x, z = torch.zeros(1, 1, height, width), torch.zeros(1, 1, *grid)
-    for rows in range(1, grid[0] + 1):
-        size = (rows, 1 + (rows * 7) % grid[1])
-        tau = Transform(grid, size, rows % 4, "bilinear")
-        decoded = F.interpolate(tau(z), scale_factor=factor)
-        assert tau(x).shape == decoded.shape == (1, 1, *(factor * side for side in (size[::-1] if rows % 2 else size)))
+@pytest.mark.parametrize("f", [8, 16])
+def test_image_and_decoded_latent_agree_in_shape(f):
+    """tau(x) and D(tau(z)) have equal shapes for images of 256, 320, 384x256, 512 and 72 px, every scale and turn."""
+    for h, w in ((256 // f, 256 // f), (320 // f, 320 // f), (384 // f, 256 // f), (512 // f, 512 // f), (9, 9)):
+        for rows in range(1, h + 1):
+            tau = Transform((h, w), (rows, 1 + rows * 7 % w), rows % 4, "bilinear")
+            decoded = F.interpolate(tau(torch.zeros(1, 1, h, w)), scale_factor=f)
+            assert tau(torch.zeros(1, 1, f * h, f * w)).shape == decoded.shape
 
 def test_four_quarter_turns_are_the_identity():
-    """Turning four times gives the tensor back to the bit, once is torch.rot90, and a turn commutes with a decoder."""
-    z, grid = torch.randn(2, 4, 6, 9), (6, 9)
-    once, again = scale_transform(1, grid, 1), scale_transform(1, grid[::-1], 1)
-    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, grid, 4)(z) is z
-    for turns in (1, 2, 3):
-        tau, decode = scale_transform(1, grid, turns), functools.partial(F.interpolate, scale_factor=8)
-        assert torch.equal(tau(z), torch.rot90(z, turns, (2, 3))) and torch.equal(tau(decode(z)), decode(tau(z)))
-
-@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
-def test_gradients_reach_the_encoder_through_tau(interpolation):
-    """tau is differentiable, and Eq. 5's gradient reaches the encoder."""
-    tau = Transform((6, 6), (4, 3), 1, interpolation)
-    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
-    encode, x = torch.nn.Conv2d(3, 3, 8, stride=8), torch.randn(2, 3, 48, 48)
-    loss, _, _ = eqloss.eq_loss(F.l1_loss, lambda z: F.interpolate(z, scale_factor=8), x, encode(x), tau)
-    loss.backward()
-    assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and encode.bias.grad.abs().min() > 0
+    """To the bit; one to three are torch.rot90, and scales are rounded to whole cells."""
+    z, (once, again) = torch.randn(2, 4, 6, 9), (scale_transform(1, grid, 1) for grid in ((6, 9), (9, 6)))
+    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, (6, 9), 4)(z) is z
+    assert all(torch.equal(scale_transform(1, (6, 9), k)(z), torch.rot90(z, k, (2, 3))) for k in (1, 2, 3))
+    assert scale_transform(0.75, (8, 5)).size == (6, 4)
 
 def test_interpolations_are_what_they_are_called():
     """Antialiased bicubic is Pillow's bicubic and the default; the two others are F.interpolate's, which alias."""
     x, size = torch.rand(1, 1, 16, 24), (11, 9)
-    pillow = Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
-    result = {mode: Transform((16, 24), size, 0, mode)(x) for mode in eqloss.INTERPOLATIONS}
-    assert np.abs(result["bicubic-antialias"][0, 0].numpy() - np.asarray(pillow)).max() < 1e-4
+    pillow = np.asarray(Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
+    for tau in (sample_transform((8, 8)), scale_transform(1, (8, 8))):
+        assert np.abs(Transform((16, 24), size, 0, tau.interpolation)(x)[0, 0].numpy() - pillow).max() < 1e-4
     for mode in ("bilinear", "bicubic"):
-        assert torch.equal(result[mode], F.interpolate(x, size=size, mode=mode, align_corners=False))
-        assert (result[mode] - result["bicubic-antialias"]).abs().max() > 0.01
-    assert sample_transform((8, 8)).interpolation == scale_transform(1, (8, 8)).interpolation == "bicubic-antialias"
+        assert torch.equal(Transform((16, 24), size, 0, mode)(x), F.interpolate(x, size, mode=mode))
 
-def test_eq5_with_the_identity_is_eq1():
-    """tau = identity makes Eq. 5 the plain loss to the bit; any other tau compares tau(x) with D(tau(z))."""
+@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
+def test_eq5_with_the_identity_is_eq1(interpolation):
+    """To the bit; any other tau compares tau(x) with D(tau(z)), and gradients reach the encoder through it."""
     encode, decode = torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.ConvTranspose2d(4, 3, 8, stride=8)
-    x = torch.randn(2, 3, 64, 64)
+    x, tau = torch.randn(2, 3, 48, 48), sample_transform((6, 6), 0, interpolation=interpolation)
     z = encode(x)
-    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, scale_transform(1, (8, 8)))
+    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, scale_transform(1, (6, 6)))
     assert torch.equal(loss, F.mse_loss(x, decode(z))) and target is x and torch.equal(reconstruction, decode(z))
-    tau = Transform((8, 8), (5, 5), 3)
-    loss, target, reconstruction = eqloss.eq_loss(F.mse_loss, decode, x, z, tau)
+    loss, target, _ = eqloss.eq_loss(F.mse_loss, decode, x, z, tau)
     assert torch.equal(target, tau(x)) and torch.equal(loss, F.mse_loss(tau(x), decode(tau(z))))
+    loss.backward()
+    assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and tau.interpolation == interpolation
+    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
 
 def test_an_equivariant_encoder_has_no_error():
-    """Average pooling commutes with turns, and with halving where that averages 2 x 2; another encoder does not, and
-    doubling its latents changes nothing."""
+    """Average pooling commutes with turns, and with halving that averages 2 x 2; another does not, in any unit."""
     x, half = torch.randn(3, 3, 64, 64, dtype=torch.float64), scale_transform(0.5, (8, 8), 1, "bilinear")
     for tau in (*(scale_transform(1, (8, 8), turns) for turns in (1, 2, 3)), half):
         assert (equivariance_error(lambda x: F.avg_pool2d(x, 8), x, tau) < 1e-28).all()
@@ -276,16 +253,11 @@ def test_an_equivariant_encoder_has_no_error():
 @pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
 def test_unrelated_latents_have_the_closed_form_error(interpolation):
     """Independent latents: 2 under rotations, 1 + Var(tau z) / Var(z) under scales, one number an image."""
-    generator, x = torch.Generator().manual_seed(0), torch.zeros(2048, 3, 16, 16)
-
-    def encode(x):
-        return torch.randn(len(x), 4, x.shape[2], x.shape[3], generator=generator)
-
+    torch.manual_seed(0)
     for s, turns in ((1, 1), (1, 2), (0.75, 0), (0.5, 0), (0.25, 3)):
-        tau = scale_transform(s, (16, 16), turns, interpolation)
-        z, error = encode(x), equivariance_error(encode, x, tau)
+        z, tau = torch.randn(2048, 4, 16, 16), scale_transform(s, (16, 16), turns, interpolation)
+        error, n = equivariance_error(torch.randn_like, z, tau), 4 * tau.size[0] * tau.size[1]
         # E[1 / chi2(n)] = 1 / (n - 2): the mean of the ratios lies above the ratio of the means
-        n = 4 * tau.size[0] * tau.size[1]
         assert error.shape == (2048,) and abs(error.mean() - (1 + tau(z).var() / z.var() * n / (n - 2))) < 0.02
 
 @pytest.mark.parametrize("stop_gradient, slope", [(False, 25.0), (True, 5.0)])
@@ -299,24 +271,15 @@ def test_the_explicit_loss_by_hand(stop_gradient, slope):
     assert loss.item() == 12.5 and w.grad.item() == slope
 
 def test_the_explicit_loss_alone_shrinks_the_latents():
-    """Table 7: Eq. 4 alone takes more than half of the latents' std away, Eq. 5 does not."""
-    def std_after(implicit):
-        torch.manual_seed(0)
-        encode, decode = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.ConvTranspose2d(4, 3, 4, stride=4)
-        optimizer = torch.optim.SGD([*encode.parameters(), *decode.parameters()], lr=0.1 if implicit else 2e-3)
-        x = torch.randn(8, 3, 32, 32)
-        before = encode(x).std().item()
-        for _ in range(60):
-            tau = sample_transform((8, 8), p_alpha=0)
-            loss = explicit_loss(encode, x, tau)
-            if implicit:
-                loss, *_ = eqloss.eq_loss(F.mse_loss, decode, x, encode(x), tau)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return encode(x).std().item() / before
-
-    assert std_after(implicit=False) < 0.5 and std_after(implicit=True) > 0.9
+    """Table 7: Eq. 4 alone takes more than half of the latents' std away."""
+    torch.manual_seed(0)
+    encode, x = torch.nn.Conv2d(3, 4, 4, stride=4), torch.randn(8, 3, 32, 32)
+    optimizer, before = torch.optim.SGD(encode.parameters(), lr=2e-3), encode(x).std()
+    for _ in range(60):
+        optimizer.zero_grad()
+        explicit_loss(encode, x, sample_transform((8, 8), p_alpha=0)).backward()
+        optimizer.step()
+    assert encode(x).std() < 0.5 * before
 
 
 # ======================================================================================================================
@@ -986,7 +949,6 @@ def test_dit_and_its_diffusion_have_the_official_numbers():
     ("DiT-XL/2", 292, 675_129_632), ("DiT-L/2", 252, 458_102_816), ("DiT-B/2", 132, 130_512_416),
     ("DiT-S/2", 132, 32_963_360)])
 def test_dit_sizes_are_the_published_ones(name, keys, parameters):
-    """Counts of tensors and numbers; official files tell their configuration by their shapes."""
     with torch.device("meta"):
         state = dit.DiT(**dit.CONFIGS[name]).state_dict()
     assert len(state) == keys and sum(p.numel() for p in state.values()) == parameters
@@ -994,22 +956,20 @@ def test_dit_sizes_are_the_published_ones(name, keys, parameters):
 
 @pytest.mark.parametrize("classes", [0, 1, 10, 1000])
 def test_the_null_class_comes_after_the_last(tmp_path, classes):
-    """Any number of classes, bare official files and their {ema}: label num_classes is null, and guidance uses it."""
+    """Label num_classes is null, and guidance uses it; bare official files and their {ema} tell their configuration."""
     model = formula(dit.DiT(8, 4, 3, hidden_size=128, depth=4, num_heads=4, num_classes=classes))
-    torch.save(model.state_dict(), tmp_path / "bare.pt")
-    torch.save(dict(model={}, ema=model.state_dict(), opt={}), tmp_path / "train.pt")
-    for name in ("bare.pt", "train.pt"):
-        config, weights, about = dit.read_generator(tmp_path / name)
+    for checkpoint in (model.state_dict(), dict(model={}, ema=model.state_dict(), opt={})):
+        torch.save(checkpoint, tmp_path / "official.pt")
+        config, weights, about = dit.read_generator(tmp_path / "official.pt")
         assert config | dict(mlp_ratio=4.0) == model.config and not about
         dit.DiT(**config).load_state_dict(weights)
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.tensor([0, max(0, classes - 1)])
     c, u = model(x, t, y), model(x, t, torch.full_like(y, classes))
     predict = functools.partial(dit.guided, model, classes)
     assert torch.equal(predict()(x, t, y, 0.5), c) and torch.equal(predict(4.0, 0.6, 1.0)(x, t, y, 0.5), c)
-    expected = torch.cat([u[:, :3] + 4 * (c[:, :3] - u[:, :3]), c[:, 3:]], dim=1)
-    assert torch.allclose(predict(4.0, 0.5, 0.6)(x, t, y, 0.5), expected, atol=1e-5)
-    two = predict(4.0, channels=2)(x, t, y, 0.5)
-    assert torch.allclose(two[:, :2], expected[:, :2], atol=1e-5) and torch.allclose(two[:, 2:], c[:, 2:], atol=1e-6)
+    for channels, guided in ((None, 3), (2, 2)):
+        expected = torch.cat([(u + 4 * (c - u))[:, :guided], c[:, guided:]], dim=1)
+        assert torch.allclose(predict(4.0, 0.5, 0.6, channels)(x, t, y, 0.5), expected, atol=1e-5)
 
 def test_a_new_dit_is_the_zero_function_with_positions_in_place():
     """adaLN-Zero; tokens of one column share the first half of their positions, those of one row the second."""
@@ -1019,16 +979,19 @@ def test_a_new_dit_is_the_zero_function_with_positions_in_place():
     assert (grid[..., :32] == grid[:1, :, :32]).all() and (grid[..., 32:] == grid[:, :1, 32:]).all()
     assert torch.allclose(grid[0, 2, :16], torch.sin(2 * 10000 ** -(torch.arange(16) / 16)), atol=1e-6)
 
+def test_the_variational_bound_trains_the_variance_alone():
+    output, x, t = torch.randn(3, 8, 4, 4, requires_grad=True), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    dit.GaussianDiffusion().losses(output, x, x, t, x)[1].sum().backward()
+    assert (output.grad[:, :4] == 0).all() and output.grad[:, 4:].abs().sum() > 0
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_exact_noise_carries_noise_to_the_target(sampler):
-    """For a target N(2, 0.5^2) the best eps is known: 250 steps end with its mean and standard deviation, from one call
-    of the network a step, which is given the steps of the thousand."""
+    """For a target N(2, 0.5^2) the best eps is known: 250 of the thousand steps, one call each, end in that target."""
     diffusion, full, seen = dit.GaussianDiffusion(250), dit.GaussianDiffusion(), []
 
     def predict(x, t, y, level):
-        signal, noise = full.signal[t], full.noise[t]
         seen.append((int(t[0]), level))
-        eps = noise * (x - 2 * signal) / (0.25 * signal ** 2 + noise ** 2)
+        eps = full.noise[t] * (x - 2 * full.signal[t]) / (0.25 * full.signal[t] ** 2 + full.noise[t] ** 2)
         return torch.cat([eps, -torch.ones_like(x)], dim=1)   # the lower bound of the variance
 
     torch.manual_seed(0)
@@ -1037,28 +1000,9 @@ def test_the_exact_noise_carries_noise_to_the_target(sampler):
     assert [t for t, _ in seen] == sorted(np.cumsum(np.append(0, np.full(249, 999 / 249))).round(), reverse=True)
     assert seen[0] == (999, 1) and seen[-1] == (0, 0)
 
-def test_dit_resumes_to_the_bit_and_needs_no_cache(trained, photos, tmp_path):
-    """Four steps equal two and two; the same images encoded on the fly give the same run to float16's rounding; --bench
-    writes no checkpoint; pictures are drawn; a checkpoint knows its autoencoder and its classes."""
-    words = ("--cache", tmp_path / "cache", "--steps")
-    whole, log = train_dit(tmp_path / "whole.pt", trained / "eq.pt", photos, *words, 4, "--sample-every", 4)
-    train_dit(tmp_path / "parts.pt", trained / "eq.pt", photos, *words, 2)
-    parts, parts_log = train_dit(tmp_path / "parts.pt", trained / "eq.pt", photos, *words, 4)
-    assert_same(whole, parts, ("model", "ema", "opt"))
-    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in parts_log], rel=EXACT)
-    _, online = train_dit(tmp_path / "online.pt", trained / "eq.pt", photos, "--no-cache", "--steps", 4)
-    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in online], rel=2e-3)
-    assert whole["classes"] == ["cats", "dogs"] and whole["config"]["num_classes"] == 2
-    assert whole["latent"]["scale"] == vae.load_autoencoder(trained / "eq.pt").scaling_factor
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0000000.png", "0000004.png"]
-    assert np.asarray(Image.open(tmp_path / "whole" / "0000004.png")).std() > 10
-    run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, 4, "--bench", "--out", tmp_path / "no.pt")
-    assert not (tmp_path / "no.pt").exists() and not (tmp_path / "no.jsonl").exists()
-
 def test_the_cache_equals_online_encoding_and_goes_on_after_a_kill(trained, photos, tmp_path, capsys, monkeypatch):
-    """Moments of image and mirror image to float16's rounding; what was encoded before a kill is not encoded again; one
-    of another autoencoder, folder or size is refused."""
-    words = ("--cache", tmp_path / "cache", "--steps", 0, "--out", tmp_path / "a.pt")
+    """Nothing is encoded twice; image and mirror image are online's to float16's rounding; others' are refused."""
+    words = (*DIT, "--vae", trained / "eq.pt", "--data", photos, "--cache", tmp_path / "cache", "--steps", 0, "--out")
     encoded, moments_of = [], dit.Latents.moments
 
     def killed(self, batch):
@@ -1070,64 +1014,90 @@ def test_the_cache_equals_online_encoding_and_goes_on_after_a_kill(trained, phot
     with monkeypatch.context() as patch:
         patch.setattr(dit.Latents, "moments", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, "--micro-batch", 4)
-        done = np.load(tmp_path / "cache" / "done.npy")
-        assert done.sum() == 4
-        run(dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words)
+            run(dit.main, *words, tmp_path / "a.pt", "--micro-batch", 4)
+        assert np.load(tmp_path / "cache" / "done.npy").sum() == 4
+        run(dit.main, *words, tmp_path / "a.pt")
     assert encoded == [4, 4, 4, 6, 6]
-    rows, data = np.load(tmp_path / "cache" / "rows.npy"), vae.Images(photos, (32, 32))
-    model = vae.load_autoencoder(trained / "eq.pt")
-    x = torch.stack([data[i][0] for i in range(10)]).float() / 127.5 - 1
+    rows, images = np.load(tmp_path / "cache" / "rows.npy"), vae.Images(photos, (32, 32))
+    x = torch.stack([images[i][0] for i in range(10)]).float() / 127.5 - 1
     for k, view in enumerate((x, x.flip(3))):
-        posterior = model.encode(view)
+        posterior = vae.load_autoencoder(trained / "eq.pt").encode(view)
         expected = torch.cat([posterior.mean, posterior.std], dim=1)
         torch.testing.assert_close(torch.from_numpy(rows[:, k]).float(), expected, rtol=2e-3, atol=2e-3)
-    for says, changed in (("autoencoder", ("--vae", trained / "standard.pt")), ("images", ("--data", photos / "cats")),
-                          ("image_size", ("--image-size", 48))):
-        line = refusal(capsys, dit.main, *DIT, "--vae", trained / "eq.pt", "--data", photos, *words, "--out",
-                       tmp_path / "b.pt", *changed)
-        assert "belongs to other" in line and says in line
+    for says, *changed in (("autoencoder", "--vae", trained / "standard.pt"), ("images", "--data", photos / "cats"),
+                           ("image_size", "--image-size", 48)):
+        assert says in refusal(capsys, dit.main, *words, tmp_path / "b.pt", *changed).split("belongs to other")[1]
 
 @torch.no_grad()
 def test_dit_overfits_eight_latents(trained, tmp_path):
-    """One class a latent, without the posterior's noise: under noise that leaves a Gaussian guess an error of 0.6, the
-    model knows the latents nearly; the autoencoder's unknown scale is measured on the way."""
+    """One class a latent, of unknown scale: under noise that leaves a Gaussian guess an error of 0.6, it knows them."""
     model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"]))
-    model.quant_conv.weight[4:], model.quant_conv.bias[4:] = 0, -30
+    model.quant_conv.weight[4:], model.quant_conv.bias[4:] = 0, -30            # no noise of the posterior's
     checkpoint = torch.load(trained / "eq.pt", weights_only=True) | dict(model=model.state_dict(), latent=None)
     torch.save(checkpoint, tmp_path / "ae.pt")
     for i in range(8):
         (tmp_path / "eight" / str(i)).mkdir(parents=True)
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((32, 32)).save(tmp_path / "eight" / str(i) / "0.png")
+    words = ("--batch-size", 32, "--steps", 150, "--lr", 5e-3, "--no-mirror", "--log-every", 50, *tiny(dit, 4)[-2:])
     with torch.enable_grad():
-        trained, log = train_dit(tmp_path / "a.pt", tmp_path / "ae.pt", tmp_path / "eight", "--batch-size", 32,
-                                 "--steps", 150, "--lr", 5e-3, "--no-mirror", "--log-every", 50, "--model", "DiT-Ti/4")
-    data, diffusion = vae.Images(tmp_path / "eight", (32, 32)), dit.GaussianDiffusion()
-    z = model.encode(torch.stack([data[i][0] for i in range(8)]) / 127.5 - 1).mean
-    x0 = z * trained["latent"]["scale"]
+        _, log = train_dit(tmp_path / "a.pt", tmp_path / "ae.pt", tmp_path / "eight", *words)
+    config, ema, about = dit.read_generator(tmp_path / "a.pt")
+    images, diffusion, network = vae.Images(tmp_path / "eight", (32, 32)), dit.GaussianDiffusion(), dit.DiT(**config)
+    network.load_state_dict(ema)
+    x = torch.stack([images[i][0] for i in range(8)]) / 127.5 - 1
+    x0, t = model.encode(x).mean * about["latent"]["scale"], torch.full((8,), 300)
     assert x0.std() == pytest.approx(1, rel=0.01) and log[-1]["mse"] < 0.15
-    network = dit.DiT(**trained["config"])
-    network.load_state_dict(trained["ema"])
-    t, y = torch.full((8,), 300), torch.arange(8)
     noised = diffusion.add_noise(x0, t, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)))
-    estimate = diffusion.read(network(noised, t, y), noised, t)[1]
+    estimate = diffusion.read(network(noised, t, torch.arange(8)), noised, t)[1]
     assert (estimate - x0).square().mean() < 0.3
 
+@pytest.fixture(scope="session", params=[dit], ids=lambda module: module.__name__)
+def script(request):
+    """The module of each generator in turn, for the tests of training and sampling, which they share."""
+    return request.param
+
 @pytest.fixture(scope="session")
-def generator(trained, photos, tmp_path_factory):
-    """A DiT after a few steps, on the latents of eq.pt."""
-    out = tmp_path_factory.mktemp("generator") / "dit.pt"
-    train_dit(out, trained / "eq.pt", photos, "--steps", 8, "--lr", 1e-2)
+def generator(script, trained, photos, tmp_path_factory):
+    """Its checkpoint after a few steps on the latents of eq.pt."""
+    out = tmp_path_factory.mktemp("generator") / f"{script.__name__}.pt"
+    train_dit(out, trained / "eq.pt", photos, "--steps", 8, "--lr", 1e-2, script=script)
     return out
 
-def test_samples_depend_on_seed_and_index_alone(generator, trained, tmp_path, monkeypatch):
-    """Any batch size gives the same pictures, a stopped run goes on to them; labels, guidance and seeds matter; the
-    record beside the npz says how they were drawn."""
-    words, ae = ("--num-samples", 7, "--labels", "1,0,1"), trained / "eq.pt"
-    whole, labels = draw(generator, ae, tmp_path / "whole.npz", *words)
-    assert whole.shape == (7, 32, 32, 3) and whole.dtype == np.uint8 and labels.tolist() == [1, 0, 1, 1, 0, 1, 1]
-    assert len({picture.tobytes() for picture in whole}) == 7
+def test_generators_resume_to_the_bit_and_need_no_cache(script, trained, photos, tmp_path):
+    """Four steps equal one and three, and those of online encoding to float16's rounding; --bench writes nothing."""
+    def fit(name, *words):
+        return train_dit(tmp_path / f"{name}.pt", trained / "eq.pt", photos, "--cache", tmp_path / "cache", *words,
+                         script=script)
+
+    whole, log = fit("whole", "--steps", 4, "--sample-every", 4)
+    start, first, (parts, parts_log) = (fit("parts", "--steps", steps) for steps in (0, 1, 4))
+    assert_same(whole, parts, ("model", "ema", "opt"))
+    assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in parts_log], rel=EXACT)
+    p0, p1, ema = (vector(state.values()) for state in (start[0]["model"], first[0]["model"], first[0]["ema"]))
+    assert relative(ema, 0.9 * p0 + 0.1 * p1) < 1e-6 < relative(ema, p0)
+    online, plain = (moments(fit(word, word, "--steps", 4)[0]["opt"]) for word in ("--no-cache", "--no-mirror"))
+    assert relative(online, moments(whole["opt"])) < 1e-2 < relative(plain, online)
+    assert torch.equal(vector(dit.read_generator(tmp_path / "parts.pt", parts["arch"])[1].values()),
+                       vector(parts["ema"].values()))
+    assert whole["classes"] == ["cats", "dogs"] and whole["config"]["num_classes"] == 2
+    assert whole["latent"]["scale"] == vae.load_autoencoder(trained / "eq.pt").scaling_factor
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0000000.png", "0000004.png"]
+    assert np.asarray(Image.open(tmp_path / "whole" / "0000004.png")).std() > 10
+    with pytest.raises(FileNotFoundError):
+        fit("no", "--steps", 4, "--bench")
+    assert not list(tmp_path.glob("no.*"))
+
+def test_samples_depend_on_seed_and_index_alone(script, generator, trained, tmp_path, monkeypatch):
+    """Any batch size gives the same pictures, a stopped run goes on to them; labels, guidance and seeds matter."""
+    def sampled(name, *words):
+        pictures, labels = draw(generator, trained / "eq.pt", tmp_path / f"{name}.npz", "--num-samples", 7, "--labels",
+                                "1,0,1", *words, script=script)
+        return pictures.astype(int), labels
+
+    whole, labels = sampled("whole")
+    assert whole.shape == (7, 32, 32, 3) and labels.tolist() == [1, 0, 1, 1, 0, 1, 1]
+    assert len({picture.tobytes() for picture in whole}) == 7 and Image.open(tmp_path / "whole.png").width > 32
     original, calls = vae.Rows.write, itertools.count(1)
 
     def stopped(self, indices, rows):
@@ -1138,77 +1108,70 @@ def test_samples_depend_on_seed_and_index_alone(generator, trained, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(vae.Rows, "write", stopped)
         with pytest.raises(SystemExit) as end:
-            draw(generator, ae, tmp_path / "parts.npz", *words, "--batch-size", 2)
+            sampled("parts", "--batch-size", 2)
     assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "parts.npz").exists()
     assert np.load(tmp_path / "parts.npz.part" / "done.npy").sum() == 4
-    parts, _ = draw(generator, ae, tmp_path / "parts.npz", *words, "--batch-size", 3)
-    assert np.abs(parts.astype(int) - whole).max() <= 1 and not (tmp_path / "parts.npz.part").exists()
+    parts, _ = sampled("parts", "--batch-size", 3)
+    assert np.abs(parts - whole).max() <= 1 and not (tmp_path / "parts.npz.part").exists()
     assert json.loads((tmp_path / "parts.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
-    assert Image.open(tmp_path / "whole.png").width > 32
     for other in (("--seed", 1), ("--cfg-scale", 4), ("--sampler", "ddim"), ("--labels", "balanced")):
-        changed, _ = draw(generator, ae, tmp_path / f"{other[0]}.npz", *words, *other)
-        assert np.abs(changed.astype(int) - whole).max() > 1, other
-    plain, _ = draw(generator, ae, tmp_path / "interval.npz", *words, "--cfg-scale", 4, "--guidance-low", 0.4,
-                    "--guidance-high", 0.6)                    # between the noise levels 1/3 and 2/3 of four steps
-    assert np.abs(plain.astype(int) - whole).max() <= 1
-    _, uniform = draw(generator, ae, tmp_path / "uniform.npz", "--num-samples", 64)
-    assert 16 < uniform.sum() < 48
+        assert np.abs(sampled(other[0], *other)[0] - whole).max() > 1, other
+    interval = ("--cfg-scale", 4, "--guidance-low", 0.4, "--guidance-high", 0.6)   # between the steps' 1/3 and 2/3
+    assert np.abs(sampled("interval", *interval)[0] - whole).max() <= 1
+    assert 16 < sampled("uniform", "--num-samples", 64, "--labels", "uniform")[1].sum() < 48
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
-def test_two_processes_train_and_sample_as_one(generator, trained, photos, tmp_path):
+def test_two_processes_train_and_sample_as_one(script, generator, trained, photos, tmp_path):
     """Gradients, losses and weights of two steps, in two micro-batches, and the samples."""
     def both(*words):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               ROOT / "dit.py", *map(str, words)], text=True, capture_output=True, timeout=300)
+                               script.__file__, *map(str, words)], text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
 
-    words = ("--vae", trained / "eq.pt", "--data", photos, "--cache", tmp_path / "cache", "--steps", 2, "--lr", 1e-4)
-    both(*DIT, *words, "--micro-batch", 1, "--out", tmp_path / "two.pt")
-    one, log = train_dit(tmp_path / "one.pt", trained / "eq.pt", photos, *words)
+    ae, words = trained / "eq.pt", ("--cache", tmp_path / "cache", "--steps", 2, "--lr", 1e-4)
+    both(*tiny(script), "--vae", ae, "--data", photos, *words, "--micro-batch", 1, "--out", tmp_path / "two.pt")
+    one, log = train_dit(tmp_path / "one.pt", ae, photos, *words, script=script)
     two = vae.load(tmp_path / "two.pt")
     assert relative(moments(two["opt"]), moments(one["opt"])) < 1e-4
     assert relative(vector(two["model"].values()), vector(one["model"].values())) < 1e-4
     assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in log_of(tmp_path / "two.pt")], rel=1e-4)
     assert np.load(tmp_path / "cache" / "done.npy").all()
-    both("--sample-from", generator, "--vae", trained / "eq.pt", "--samples", tmp_path / "two.npz", "--sampling-steps",
-         4, "--precision", "fp32", "--num-samples", 5)
-    alone, _ = draw(generator, trained / "eq.pt", tmp_path / "one.npz", "--num-samples", 5)
+    both("--sample-from", generator, "--vae", ae, "--samples", tmp_path / "two.npz", "--sampling-steps", 4,
+         "--precision", "fp32", "--num-samples", 5)
+    alone, _ = draw(generator, ae, tmp_path / "one.npz", "--num-samples", 5, script=script)
     assert np.abs(np.load(tmp_path / "two.npz")["arr_0"].astype(int) - alone).max() <= 1
 
 @pytest.mark.parametrize("words, says", [
     ("", "--vae"),
     ("--vae {wrong}/dit.pt", "not an autoencoder"),
-    ("--vae {ok} --data {wrong}/missing", "--data emoji"),
-    ("--vae {ok} --image-size 30", "28x28 and 32x32"),
-    ("--vae {ok} --image-size 36", "--model DiT-Ti/2"),
+    ("--vae {ok} --image-size 36", "--model {model}"),
     ("--vae {ok} --out {ok}", "give another --out"),
-    ("--vae {other} --out {dit}", "another autoencoder"),
-    ("--vae {ok} --out {dit} --model DiT-Ti/4", "give another --out"),
+    ("--vae {other} --out {generator}", "another autoencoder"),
+    ("--vae {ok} --out {generator} --model {larger}", "give another --out"),
     ("--vae {ok} --batch-size 4 --micro-batch 3", "--batch-size 4"),
-    ("--sample-from {dit}", "--vae"),
-    ("--sample-from {ok} --vae {ok}", "holds a AutoencoderKL, not a DiT"),
-    ("--sample-from {wrong}/foreign.pt --vae {ok}", "no DiT in it"),
-    ("--sample-from {wrong}/code.pt --vae {ok}", "refused"),
-    ("--sample-from {dit} --vae {other}", "another autoencoder"),
-    ("--sample-from {dit} --vae {ok} --labels 0,2", "--labels 0,2"),
-    ("--sample-from {dit} --vae {ok} --cfg-scale -1", "--cfg-scale -1"),
-    ("--sample-from {dit} --vae {ok} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low"),
-    ("--sample-from {dit} --vae {ok} --num-samples 0", "--num-samples 0"),
-    ("--sample-from {dit} --vae {ok} --sampling-steps 1", "--sampling-steps 1"),
-    ("--sample-from {dit} --vae {ok} --samples {wrong}/a.png", "ends in .npz"),
-    ("--sample-from {dit} --vae {ok} --samples {wrong}/no/a.npz", "in a folder that is there"),
+    ("--sample-from {generator}", "--vae"),
+    ("--sample-from {ok} --vae {ok}", "holds a AutoencoderKL"),
+    ("--sample-from {wrong}/foreign.pt --vae {ok}", "foreign.pt: no "),
+    ("--sample-from {generator} --vae {other}", "another autoencoder"),
+    ("--sample-from {generator} --vae {ok} --labels 0,2", "--labels 0,2"),
+    ("--sample-from {generator} --vae {ok} --cfg-scale -1", "--cfg-scale -1"),
+    ("--sample-from {generator} --vae {ok} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low"),
+    ("--sample-from {generator} --vae {ok} --num-samples 0", "--num-samples 0"),
+    ("--sample-from {generator} --vae {ok} --num-samples 1", "2 processes"),
+    ("--sample-from {generator} --vae {ok} --sampling-steps 1", "--sampling-steps 1"),
+    ("--sample-from {generator} --vae {ok} --samples {wrong}/no/a.npz", "in a folder that is there"),
 ])
-def test_bad_input_to_dit_is_told_in_one_line(capsys, generator, trained, photos, wrong, tmp_path, words, says):
-    words = words.format(wrong=wrong, ok=trained / "eq.pt", other=trained / "standard.pt", dit=generator).split()
-    assert says in refusal(capsys, dit.main, *DIT, "--data", photos, "--out", tmp_path / "a.pt", *words)
+def test_bad_input_to_generators_is_told_in_one_line(capsys, monkeypatch, script, generator, trained, photos, wrong,
+                                                     tmp_path, words, says):
+    if "processes" in says:                                    # all that is needed of the second is its number
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name in ("init_process_group", "destroy_process_group"):
+            monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    names = dict(wrong=wrong, ok=trained / "eq.pt", other=trained / "standard.pt", generator=generator,
+                 model=tiny(script)[-1], larger=tiny(script, 4)[-1])
+    given = ("--steps", 1, "--num-samples", 2, "--data", photos, "--out", tmp_path / "a.pt")
+    assert says.format(**names) in refusal(capsys, script.main, *tiny(script), *given, *words.format(**names).split())
     assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
-
-def test_more_processes_than_samples_are_refused(capsys, generator, trained, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("init_process_group", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
-    assert "2 processes" in refusal(capsys, dit.main, "--sample-from", generator, "--vae", trained / "eq.pt",
-                                    "--num-samples", 1, "--samples", tmp_path / "a.npz")
 
 
 # ======================================================================================================================
