@@ -542,7 +542,7 @@ def main():
     parser.add_argument("--interpolation", choices=eqloss.INTERPOLATIONS, help="of tau (default: the recipe's)")
     parser.add_argument("--lpips-weight", type=float, default=1.0)
     parser.add_argument("--kl-weight", type=float, default=1e-6)
-    parser.add_argument("--gan-weight", type=float, default=0.5, help="times the adaptive weight")
+    parser.add_argument("--gan-weight", type=float, default=0.5, help="times a micro-batch's adaptive weight")
     parser.add_argument("--disc-start", type=int, help="first step of the GAN term (0 if --init has one, else 1000)")
     parser.add_argument("--explicit-weight", type=float, default=0.0, help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)")
     parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
