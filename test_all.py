@@ -1158,8 +1158,8 @@ def test_the_exact_velocity_carries_noise_to_the_target(path):
     torch.manual_seed(0)
     noise, labels = torch.randn(64, 4, 16, 16), torch.zeros(64, dtype=torch.long)
     runs = {"euler": (249, sit.euler, {}), "heun": (98, sit.heun, dict(steps=50)), "dopri5": (0, sit.dopri5, {})}
-    runs |= {f"{diffusion} {last}": (250, sit.euler_maruyama, dict(path=path, diffusion=diffusion, last=last))
-             for diffusion in sit.DIFFUSIONS for last in (("tweedie",) if diffusion == "constant" else ("mean", "euler"))}
+    runs |= {f"{form} {last}": (250, sit.euler_maruyama, dict(path=path, diffusion=form, last=last))
+             for form in sit.DIFFUSIONS for last in (("tweedie",) if form == "constant" else ("mean", "euler"))}
     for name, (count, sampler, options) in runs.items():
         calls.clear()
         z = sampler(predict, noise, labels, **options)
@@ -1176,84 +1176,56 @@ def test_paths_join_noise_and_data():
         for f, slope in ((alpha, d_alpha), (sigma, d_sigma)):
             assert torch.allclose(torch.autograd.grad(f.sum(), t, retain_graph=True)[0], slope)
 
-@pytest.mark.parametrize("network, size, keys, parameters", [
-    (sit.SiT, "SiT-XL/2", 292, 675_129_632), (repa.REPA, "REPA-XL/2", 298, 683_242_512),
-    (repa.REPA, "REPA-B/2", 138, 137_845_008)])
-def test_flow_models_have_the_published_sizes(network, size, keys, parameters):
-    """SiT's published files with twice the channels, REPA's with its projector."""
-    configs, options = (sit.CONFIGS, dict(learn_sigma=True)) if network is sit.SiT else (repa.CONFIGS, {})
+@pytest.mark.parametrize("network, config, keys, parameters", [
+    (sit.SiT, dict(sit.CONFIGS["SiT-XL/2"], learn_sigma=True), 292, 675_129_632),
+    (repa.REPA, repa.CONFIGS["REPA-XL/2"], 298, 683_242_512), (repa.REPA, repa.CONFIGS["REPA-B/2"], 138, 137_845_008),
+    (repa.DINOv2, repa.ENCODERS["dinov2_vitb14"], 175, 86_580_480),
+    (repa.DINOv2, repa.ENCODERS["dinov2_vitb14_reg"], 176, 86_580_480 + 4 * 768)])
+def test_flow_models_and_dinov2_have_the_published_sizes(network, config, keys, parameters):
     with torch.device("meta"):
-        state = network(**configs[size], **options).state_dict()
+        state = network(**config).state_dict()
     assert len(state) == keys and sum(p.numel() for p in state.values()) == parameters
 
 def test_official_flow_files_tell_their_configuration(tmp_path):
-    """learn_sigma true and false, DiT's weights in SiT and back, the first half of whose outputs is the velocity; REPA's
-    projector; each model's files are refused by the others."""
+    """learn_sigma true and false; DiT's weights in SiT and back; REPA's projectors, whose files are not SiT's."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
     size = dict(input_size=8, hidden_size=128, depth=4, num_heads=4, num_classes=3)
-    for network, options in ((sit.SiT, {}), (sit.SiT, dict(learn_sigma=True)), (repa.REPA, dict(encoder_depth=2, z_dims=(7, 9)))):
+    for network, options in ((sit.SiT, {}), (sit.SiT, dict(learn_sigma=True)),
+                             (repa.REPA, dict(encoder_depth=2, z_dims=(7, 9)))):
         model = formula(network(**size, **options))
         torch.save(model.state_dict(), tmp_path / "official.pt")
         config, weights, _ = dit.read_generator(tmp_path / "official.pt", network)
-        again = network(**config)
-        again.load_state_dict(weights)
-        assert again.config | dict(patch_size=2) == model.config and torch.equal(again(x, t, y), model(x, t, y))
-    two = dit.DiT(**size)
-    two.load_state_dict(formula(sit.SiT(**size, learn_sigma=True)).state_dict())
-    assert torch.equal(two(x, t, y)[:, :4], formula(sit.SiT(**size, learn_sigma=True))(x, t, y))
+        again = vae.load_weights(network(**config), weights, "")
+        assert again.config == model.config and torch.equal(again(x, t, y), model(x, t, y))
+        if options.get("learn_sigma"):
+            both = vae.load_weights(dit.DiT(**size), model.state_dict(), "")(x, t, y)
+            assert torch.equal(both[:, :4], model(x, t, y)) and both.shape[1] == 8
     velocity, projections = model(x, t, y, return_projections=True)
     assert torch.equal(velocity, model(x, t, y)) and [p.shape for p in projections] == [(2, 16, 7), (2, 16, 9)]
     with pytest.raises(vae.InputError, match="does not fit"):
         vae.load_weights(sit.SiT(**size), model.state_dict(), "repa.pt")
 
-@torch.no_grad()
-@pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_is_the_official_one(perceptual, registers):
-    """Names and sizes; patch tokens within 1e-4 of transformers' with the same redrawn weights; positions resampled."""
-    transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        state = repa.DINOv2(**repa.ENCODERS["dinov2_vitb14" + "_reg" * bool(registers)]).state_dict()
-    assert len(state) == 174 + bool(registers) + 1 and sum(p.numel() for p in state.values()) == 86_580_480 + registers * 768
-    model = redraw(repa.DINOv2(width=48, depth=2, heads=4, registers=registers, positions=4))
-    options = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-    oracle = (transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(num_register_tokens=4, **options))
-              if registers else transformers.Dinov2Model(transformers.Dinov2Config(**options))).eval()
-    theirs, ours = oracle.state_dict(), model.state_dict()
-    for name in theirs:
-        key = functools.reduce(lambda key, pair: key.replace(*pair), (
-            ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_embeddings", "pos_embed"),
-            ("embeddings.", ""), ("encoder.layer.", "blocks."), ("layernorm", "norm"), ("layer_scale1.lambda1", "ls1.gamma"),
-            ("layer_scale2.lambda1", "ls2.gamma"), ("attention.output.dense", "attn.proj")), name)
-        part = {"query": 0, "key": 1, "value": 2}.get(name.split(".")[-2])
-        key = key.replace(f"attention.attention.{name.split('.')[-2]}", "attn.qkv") if part is not None else key
-        theirs[name].copy_(ours[key].chunk(3)[part] if part is not None else ours[key].reshape(theirs[name].shape))
-    x = torch.randn(2, 3, 56, 56)
-    expected = oracle(x).last_hidden_state[:, 1 + registers:]
-    assert (model(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert model.encode(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 2).shape == (2, 4, 48)
-    assert torch.equal(model.positions(4), model.pos_embed) and model.positions(2).shape == (1, 5, 48)
+#GOLDEN_FLOW
 
 def test_the_encoders_weights_are_found_or_asked_for(monkeypatch, tmp_path):
     """From a path or torch hub's cache, with REPA's preprocessing; offline, and with other keys, one line."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(vae.InputError, match="dinov2_vits14/dinov2_vits14_pretrain.pth there"):
-        repa.load_encoder("dinov2_vits14", None, torch.device("cpu"))
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(redraw(repa.DINOv2(**repa.ENCODERS["dinov2_vits14"])).state_dict(), tmp_path / "checkpoints" /
-               "dinov2_vits14_pretrain.pth")
-    encode, name = repa.load_encoder("dinov2_vits14", None, torch.device("cpu"))
+    load, file = functools.partial(repa.load_encoder, device=torch.device("cpu")), tmp_path / "checkpoints" / "x.pth"
+    file.parent.mkdir()
+    torch.save(dict(weight=torch.ones(3)), file)
+    for name, path, says in (("dinov2_vits14", file, "does not fit"), ("resnet", None, "dinov2_vitb14"),
+                             ("no_such:thing", None, "cannot be had"),
+                             ("dinov2_vitl14_reg", None, "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth there")):
+        with pytest.raises(vae.InputError, match=says):
+            load(name, path)
+    model = redraw(repa.DINOv2(**repa.ENCODERS["dinov2_vits14"]))
+    torch.save(model.state_dict(), file.with_name("dinov2_vits14_pretrain.pth"))
+    encode, name = load("dinov2_vits14", None)
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x = F.interpolate((images / 255 - mean) / std, size=(28, 28), mode="bicubic", align_corners=False)
-    model = repa.DINOv2(**repa.ENCODERS["dinov2_vits14"])
-    model.load_state_dict(torch.load(tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth", weights_only=True))
     assert torch.allclose(encode(images, 2), model(x), atol=1e-5) and name.startswith("dinov2_vits14 ")
-    torch.save(dict(weight=torch.ones(3)), tmp_path / "other.pth")
-    for name, path, says in (("dinov2_vits14", tmp_path / "other.pth", "does not fit"), ("resnet", None, "dinov2_vitb14"),
-                             ("no_such:thing", None, "cannot be had")):
-        with pytest.raises(vae.InputError, match=says):
-            repa.load_encoder(name, path, torch.device("cpu"))
 
 def test_the_alignment_is_learned_on_a_fixed_batch():
     """The term alone brings the cosine above 0.9; equal tokens have 1, opposite ones -1, whatever their length."""
@@ -1271,20 +1243,16 @@ def test_the_alignment_is_learned_on_a_fixed_batch():
     assert cosine > 0.9 and model.final_layer.linear.weight.grad is None
 
 def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path, capsys):
-    """Targets from disk give the run that online encoding gives, to float16's rounding, with mirror images too; another
-    encoder's are refused. The step is SiT's with REPA's time, plus the alignment."""
-    def fit(name, *words):
-        return train_dit(tmp_path / f"{name}.pt", trained / "eq.pt", photos, "--cache", tmp_path / "cache", "--mirror",
-                         "--steps", 2, *words, script=repa)
-
-    (online, log), (cached, _) = fit("online"), fit("cached", "--cache-features")
-    assert relative(moments(cached["opt"]), moments(online["opt"])) < 1e-2
-    assert np.load(tmp_path / "cache-features" / "rows.npy").shape == (10, 2, 16, 448) and -1 <= log[-1]["alignment"] <= 1
-    torch.save(vae.load(stand_in()) | dict(accuracy=1), tmp_path / "other.pt")
-    line = refusal(capsys, repa.main, *tiny(repa), "--vae", trained / "eq.pt", "--data", photos, "--cache", tmp_path /
-                   "cache", "--mirror", "--cache-features", "--encoder-weights", tmp_path / "other.pt", "--out",
-                   tmp_path / "b.pt", "--steps", 0)
-    assert "belongs to other encoder" in line
+    """Targets from disk give the run that online encoding gives, mirror images too; another encoder's are refused."""
+    words = ("--cache", tmp_path / "cache", "--mirror", "--steps", 2)
+    (online, log), (cached, _) = (train_dit(tmp_path / f"{len(more)}.pt", trained / "eq.pt", photos, *words, *more,
+                                            script=repa) for more in ((), ("--cache-features",)))
+    assert relative(moments(cached["opt"]), moments(online["opt"])) < 1e-2 and -1 <= log[-1]["alignment"] <= 1
+    assert np.load(tmp_path / "cache-features" / "rows.npy").shape == (10, 2, 16, 448)
+    torch.save(vae.load(stand_in()) | dict(accuracy=1), tmp_path / "classifier.pt")
+    assert "belongs to other encoder" in refusal(
+        capsys, repa.main, *tiny(repa), "--vae", trained / "eq.pt", "--data", photos, *words, "--cache-features",
+        "--encoder-weights", tmp_path / "classifier.pt", "--out", tmp_path / "b.pt")
 
 
 # ======================================================================================================================
