@@ -350,7 +350,7 @@ def export(args):
 
 @torch.no_grad()
 def measure_latents(model, images, n=1024, batch_size=16):
-    """Statistics of posterior samples over n of `images`, evenly spaced: each channel's mean and std; scale = 1 / std of
+    """Of posterior samples over n of `images`, evenly spaced: each channel's mean and std; scale = 1 / std of
     all values, as LDM's scale_by_std; shift, their mean where the family has one (SD3), else 0: pipelines know none."""
     picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
     generator, samples = torch.Generator().manual_seed(0), []
