@@ -180,27 +180,27 @@ def python(script, cwd, *words):
 # ======================================================================================================================
 # eqloss.py
 
+def assert_uniform(values, expected):
+    found, counts = np.unique(values, return_counts=True)
+    mean = len(values) / len(expected)
+    assert found.tolist() == list(expected) and (abs(counts - mean) <= 5 * mean ** 0.5).all(), counts
+
 def test_the_example_in_the_docstring_runs():
     result = doctest.testmod(eqloss)
     assert result.attempted >= 8 and not result.failed
 
 @pytest.mark.parametrize("kind", eqloss.KINDS)
 def test_draws_have_the_stated_frequencies(kind):
-    """10,000 draws: identity with p_alpha, else the kind's own turns and sizes, uniform; functions of the generator.
-    On any grid no side falls below `smallest` or reaches the grid, and isotropic scales keep the aspect ratio."""
+    """10,000 draws: identity with p_alpha, else the kind's own turns and sizes, uniform; functions of the generator."""
     draws, again = ([sample_transform((32, 32), 0.3, kind, generator=generator) for _ in range(10_000)]
                     for generator in (torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)))
     moved = [tau for tau in draws if tau != Transform((32, 32), (32, 32))]
     assert draws == again and abs(len(draws) - len(moved) - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
     turns, h, w = ([tau.quarter_turns for tau in moved], *([tau.size[axis] for tau in moved] for axis in (0, 1)))
-    sides = (32,) if kind == "r" else range(8, 32)
-    for values, expected in ((turns, (0,) if kind == "s" else (1, 2, 3)), (h, sides), (w, sides)):
-        found, counts = np.unique(values, return_counts=True)
-        mean = len(moved) / len(expected)
-        assert found.tolist() == list(expected) and (abs(counts - mean) <= 5 * mean ** 0.5).all(), counts
-    unrelated = 5 / len(moved) ** 0.5
-    assert abs(np.corrcoef(h, w)[0, 1]) < unrelated if kind == "rs-aniso" else h == w
-    assert kind in ("r", "s") or abs(np.corrcoef(h, turns)[0, 1]) < unrelated
+    assert_uniform(turns, (0,) if kind == "s" else (1, 2, 3))
+    for sides in (h, w):
+        assert_uniform(sides, (32,) if kind == "r" else range(8, 32))
+    assert abs(np.corrcoef(h, w)[0, 1]) < 5 / len(moved) ** 0.5 if kind == "rs-aniso" else h == w
     for smallest, shortest in ((1, 5), (6, 6)) if kind != "r" else ():         # 5 is ceil(0.25 * 20)
         sizes = [sample_transform((33, 20), 0, kind, smallest=smallest).size for _ in range(500)]
         assert (min(w for _, w in sizes), max(w for _, w in sizes)) == (shortest, 19)
@@ -223,21 +223,18 @@ def test_image_and_decoded_latent_agree_in_shape(f):
             decoded = F.interpolate(tau(torch.zeros(1, 1, h, w)), scale_factor=f)
             assert tau(torch.zeros(1, 1, f * h, f * w)).shape == decoded.shape
 
-def test_four_quarter_turns_are_the_identity():
-    """To the bit; one to three are torch.rot90, and scales are rounded to whole cells."""
+def test_turns_and_interpolations_are_what_they_are_called():
+    """Turns are torch.rot90's; antialiased bicubic, the default, is Pillow's; the others are F.interpolate's."""
     z, (once, again) = torch.randn(2, 4, 6, 9), (scale_transform(1, grid, 1) for grid in ((6, 9), (9, 6)))
     assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, (6, 9), 4)(z) is z
     assert all(torch.equal(scale_transform(1, (6, 9), k)(z), torch.rot90(z, k, (2, 3))) for k in (1, 2, 3))
-    assert scale_transform(0.75, (8, 5)).size == (6, 4)
-
-def test_interpolations_are_what_they_are_called():
-    """Antialiased bicubic is Pillow's bicubic and the default; the two others are F.interpolate's, which alias."""
     x, size = torch.rand(1, 1, 16, 24), (11, 9)
     pillow = np.asarray(Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
     for tau in (sample_transform((8, 8)), scale_transform(1, (8, 8))):
         assert np.abs(Transform((16, 24), size, 0, tau.interpolation)(x)[0, 0].numpy() - pillow).max() < 1e-4
     for mode in ("bilinear", "bicubic"):
         assert torch.equal(Transform((16, 24), size, 0, mode)(x), F.interpolate(x, size, mode=mode))
+    assert scale_transform(0.75, (8, 5)).size == (6, 4)
 
 @pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
 def test_eq5_with_the_identity_is_eq1(interpolation):
@@ -253,18 +250,16 @@ def test_eq5_with_the_identity_is_eq1(interpolation):
     assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and tau.interpolation == interpolation
     assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
 
-def test_an_equivariant_encoder_has_no_error():
-    """Average pooling commutes with turns, and with halving that averages 2 x 2; another does not, in any unit."""
+@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
+def test_the_equivariance_error_has_its_closed_forms(interpolation):
+    """None for average pooling under turns and halving that averages 2 x 2, some for another encoder, in any unit.
+    Independent latents: 2 under rotations, 1 + Var(tau z) / Var(z) under scales, one number an image."""
+    torch.manual_seed(0)
     x, half = torch.randn(3, 3, 64, 64, dtype=torch.float64), scale_transform(0.5, (8, 8), 1, "bilinear")
     for tau in (*(scale_transform(1, (8, 8), turns) for turns in (1, 2, 3)), half):
         assert (equivariance_error(lambda x: F.avg_pool2d(x, 8), x, tau) < 1e-28).all()
         one, two = (equivariance_error(lambda x: unit * F.avg_pool2d(x.cumsum(3), 8), x, tau) for unit in (1, 2))
         assert (one > 1e-3).all() and torch.equal(one, two)
-
-@pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
-def test_unrelated_latents_have_the_closed_form_error(interpolation):
-    """Independent latents: 2 under rotations, 1 + Var(tau z) / Var(z) under scales, one number an image."""
-    torch.manual_seed(0)
     for s, turns in ((1, 1), (1, 2), (0.75, 0), (0.5, 0), (0.25, 3)):
         z, tau = torch.randn(2048, 4, 16, 16), scale_transform(s, (16, 16), turns, interpolation)
         error, n = equivariance_error(torch.randn_like, z, tau), 4 * tau.size[0] * tau.size[1]
@@ -273,24 +268,13 @@ def test_unrelated_latents_have_the_closed_form_error(interpolation):
 
 @pytest.mark.parametrize("stop_gradient, slope", [(False, 25.0), (True, 5.0)])
 def test_the_explicit_loss_by_hand(stop_gradient, slope):
-    """Eq. 4 on 2 x 2: E keeps the upper left value times w and tau turns; with and without the target's gradient."""
+    """Eq. 4 on 2 x 2: E keeps the upper left value times w, tau turns; descent along w shrinks the latents."""
     x = torch.tensor([[1.0, 2], [3, 4]]).reshape(1, 1, 2, 2)
     w, mask = torch.ones((), requires_grad=True), torch.tensor([[1.0, 0], [0, 0]])
     # tau E(x) = w [[0, 0], [1, 0]] and E(tau x) = w [[2, 0], [0, 0]]: w^2 + 4 w^2; the second image has 4 times that
     loss = explicit_loss(lambda x: w * mask * x, torch.cat([x, 2 * x]), scale_transform(1, (2, 2), 1), stop_gradient)
     loss.backward()
     assert loss.item() == 12.5 and w.grad.item() == slope
-
-def test_the_explicit_loss_alone_shrinks_the_latents():
-    """Table 7: Eq. 4 alone takes more than half of the latents' std away."""
-    torch.manual_seed(0)
-    encode, x = torch.nn.Conv2d(3, 4, 4, stride=4), torch.randn(8, 3, 32, 32)
-    optimizer, before = torch.optim.SGD(encode.parameters(), lr=2e-3), encode(x).std()
-    for _ in range(60):
-        optimizer.zero_grad()
-        explicit_loss(encode, x, sample_transform((8, 8), p_alpha=0)).backward()
-        optimizer.step()
-    assert encode(x).std() < 0.5 * before
 
 
 # ======================================================================================================================
