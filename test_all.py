@@ -280,80 +280,71 @@ def test_the_explicit_loss_by_hand(stop_gradient, slope):
 # ======================================================================================================================
 # vae.py: networks, loading and exporting
 
-@pytest.fixture(scope="session", params=["tiny", "sd", "sd3", "sd-16"])     # sdxl is sd with another scale
-def exported(request, tmp_path_factory, perceptual):
-    """Redrawn weights in LDM's layout, exported for diffusers -> (preset, network, folder with ldm.ckpt and vae/)."""
-    folder, name = tmp_path_factory.mktemp("exported"), request.param
-    model = redraw(vae.AutoencoderKL(**vae.CONFIGS[name]))
-    torch.save(dict(state_dict=model.state_dict()), folder / "ldm.ckpt")
-    run(vae.main, "--init", folder / "ldm.ckpt", "--model", name, "--export", folder / "vae")
-    yield name, model, folder
-    shutil.rmtree(folder)                                      # up to a gigabyte
-
+@pytest.mark.parametrize("name, keys, parameters", [("tiny", 156, 681_911), ("sd", 248, 83_653_863),
+                                                    ("sd3", 244, 83_819_683), ("sd-16", 342, 69_610_963)])
 @torch.no_grad()
-def test_diffusers_opens_what_is_exported(exported):
-    """Its moments, KL and images equal ours within 1e-5 of the largest, and its config has the scale and the shift."""
-    diffusers = pytest.importorskip("diffusers")
-    name, model, folder = exported
-    oracle, x = diffusers.AutoencoderKL.from_pretrained(folder / "vae"), torch.rand(1, 3, 64, 64) * 2 - 1
+def test_autoencoders_go_to_diffusers_and_ldm_and_back(perceptual, tmp_path, name, keys, parameters):
+    """Published names and sizes; LDM -> ours -> diffusers -> ours -> LDM key by key; another --model is refused.
+    diffusers' moments, KL and images equal ours within 1e-5 of the largest, and its config has the scale and shift."""
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS[name]))                     # sdxl is sd with another scale
+    state = model.state_dict()
+    assert (len(state), sum(value.numel() for value in state.values())) == (keys, parameters)
+    assert {"encoder.down.2.block.0.nin_shortcut.weight", "decoder.up.1.upsample.conv.bias", "decoder.norm_out.weight",
+            "encoder.mid.attn_1.proj_out.weight", "encoder.down.1.downsample.conv.bias"} <= set(state)
+    assert ("decoder.up.4.attn.2.q.weight" in state, "quant_conv.bias" in state) == (name == "sd-16", name != "sd3")
+    torch.save(dict(state_dict=state), tmp_path / "ldm.ckpt")
+    run(vae.main, "--init", tmp_path / "ldm.ckpt", "--model", name, "--export", tmp_path / "vae")
+    run(vae.main, "--init", tmp_path / "vae", "--export", tmp_path / "back", "--layout", "ldm")
+    config, weights, _ = vae.read_autoencoder(tmp_path, name)                  # as a pipeline's folder: its vae/
+    back = vae.load(tmp_path / "back" / "model.ckpt")["state_dict"]
+    assert_same(dict(ours=state, ldm=state), dict(ours=weights, ldm=back), ("ours", "ldm"), 0)
+    assert vae.AutoencoderKL(**config).config == model.config and name in vae.presets(config)
+    with pytest.raises(vae.InputError, match="holds another autoencoder"):
+        vae.read_autoencoder(tmp_path / "vae", "tiny" if name != "tiny" else "sd")
+    parts = 20 * torch.randn(3, 8, 4, 4)
+    assert torch.equal(vae.Posterior(parts).std, (0.5 * parts[:, 4:].clamp(-30, 20)).exp())
+    oracle = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(tmp_path / "vae")
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
     posterior, expected = model.encode(x), oracle.encode(x).latent_dist
     images = model.decode(posterior.mean), oracle.decode(posterior.mean).sample
     for ours, theirs in ((posterior.mean, expected.mean), (posterior.std, expected.std),
                          (posterior.kl(), expected.kl()), images):
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert all(oracle.config[key] == vae.CONFIGS[name].get(key) for key in ("scaling_factor", "shift_factor"))
-
-def test_layouts_there_and_back_are_the_identity(exported):
-    """Published names and sizes; LDM -> ours -> diffusers -> ours -> LDM key by key; another --model is refused."""
-    name, model, folder = exported
-    state = model.state_dict()
-    assert (len(state), sum(value.numel() for value in state.values())) == {
-        "sd": (248, 83_653_863), "sd3": (244, 83_819_683), "sd-16": (342, 69_610_963)}.get(name, (156, 681_911))
-    assert {"encoder.down.2.block.0.nin_shortcut.weight", "decoder.up.1.upsample.conv.bias", "decoder.norm_out.weight",
-            "encoder.mid.attn_1.proj_out.weight", "encoder.down.1.downsample.conv.bias"} <= set(state)
-    assert ("decoder.up.4.attn.2.q.weight" in state, "quant_conv.bias" in state) == (name == "sd-16", name != "sd3")
-    config, weights, _ = vae.read_autoencoder(folder, name)                    # as a pipeline's folder: its vae/
-    assert_same(dict(model=state), dict(model=weights), ("model",), 0)
-    assert vae.AutoencoderKL(**config).config == model.config and name in vae.presets(config)
-    run(vae.main, "--init", folder / "vae", "--export", folder / "back", "--layout", "ldm")
-    back = torch.load(folder / "back" / "model.ckpt", weights_only=True)
-    assert_same(dict(model=state), dict(model=back["state_dict"]), ("model",), 0)
-    with pytest.raises(vae.InputError, match="holds another autoencoder"):
-        vae.read_autoencoder(folder / "vae", "tiny" if name != "tiny" else "sd")
+    shutil.rmtree(tmp_path)                                    # up to a gigabyte
 
 def test_every_spelling_of_the_weights_is_read(monkeypatch, tmp_path):
-    """Attention by its old names and as convolutions, .bin, a single file without config, LDM's .safetensors, also as
-    linear layers; a key too few or too many, other architectures and a missing package are one line."""
+    """Attention by its old names and as convolutions, .bin, a single file without config, LDM's .safetensors; keys too
+    few and too many, other architectures and a missing package are one line."""
     save = pytest.importorskip("safetensors.torch").save_file
     model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"], attn_levels=(2,), scaling_factor=0.5, shift_factor=0.1))
-    names, ldm = vae.diffusers_names(model.config), model.state_dict()
+    names, ldm, folder = vae.diffusers_names(model.config), model.state_dict(), tmp_path / "vae"
     monkeypatch.setitem(vae.CONFIGS, "wide", model.config)
     save(ldm, tmp_path / "ldm.safetensors")
-    save({k: v.flatten(1) if "attn" in k and v.dim() == 4 else v for k, v in ldm.items()}, tmp_path / "l.safetensors")
-    run(vae.main, "--init", tmp_path / "ldm.safetensors", "--model", "wide", "--export", tmp_path / "vae")
-    described = json.loads((tmp_path / "vae" / "config.json").read_text())
+    run(vae.main, "--init", tmp_path / "ldm.safetensors", "--model", "wide", "--export", folder)
+    os.rename(folder / "diffusion_pytorch_model.safetensors", tmp_path / "new.safetensors")
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     state = {vae.rename(names[key], old): value for key, value in ldm.items()}
-    shutil.copytree(tmp_path / "vae", tmp_path / "old", ignore=lambda *_: ["diffusion_pytorch_model.safetensors"])
-    for file in ("old/diffusion_pytorch_model.bin", "alone.bin", "few.bin", "many.bin"):
-        changed = {"few": list(state)[:-1], "man": [*state, "more"]}.get(file[:3], state)
-        torch.save({key: state.get(key, torch.ones(1)) for key in changed}, tmp_path / file)
-    for file, preset in (("ldm.safetensors", "wide"), ("l.safetensors", "wide"), ("vae", None), ("old", None),
-                         ("old/diffusion_pytorch_model.bin", None), ("alone.bin", "wide")):
+    for file in (folder / "diffusion_pytorch_model.bin", tmp_path / "alone.bin"):
+        torch.save(state, file)
+    torch.save(dict([*state.items()][1:], more=torch.ones(1)), tmp_path / "other.bin")
+    for file, preset in (("ldm.safetensors", "wide"), ("new.safetensors", "wide"), ("vae", None), ("alone.bin", "wide"),
+                         ("vae/diffusion_pytorch_model.bin", None)):
         read = vae.load_autoencoder(tmp_path / file, preset)
         assert_same(dict(model=ldm), dict(model=read.state_dict()), ("model",), 0)
         assert read.config == model.config and sum(".query." in key for key in state) == 10
     for file, preset, says in (("alone.bin", None, "--model"), ("alone.bin", "tiny", "does not fit"),
-                               ("few.bin", "wide", "does not fit"), ("many.bin", "wide", '"more"')):
+                               ("other.bin", "wide", 'Missing.*"more"')):
         with pytest.raises(vae.InputError, match=says):
             vae.load_autoencoder(tmp_path / file, preset)
+    told = json.loads((folder / "config.json").read_text())
     for other in (dict(_class_name="AutoencoderTiny"), dict(mid_block_add_attention=False), dict(down_block_types=3)):
-        (tmp_path / "old" / "config.json").write_text(json.dumps(described | other))
+        (folder / "config.json").write_text(json.dumps(told | other))
         with pytest.raises(vae.InputError, match="config.json"):
-            vae.load_autoencoder(tmp_path / "old")
+            vae.load_autoencoder(folder)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(vae.InputError, match="pip install safetensors"):
-        vae.load_autoencoder(tmp_path / "vae")
+        vae.load_autoencoder(tmp_path / "ldm.safetensors", "wide")
 
 def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(capsys, monkeypatch, tmp_path, photos):
     """A family with a shift, trained with EMA, d^2 p0 + (1 - d)(d p1 + p2) after two steps, GAN and reflect padding:
@@ -375,27 +366,14 @@ def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(
     assert "already there" in refusal(capsys, vae.main, "--init", out, "--export", tmp_path / "ldm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.jsonl", "a.pt", "diffusers", "ldm"]
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
 @torch.no_grad()
-def test_reflect_padding_changes_borders_alone():
-    """Far from the border nothing changes, and constant images stay constant up to it."""
-    networks = [redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"], padding_mode=mode)) for mode in ("zeros", "reflect")]
-    for module in itertools.chain(*(network.modules() for network in networks)):
-        if isinstance(module, (vae.AttnBlock, torch.nn.GroupNorm)):            # they carry the border everywhere
-            module.forward = lambda x: x
-    for part, size in (("encoder", (1, 3, 128, 128)), ("decoder", (1, 4, 48, 48))):
-        zeros, mirrors = (getattr(network, part) for network in networks)
-        x, flat = torch.rand(size), mirrors(torch.ones(size))
-        difference = (zeros(x) - mirrors(x)).abs().amax(dim=(0, 1))
-        assert difference[len(difference) // 2, len(difference) // 2] == 0 < difference[0].min() + difference[-1].min()
-        assert torch.allclose(flat, flat[..., :1, :1].expand_as(flat), rtol=1e-3, atol=1e-4)
-
-def test_the_posterior_is_clamped_and_sampled():
-    """Log variances stop at -30 and 20; samples have the mean and the std, and are the generator's."""
-    parts = 20 * torch.randn(3, 8, 4, 4)
-    assert torch.equal(vae.Posterior(parts).std, (0.5 * parts[:, 4:].clamp(-30, 20)).exp())
-    wide = vae.Posterior(torch.cat([torch.full((1, 1, 300, 300), 3.0), torch.full((1, 1, 300, 300), math.log(4))], 1))
-    one, two = (wide.sample(torch.Generator().manual_seed(0)) for _ in range(2))
-    assert abs(one.mean() - 3) < 0.03 and abs(one.std() - 2) < 0.03 and torch.equal(one, two)
+def test_reflect_padding_keeps_flat_images_flat(mode):
+    """Up to the border and through every convolution, which zeros do not."""
+    model = redraw(vae.AutoencoderKL(**vae.CONFIGS["tiny"], padding_mode=mode))
+    for part, size in ((model.encoder, (1, 3, 64, 64)), (model.decoder, (1, 4, 16, 16))):
+        flat = part(torch.ones(size))
+        assert torch.allclose(flat, flat[..., :1, :1], rtol=1e-3, atol=1e-4) == (mode == "reflect")
 
 def test_the_discriminator_is_tamings():
     """Names, parameters, initial spread and logit sizes of NLayerDiscriminator, down to one logit at 24 px."""
@@ -408,8 +386,8 @@ def test_the_discriminator_is_tamings():
     assert [network(torch.zeros(1, 3, size, size)).shape[2:] for size in (256, 64, 24)] == [(30, 30), (6, 6), (1, 1)]
 
 def test_lpips_is_the_packages(capsys, monkeypatch, perceptual, tmp_path, photos):
-    """A VGG16 file of torchvision's, its convolutions alone, gives what lpips.LPIPS gives with that trunk. Without a
-    file and offline, one line names the file, its address and --lpips-weight 0."""
+    """A file of torchvision's VGG16, its convolutions alone, gives what lpips.LPIPS gives with that trunk; without one
+    and offline, a line names the file, its address and --lpips-weight 0."""
     import lpips
     trunk = lpips.pretrained_networks.tv.vgg16(weights=None)
     weights = {name: value for name, value in trunk.state_dict().items() if name.startswith("features.")}
@@ -419,7 +397,6 @@ def test_lpips_is_the_packages(capsys, monkeypatch, perceptual, tmp_path, photos
         oracle = lpips.LPIPS(net="vgg", verbose=False).eval()
     network, (x, y) = vae.load_lpips(tmp_path / "vgg.pth"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
     assert torch.equal(network(x, y), oracle(x, y)) and network(x, y).shape == (2, 1, 1, 1) and network(x, y).min() > 0
-    assert not any(p.requires_grad for p in network.parameters())
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     line = refusal(capsys, vae.main, *TINY, "--data", photos, "--lpips-weight", 1, "--out", tmp_path / "a.pt")
