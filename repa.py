@@ -15,7 +15,6 @@ The third line takes 400,000 steps of 256, with DINOv2-B's weights from torch hu
 50,000 samples without guidance (Table 10): gFID 7.5 on EQ-VAE's latents, 7.9 on SD-VAE's.
 """
 
-import hashlib
 import importlib
 import os
 from collections import OrderedDict
@@ -163,7 +162,7 @@ def load_encoder(name, path, device):
             encode = getattr(importlib.import_module(module), function)(path, device)
         except (ImportError, AttributeError, ValueError) as error:
             raise vae.InputError(f"--encoder {name}: cannot be had ({error})") from None
-        return encode, f"{name} {Path(path).name if path else ''}"
+        return encode, f"{name} {dit.file_hash(path)[:16] if path else ''}"
     if name not in ENCODERS:
         raise vae.InputError(f"--encoder {name}: one of {', '.join(ENCODERS)}, or MODULE:FUNCTION")
     file = f"{name}{'4' * name.endswith('_reg')}_pretrain.pth"
@@ -176,7 +175,7 @@ def load_encoder(name, path, device):
             raise vae.InputError(f"{path}: DINOv2's weights are not there ({type(error).__name__}): put {url} there, "
                                  "or take an encoder of yours (--encoder MODULE:FUNCTION)") from None
     model = vae.load_weights(DINOv2(**ENCODERS[name]), vae.load(path), path).to(device).eval().requires_grad_(False)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = dit.file_hash(path)
     vae.say(f"{path}: SHA-256 {digest}")                       # its name carries no hash to check
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     return autocast(model.encode), f"{name} {digest[:16]}"

@@ -181,6 +181,8 @@ def sample(args, rank, world, device, network=SiT, configs=CONFIGS, reverse=lamb
         noises = dict(noise_like=noise_like) if args.sampler == "sde" else {}
         return SAMPLERS[args.sampler](predict, noise, labels, **options, **noises)
 
+    if "encoder" in about.get("args", {}):                     # REPA's
+        options["encoder"] = about["args"]["encoder"]
     dit.write_samples(args, rank, world, device, config, about, draw, sampler=args.sampler, **options, three_channels=
                       args.three_channels, model=next(k for k in configs if configs[k].items() <= config.items()))
 

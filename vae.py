@@ -272,9 +272,10 @@ def read_config(path):
         raise InputError(f"{path}: no config of diffusers' AutoencoderKL ({type(error).__name__}: {error})") from None
 
 def presets(config):
-    """The names in CONFIGS whose entries are this config's, scale and shift aside."""
-    return [name for name, preset in CONFIGS.items() if all(config[key] == value for key, value in preset.items()
-                                                            if key in config and not key.endswith("_factor"))]
+    """The names in CONFIGS whose entries are this config's, scale and shift aside; one of equal scale comes first."""
+    names = [name for name, preset in CONFIGS.items() if all(config[key] == value for key, value in preset.items()
+                                                             if key in config and not key.endswith("_factor"))]
+    return sorted(names, key=lambda name: CONFIGS[name].get("scaling_factor") != config.get("scaling_factor"))
 
 def read_autoencoder(path, model=None, default=None):
     """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
@@ -349,9 +350,8 @@ def export(args):
 
 @torch.no_grad()
 def measure_latents(model, images, n=1024, batch_size=16):
-    """Statistics of posterior samples over n of `images`, evenly spaced: shift, scale, each channel's mean and std.
-    scale = 1 / std of all values, as LDM's scale_by_std; the shift is their mean where the family has one (SD3), else
-    0, because the other families' pipelines know none."""
+    """Of posterior samples over n of `images`, evenly spaced: each channel's mean and std; scale = 1 / std of
+    all values, as LDM's scale_by_std; shift, their mean where the family has one (SD3), else 0: pipelines know none."""
     picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
     generator, samples = torch.Generator().manual_seed(0), []
     for part in np.array_split(picked, -(-len(picked) // batch_size)):
@@ -380,6 +380,7 @@ def train(args, rank, world, device):
             raise InputError(f"--init {args.init}: no such file; give one (SD-VAE: model.ckpt of {SD_VAE}) or scratch")
         config, weights, disc_weights = read_autoencoder(args.init, args.model, "sd")
     config = dict(config, padding_mode=args.padding_mode) if args.padding_mode else config
+    args.model = args.model or (resumed["args"]["model"] if resumed else next(iter(presets(config)), None))
     model = AutoencoderKL(**config)
     discriminator = PatchDiscriminator() if args.gan_weight else None
     for network, state in ((model, weights), (discriminator, disc_weights)):
@@ -748,8 +749,7 @@ def loader(data, args, micro, start, rank, world):
     return iter(torch.utils.data.DataLoader(data, batch_sampler=items(), num_workers=args.workers,
                                             worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available()))
 
-def leave_signals(worker):
-    """A signal sent to the whole process group is the main process's to answer, which still wants this worker."""
+def leave_signals(worker):                                     # to the main process, which still wants this worker
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 def split_batch(args, world):
@@ -843,8 +843,7 @@ def load_weights(module, weights, path):
 
 class Meter:
     """What a training loop tells: a line of OUT.jsonl each --log-every steps, and the progress bar."""
-    def __init__(self, args, resumed, world, device):
-        """Makes OUT/, and drops the lines of OUT.jsonl that are past the checkpoint."""
+    def __init__(self, args, resumed, world, device):          # drops lines of OUT.jsonl that are past the checkpoint
         self.args, self.world, self.device, self.path = args, world, device, Path(args.out).with_suffix(".jsonl")
         if args.bench or not MAIN:
             return
