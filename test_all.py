@@ -571,7 +571,8 @@ def test_a_run_writes_its_log_pictures_and_scale(trained, photos):
     assert [log[-1]["R"], log[-1]["S"]] == pytest.approx(errors.unflatten(0, (2, 3)).mean(1).tolist(), rel=10 * CLOSE)
 
 def test_a_signal_saves_first_and_the_rerun_goes_on_to_the_bit(monkeypatch, tmp_path, photos):
-    """SIGTERM in the second of four GAN steps; the log past the checkpoint is dropped. A kill while saving harms none."""
+    """SIGTERM in the second of four GAN steps: the same command then gives the uninterrupted run, and drops the log past
+    the checkpoint. A kill with half of a new checkpoint written leaves the old one whole."""
     words, calls = ("--data", photos, *GAN, "--recipe", "release", "--steps", 4), itertools.count(1)
     whole, log = train(tmp_path / "whole.pt", *words)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -601,7 +602,7 @@ def test_poisoned_steps_are_skipped_and_twenty_in_a_row_stop_the_run(capsys, mon
     when the log looks, end with code 2 and a line; from the last state the run goes on, as it does after nineteen."""
     words = ("--data", photos, *GAN, "--disc-start", 0, "--save-every", 10, "--steps")
     good, _ = train(tmp_path / "a.pt", *words, 2)
-    for out, steps, more in (("a.pt", range(40), ()), ("b.pt", range(20), ("--log-every", 25))):
+    for out, steps, more in (("a.pt", range(40), ()), ("b.pt", range(20), ("--log-every", 25, "--gan-weight", 0))):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(vae, "to_float", poisoned(steps))
             train(tmp_path / out, *words, 40, *more)
@@ -637,7 +638,8 @@ vae.main()
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
 def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos):
-    """Gradients, losses and weights of two steps with the GAN; the one between, poisoned on one process, is neither's."""
+    """Two steps with the GAN on have the same gradients, losses and weights under torchrun as without; the one between
+    them, poisoned on the second process alone, changes neither process."""
     (tmp_path / "driver.py").write_text(DRIVER)
     words = ("--data", photos, *GAN, "--lr", 1e-4, "--steps", 3)
     torchrun(tmp_path / "driver.py", *TINY, *words, "--out", tmp_path / "two.pt")
