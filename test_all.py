@@ -571,7 +571,7 @@ def test_a_run_writes_its_log_pictures_and_scale(trained, photos):
     assert [log[-1]["R"], log[-1]["S"]] == pytest.approx(errors.unflatten(0, (2, 3)).mean(1).tolist(), rel=10 * CLOSE)
 
 def test_a_signal_saves_first_and_the_rerun_goes_on_to_the_bit(monkeypatch, tmp_path, photos):
-    """SIGTERM in the second of four GAN steps: the same command then gives the uninterrupted run, and drops the log past
+    """SIGTERM in the second of four GAN steps: the same command then gives the uninterrupted run and drops the log past
     the checkpoint. A kill with half of a new checkpoint written leaves the old one whole."""
     words, calls = ("--data", photos, *GAN, "--recipe", "release", "--steps", 4), itertools.count(1)
     whole, log = train(tmp_path / "whole.pt", *words)
