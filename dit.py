@@ -425,7 +425,7 @@ class Run:
         if self.rank == 0 and not args.bench:
             if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
                 self.look(draw)
-            if last or new and self.step % args.save_every == 0:
+            if new and (last or self.step % args.save_every == 0):             # a run that was over stays as it is
                 self.save()
         if last:
             self.meter.bar.close()

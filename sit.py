@@ -181,10 +181,10 @@ def sample(args, rank, world, device, network=SiT, configs=CONFIGS, reverse=lamb
         noises = dict(noise_like=noise_like) if args.sampler == "sde" else {}
         return SAMPLERS[args.sampler](predict, noise, labels, **options, **noises)
 
-    if "encoder" in about.get("args", {}):                     # REPA's
-        options["encoder"] = about["args"]["encoder"]
-    dit.write_samples(args, rank, world, device, config, about, draw, sampler=args.sampler, **options, three_channels=
-                      args.three_channels, model=next(k for k in configs if configs[k].items() <= config.items()))
+    own = {name: about["args"][name] for name in ("encoder",) if name in about.get("args", {})}          # REPA's
+    dit.write_samples(args, rank, world, device, config, about, draw, sampler=args.sampler, **options, **own,
+                      three_channels=args.three_channels,
+                      model=next(name for name in configs if configs[name].items() <= config.items()))
 
 def arguments(description, models):
     """The parser of a flow model's script, but for launch()'s flags."""

@@ -1388,9 +1388,9 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
     longer = json.loads(scored.read_text())                    # the same autoencoder, fine-tuned for longer
     longer["about"]["autoencoders"]["eq"] |= dict(sha256="longer", step=9)
     (tmp_path / "longer.json").write_text(json.dumps(longer))
+    records = (scored, tmp_path / "longer.json", generated("longer", "longer", 200, 2.0), *runs)
     run(evaluate.main, "figures", trained / "standard.pt", trained / "eq.pt", "--data", "emoji-val", "--image-size", 32,
-        "--num-images", 4, "--records", scored, tmp_path / "longer.json", *runs, generated("longer", "longer", 200, 2.0),
-        "--out", tmp_path / "figures")
+        "--num-images", 4, "--records", *records, "--out", tmp_path / "figures")
     drawn = {path.stem: np.asarray(Image.open(path)).std() > 10 for path in (tmp_path / "figures").iterdir()}
     assert drawn == dict.fromkeys(("fig1-curves", "fig1-latents", "fig2-rotation", "fig2-scale", "fig3-transforms",
                                    "fig4-samples", "fig5-fine-tuning"), True)
@@ -1484,9 +1484,9 @@ def test_imports_stay_on_the_card(name):
     assert inside - ours - known <= PACKAGES | OPTIONAL
 
 def test_no_option_is_dead():
-    """Every option of a script is read in it, or in a file it builds on, as args.NAME; nothing is read that none sets."""
+    """Every option of a script is read in it or a file it builds on, as args.NAME; nothing is read that none sets."""
     declared, read = {name: set() for name in SOURCES}, {name: set() for name in SOURCES}
-    for name, node in ((name, node) for name in SOURCES for node in ast.walk(ast.parse(TEXTS[name]))):
+    for name, node in ((file, node) for file in SOURCES for node in ast.walk(ast.parse(TEXTS[file]))):
         called, owner = getattr(getattr(node, "func", None), "attr", None), getattr(node, "value", None)
         if called == "add_argument":
             flag = next((a.value for a in node.args if str(a.value).startswith("--")), node.args[0].value)

@@ -520,7 +520,7 @@ def train(args, rank, world, device):
         # --------------------------------------------------------------------------------------------------------------
         meter.step(step, grad_norm, poisoned)
     meter.bar.close()
-    if rank == 0 and not args.bench:                           # when stopped, the same command goes on from here
+    if rank == 0 and not args.bench and step != (resumed or {}).get("step"):       # a run that was over stays as it is
         if args.latent_scale == "measured" and not stopped:
             used = load_weights(AutoencoderKL(**config), ema or model.state_dict(), out).to(device)
             latent = measure_latents(used, centred)
