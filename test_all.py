@@ -4,8 +4,8 @@
     python -m pytest test_all.py -k resume    # what has to do with resuming
     EQVAE_DEVICE=cuda bash test.sh            # the training runs and the scoring on a GPU
 
-Everything runs on the CPU, offline and within minutes unless EQVAE_DEVICE says otherwise: networks are tiny or take one
-step, weights are random. Independent oracles (diffusers, torchmetrics, ...) are skipped where they are not installed.
+Everything runs offline and within minutes: networks are tiny or take one step, weights are random. Independent oracles
+(diffusers, torchmetrics, ...) are skipped where they are not installed.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -359,8 +358,8 @@ def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(
 def test_the_discriminator_is_tamings():
     """Names, parameters, initial spread and logit sizes of NLayerDiscriminator, down to one logit at 24 px."""
     network = vae.PatchDiscriminator().eval()
-    assert {"main.0.bias", "main.2.weight", "main.3.running_var", "main.11.bias"} <= {*network.state_dict()}
-    assert sum(p.numel() for p in network.parameters()) == 2_765_633 and network.smallest == 24
+    assert {"main.0.bias", "main.3.running_var", "main.11.bias"} <= {*network.state_dict()} and network.smallest == 24
+    assert sum(p.numel() for p in network.parameters()) == 2_765_633
     assert abs(network.main[5].weight.std() - 0.02) < 1e-3 and abs(network.main[9].weight.mean() - 1) < 5e-3
     assert [network(torch.zeros(1, 3, size, size)).shape[2:] for size in (256, 64, 24)] == [(30, 30), (6, 6), (1, 1)]
 
@@ -427,11 +426,10 @@ def test_the_emoji_split_is_fixed():
 
 def test_folders_are_read_and_unreadable_files_passed_over(photos, tmp_path, capsys, trained):
     """A broken file is named, the next stands in for it in training, where it is counted; scoring leaves it out."""
-    for ending in ("JPEG", "webp", "gif"):
-        Image.new("RGB", (9, 9), (200, 0, 0)).save(tmp_path / f"a.{ending}")
+    shutil.copy(photos / "cats" / "0.png", tmp_path / "a.PNG")
     (tmp_path / "notes.txt").write_text("no image")
     flat, data, broken = vae.Images(tmp_path, (8, 8)), vae.Images(f"{photos}/", (24, 32)), tmp_path / "broken"
-    assert flat.labels == [0] * 3 and all(abs(int(flat[i][0][0, 4, 4]) - 200) < 9 for i in range(3))
+    assert flat.labels == [0] and flat.classes == []
     image, *rest = data[7]
     assert data.classes == ["cats", "dogs"] and data.labels == [0] * 5 + [1] * 5 and rest == [1, 7, 0]
     expected = vae.center_crop(Image.open(photos / "dogs" / "5.png").convert("RGB"), (24, 32))
@@ -682,11 +680,10 @@ def wrong(tmp_path_factory):
                               tensor=torch.ones(3), code=code, weights={"conv.weight": torch.ones(3)}).items():
         torch.save(content, folder / f"{name}.pt")
     torch.save(code, folder / "old.pt", _use_new_zipfile_serialization=False)
-    (folder / "plain.pt").write_bytes(pickle.dumps(code))
     (folder / "corrupt.pt").write_bytes(b"PK\3\4" + bytes(range(256)) * 9)
     (folder / "empty").mkdir(), (folder / "broken").mkdir()
     for name, text in {"text.pt": "no checkpoint", "broken/0.png": "no image", "broken/1.png": "",
-                       "other.json": '{"a": 1}', "torn.json": '{"a": ', "torn.safetensors": "torn"}.items():
+                       "other.json": '{"a": 1}', "torn.json": '{"a": '}.items():
         (folder / name).write_text(text)
     return folder
 
@@ -696,8 +693,6 @@ def wrong(tmp_path_factory):
     ("--init {wrong}/corrupt.pt", "corrupt.pt: no checkpoint that can be read"),
     ("--init {wrong}/code.pt", "code.pt: refused"),
     ("--init {wrong}/old.pt", "old.pt: "),                                     # the file format before torch 1.6
-    ("--init {wrong}/plain.pt", "plain.pt: "),
-    ("--init {wrong}/torn.safetensors", "torn.safetensors: no checkpoint that can be read"),
     ("--init {wrong}/empty", "diffusion_pytorch_model.safetensors: no such file"),
     ("--padding-mode reflect --image-size 20", "20 px"),                       # a mirror needs two cells at scale 0.25
     ("--out {wrong}/dit.pt", "give another --out"),
@@ -768,13 +763,9 @@ def test_the_null_class_comes_after_the_last(tmp_path, classes):
         expected = torch.cat([(u + 4 * (c - u))[:, :guided], c[:, guided:]], dim=1)
         assert torch.allclose(predict(4.0, 0.5, 0.6, channels)(x, t, y, 0.5), expected, atol=1e-5)
 
-def test_a_new_dit_is_the_zero_function_with_positions_in_place():
-    """adaLN-Zero; tokens of one column share the first half of their positions, those of one row the second."""
+def test_a_new_dit_is_the_zero_function():                     # adaLN-Zero
     model = dit.DiT(8, 2, 4, hidden_size=64, depth=2, num_heads=2, num_classes=3)
     assert (model(torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), torch.tensor([0, 3])) == 0).all()
-    grid = model.pos_embed[0].unflatten(0, (4, 4))
-    assert (grid[..., :32] == grid[:1, :, :32]).all() and (grid[..., 32:] == grid[:, :1, 32:]).all()
-    assert torch.allclose(grid[0, 2, :16], torch.sin(2 * 10000 ** -(torch.arange(16) / 16)), atol=1e-6)
 
 def test_the_variational_bound_trains_the_variance_alone():
     output, x, t = torch.randn(3, 8, 4, 4, requires_grad=True), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
@@ -972,7 +963,6 @@ def test_the_exact_velocity_carries_noise_to_the_target(path):
     """For a target N(2, 0.5^2) velocity and score are known: every sampler ends in it, the SDE's with one call a step,
     and the score from the velocity is the analytic one."""
     calls = []
-
     def predict(x, t, y, level):
         calls.append(level)
         alpha, sigma, d_alpha, d_sigma = sit.coefficients(t[:, None, None, None].double(), path)
@@ -981,7 +971,6 @@ def test_the_exact_velocity_carries_noise_to_the_target(path):
         if 0 < level < 1:
             assert torch.allclose(sit.score(v, x, t[0].double(), path), -share, rtol=1e-5, atol=1e-6)
         return v.to(x)
-
     torch.manual_seed(0)
     noise, labels = torch.randn(64, 4, 16, 16), torch.zeros(64, dtype=torch.long)
     runs = {"euler": (249, sit.euler, {}), "heun": (98, sit.heun, dict(steps=50)), "dopri5": (0, sit.dopri5, {})}
@@ -1013,7 +1002,23 @@ def test_official_flow_files_tell_their_configuration(tmp_path):
     with pytest.raises(vae.InputError, match="does not fit"):
         vae.load_weights(sit.SiT(**size), model.state_dict(), "repa.pt")
 
-#GOLDEN_FLOW
+@torch.no_grad()
+def test_flow_models_and_dinov2_have_the_official_numbers():
+    """Forward, six SDE steps and four of the ODE on given noise, projections, tokens at resampled positions."""
+    def waves(k, *shape):
+        return torch.sin(k * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(shape).float()
+    x, t, y, part = waves(1, 3, 4, 8, 8), torch.tensor([0, 0.5, 1]), torch.tensor([0, 7, 10]), np.s_[:, ::2, ::4, 1]
+    size, k = dict(input_size=8, hidden_size=48, depth=2, num_heads=4, num_classes=10), itertools.count(2)
+    one, two = formula(sit.SiT(**size)), formula(repa.REPA(**size, encoder_depth=1, projector_dim=16, z_dims=(8,)))
+    predict, (velocity, (projection,)) = dit.guided(one, 10), two(x, t, y, return_projections=True)
+    sde = sit.euler_maruyama(predict, x, y, 6, noise_like=lambda x: waves(next(k), *x.shape))
+    ours = dict(sde=sde[part], forward=one(x, t, y)[part], heun=sit.heun(predict, x, y, 5)[part], repa=velocity[part],
+                projections=projection[:, ::5, ::4])
+    for registers in (0, 4):
+        network = formula(repa.DINOv2(48, 2, 4, registers, positions=4))
+        ours[f"dinov2_{registers}"] = network(waves(1, 2, 3, 28, 28))[:, :, ::16]
+    for what, values in GOLDEN["flow"].items():
+        assert ours[what].flatten().tolist() == pytest.approx(values, rel=1e-4, abs=3e-5), what
 
 def test_the_encoders_weights_are_found_or_asked_for(monkeypatch, tmp_path):
     """From a path or torch hub's cache, with REPA's preprocessing; offline, and with other keys, one line."""
@@ -1147,7 +1152,6 @@ def test_inception_is_fids(perceptual, inception, tmp_path):
     blobs = [rng.integers(low, 256, (n, 5, 5, 3), dtype=np.uint8) for n, low in ((32, 0), (16, 60))]
     pictures = [np.stack([np.asarray(Image.fromarray(blob).resize((48, 48))) for blob in part]) for part in blobs]
     u = torch.from_numpy(pictures[0]).permute(0, 3, 1, 2).contiguous()
-
     oracle, seen = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(inception)), []
     oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     pooled, logits = oracle(u)
@@ -1160,7 +1164,6 @@ def test_inception_is_fids(perceptual, inception, tmp_path):
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     assert (other - pooled[:8]).abs().max() > 1e-3 * pooled.abs().max()            # the two preprocessings differ
-
     for name, part in zip(("fake", "real"), pictures):
         np.savez(tmp_path / f"{name}.npz", arr_0=part)
     run(evaluate.main, "samples", tmp_path / "fake.npz", tmp_path / "real.npz", "--inception", inception, "--record",
@@ -1191,12 +1194,10 @@ def test_samples_are_scored_from_npz_folders_and_stored_statistics(capsys, monke
     for name in ("a.npz", "packed.npz"):
         rows = evaluate.read_npz(tmp_path / name, ("arr_0",))["arr_0"]
         assert isinstance(rows, np.memmap) and np.array_equal(rows, pictures)
-
     def score(samples, reference, *words):
         run(evaluate.main, "samples", tmp_path / samples, tmp_path / reference, "--record", tmp_path / "r.json",
             "--batch-size", 7, *words)
         return json.loads((tmp_path / "r.json").read_text())[Path(samples).stem]
-
     random = ("--features", "random")
     for samples, reference in (("a.npz", "packed.npz"), ("packed.npz", "folder"), ("folder", "a.npz")):
         result = score(samples, reference, *random)
@@ -1208,19 +1209,16 @@ def test_samples_are_scored_from_npz_folders_and_stored_statistics(capsys, monke
     two = tmp_path / "two.json"
     torchrun(ROOT / "evaluate.py", "samples", tmp_path / "b.npz", tmp_path / "a.npz", *random, "--record", two)
     assert json.loads(two.read_text())["b"]["FD-random"] == pytest.approx(far, rel=1e-6)
-
     fid = ("--inception", inception)                           # FID by ADM's protocol, its reference as ADM stores it
     own = score("b.npz", "a.npz", *fid, "--save-stats", tmp_path / "kept.npz")
     assert {"FID", "sFID", "IS", "Precision", "Recall"} < set(own) and "below 2,048" in capsys.readouterr().err
     with np.load(tmp_path / "kept.npz") as kept:
         np.savez(tmp_path / "adm.npz", arr_0=pictures, **{k: kept[k] for k in evaluate.STATISTICS})
     assert score("b.npz", "adm.npz", *fid) == pytest.approx(own, rel=1e-5)
-    score("b.npz", "adm.npz", *random)                         # takes the pictures: the statistics are not its own
     np.savez(tmp_path / "sorted.npz", arr_0=pictures[:1].repeat(5, 0))
     monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 0.0)          # seconds each
     assert score("sorted.npz", "kept.npz", *fid)["IS"] == pytest.approx(1, abs=1e-4)
     assert "--shuffle" in capsys.readouterr().err
-
     np.savez(tmp_path / "wide.npz", arr_0=pictures[:, :, :8])
     np.savez(tmp_path / "float.npz", arr_0=pictures.astype(float))
     np.savez(tmp_path / "none.npz", other=pictures)
@@ -1277,7 +1275,6 @@ def test_recon_has_every_number_by_its_definition(trained, scored, tmp_path):
     record = json.loads(scored.read_text())
     result, about = record["eq"], record["about"]
     assert list(record) == ["standard", "eq", "about"] and "rFID" not in result
-    assert {"command", "seed", "autoencoders", "extractor", "versions", "device", "conventions", "date"} <= set(about)
     assert about["autoencoders"]["eq"]["sha256"] == evaluate.file_hash(trained / "eq.pt")
     model, data = vae.load_autoencoder(trained / "eq.pt"), vae.Images("emoji-val", (32, 32))
     images = torch.stack([data[i][0] for i in range(24)])
@@ -1285,10 +1282,8 @@ def test_recon_has_every_number_by_its_definition(trained, scored, tmp_path):
     posterior = model.encode(x)
     mean, z = posterior.mean, posterior.mean + posterior.std * vae.slot_noise(posterior.mean, 0, "recon", range(24))
     features = evaluate.load_features(argparse.Namespace(features="random"))[0].cpu()
-
     def distance(a, b):
         return evaluate.frechet_distance(*stats(*features(vae.to_uint8(a))), *stats(*features(vae.to_uint8(b))))
-
     for names, taus in ((("R90", "R180", "R270", "R"), [scale_transform(1, (8, 8), k) for k in (1, 2, 3)]),
                         (("S0.25", "S0.50", "S0.75", "S"), [scale_transform(s, (8, 8)) for s in (0.25, 0.5, 0.75)])):
         errors = [equivariance_error(lambda x: model.encode(x).mean, x, tau).mean().item() for tau in taus]
@@ -1325,7 +1320,6 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
     assert evaluate.speed_up([(100, 9), (400, 5)], [(100, 7), (200, 3)]) == pytest.approx(400 / 150)
     assert evaluate.speed_up([(100, 9), (400, 5)], [(100, 7), (200, 6)]) is None
     pictures = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
-
     def generated(name, autoencoder, step, distance, key="FD-random", model="DiT-Ti/2", cfg_scale=1):
         path = tmp_path / f"{name}-{step}.npz"                 # a record as `samples` writes it
         np.savez(path, arr_0=pictures)
@@ -1333,7 +1327,6 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
         record = {path.stem: {"N": 9, key: distance}, "about": dict(drawn=drawn, samples=str(path))}
         path.with_suffix(".json").write_text(json.dumps(record))
         return path.with_suffix(".json")
-
     made = json.loads(scored.read_text())["about"]["autoencoders"]
     runs = [generated(arm, made[arm]["sha256"], step, distance) for arm, step, distance in
             (("standard", 100, 9.0), ("standard", 400, 5.0), ("eq", 100, 7.0), ("eq", 200, 3.0))]
@@ -1346,7 +1339,6 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
     drawn = {path.stem: np.asarray(Image.open(path)).std() > 10 for path in (tmp_path / "figures").iterdir()}
     assert drawn == dict.fromkeys(("fig1-curves", "fig1-latents", "fig2-rotation", "fig2-scale", "fig3-transforms",
                                    "fig4-samples", "fig5-fine-tuning"), True)
-
     full = json.loads(scored.read_text())                      # as if the full-size ones had been scored, on two seeds
     for arm, init, p_alpha in (("standard", "scratch", 1), ("eq", "kl-f8.ckpt", 0.5)):
         full["about"]["autoencoders"][arm] |= dict(model="sd", init=init, p_alpha=p_alpha)
@@ -1374,13 +1366,11 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
     ("recon {wrong}/code.pt {random}", "code.pt: refused"),
     ("recon {wrong}/nan.pt {random}", "nan: a reconstruction of the images [0, 1, 2, 3"),
     ("recon {ok} {random} --image-size 30", "28x28 and 32x32"),
-    ("recon {ok} {random} --interpolation nearest", "--interpolation"),
     ("recon {ok} {random} --num-images 2", "too few"),
     ("recon {ok} {random} --record /proc/no/record.json", "/proc/no: cannot write there"),
     ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "missing.pth"),
     ("recon {ok} --no-lpips", "--features random"),                            # offline, nothing in torch hub's cache
     ("recon {ok} --no-lpips --inception {wrong}/weights.pt", "not FID-Inception"),
-    ("recon {ok} --features random --vgg {wrong}/missing.pth", "missing.pth"),
     ("recon {ok} --features random --vgg random", "--vgg random"),
 ])
 def test_bad_input_to_evaluate_is_told_in_one_line(capsys, monkeypatch, trained, photos, wrong, tmp_path, words, says):
