@@ -579,7 +579,6 @@ def map_member(path, archive, item):
 
 class Pictures(torch.utils.data.Dataset):
     """What `samples` scores: ADM's npz (`rows`: its arr_0), a folder, or "emoji". Items: (uint8 (3, H, W), index).
-
     size None: samples, lossless and of one size. Or the size of the samples to be the reference of, to which other
     pictures come by ADM's centre crop; JPEG is taken with a warning.
     """
@@ -977,7 +976,6 @@ def main():
     of.add_argument("records", nargs="+", metavar="RECORD")
     of.add_argument("--figures", help="folder of `figures`")
     of.add_argument("--out", default="report.md", help="Markdown file to write")
-
     parser.print_usage = lambda file=None: None
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False                                    # metrics are computed in fp32
@@ -992,8 +990,10 @@ def main():
         print("evaluate.py:", str(error).rpartition("InputError: ")[2], file=sys.stderr)   # less a worker's traceback
         raise SystemExit(2) from None
     finally:
-        if WORLD > 1:
+        if WORLD > 1:                                          # as in vae.py, without the interpreter's own ending
             torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0) if sys.exc_info()[0] is None else None
 
 
 if __name__ == "__main__":

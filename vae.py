@@ -561,7 +561,6 @@ class InputError(ValueError):
     """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
 def image_size(text):                                          # "256" or "384x256" -> (height, width)
     return tuple(int(side) for side in (text.split("x", 1) * 2)[:2])
-
 # ---------------------------------------------------------------------------------------------- processes and their end
 MAIN = int(os.environ.get("RANK", 0)) == 0                     # the process that speaks and writes
 SIGNALS = []                                                   # SIGTERM and Ctrl-C received, for stop_signal()
@@ -608,8 +607,9 @@ def launch(parser, **defaults):
         say(f"{parser.prog}: {error}")
         raise SystemExit(2) from None
     finally:
-        if world > 1:
+        if world > 1:                              # gloo's threads may abort an ending interpreter (pytorch pull 179291)
             dist.destroy_process_group()
+            os._exit(0) if sys.exc_info()[0] is None else None
 
 def say(text):
     if MAIN:
