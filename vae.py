@@ -607,7 +607,7 @@ def launch(parser, **defaults):
         say(f"{parser.prog}: {error}")
         raise SystemExit(2) from None
     finally:
-        if world > 1:                              # gloo's threads may abort an ending interpreter (pytorch pull 179291)
+        if world > 1:                              # gloo may abort an interpreter that is ending (pytorch pull 179291)
             dist.destroy_process_group()
             os._exit(0) if sys.exc_info()[0] is None else None
 
