@@ -104,7 +104,7 @@ def losses(network, x1, x0, t, y, z, path="linear"):
             return [(network(x, t, y) - target).square().mean()]
         velocity, (projection,) = network(x, t, y, return_projections=True)
         return [(velocity + target).square().mean(), -0.5 * repa.alignment(projection, z)]
-    with patch("torch.rand", t.view), patch("torch.randn_like", lambda _: x0):
+    with patch("torch.rand", lambda size, **_: t.view(size)), patch("torch.randn_like", lambda _: x0):
         if z is None:
             return [sampler(path).transport.training_losses(network, x1, dict(y=y))["loss"].mean()]
         loss, projection = official.loss(path_type=PATHS[path][1])(network, x1, dict(y=y), [z])
