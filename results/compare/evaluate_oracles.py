@@ -35,6 +35,11 @@ import evaluate  # noqa: E402
 import vae  # noqa: E402
 
 
+def moments(features):
+    total = evaluate.Moments()
+    total.add(features)
+    return total.result()
+
 def draw_weights(seed):
     """FID-Inception's 472 tensors: He's convolutions, BatchNorms near one."""
     torch.manual_seed(seed)
@@ -74,7 +79,7 @@ def parity(args, scratch, file):
     def features(preprocess):
         network = evaluate.Inception(weights, preprocess)
         fake, real = ([*map(torch.cat, zip(*map(network, side.split(32))))] for side in sides)
-        return fake, real, evaluate.frechet_distance(*evaluate.moments(fake[0]), *evaluate.moments(real[0]))
+        return fake, real, evaluate.frechet_distance(*moments(fake[0]), *moments(real[0]))
     class Kept(torch_fidelity.FeatureExtractorInceptionV3):                    # keeps all; a hook sees sFID's map
         def forward(self, x):
             with self.Mixed_6d.branch1x1.register_forward_hook(lambda *call: setattr(self, "map", call[2][:, :7])):
@@ -137,7 +142,7 @@ def speed(args, scratch, file):
     for k in range(2):
         draw_pictures(folders[k], args.speed_images, 256, args.seed + k, 30)
         x = 0.5 * (torch.randn(6000, 256) @ mix + 0.3 * torch.randn(6000, 2048) - 0.2 + 0.1 * k).relu()
-        statistics += evaluate.moments(x * (torch.arange(2048) > 4))           # five dead ones, as real ones have
+        statistics += moments(x * (torch.arange(2048) > 4))           # five dead ones, as real ones have
     _, disk = turns(ours, torch_fidelity, pictures=n, pixels=256, ours="weights, hash, PNG, all features, moments",
                     theirs="torch-fidelity, batch 64: weights, PNG in its own worker processes, pooled, logits")
     m1, c1, m2, c2 = (part.numpy() for part in statistics)     # pytorch-fid's formula:
@@ -182,7 +187,7 @@ def memory(args, scratch, file):
         "memory; VmHWM: the two together; ru_maxrss: the same, but never below that of the process that started it"))
     result["precision_recall"] = watch("precision_recall", n, dimensions=2048)
     for names, d in ((("mu", "sigma"), 2048), (("mu_s", "sigma_s"), 2023)):
-        statistics.update(zip(names, evaluate.moments(torch.randn(4096, d).relu())))
+        statistics.update(zip(names, moments(torch.randn(4096, d).relu())))
     for what, k, forward in (("samples", n, "stand-in of equal widths"), ("true_forward", 128, "Inception's own")):
         write_pictures(f"{scratch}/samples.npz", k, args.seed)
         write_pictures(f"{scratch}/reference.npz", k // 5, args.seed + 1, **statistics)
