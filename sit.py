@@ -79,7 +79,7 @@ def sbdm(alpha, sigma, d_alpha, d_sigma):
 
 def velocity_at(predict, x, t, labels):
     """predict's velocity for all of x at the time t, a number's tensor; its noise level is 1 - t on every path."""
-    return predict(x, t.to(x).expand(len(x)), labels, round(1 - float(t), 6))      # a point on a bound of guidance is inside
+    return predict(x, t.to(x).expand(len(x)), labels, round(1 - float(t), 6))  # on a bound of guidance is inside
 
 @torch.no_grad()
 def euler_maruyama(predict, noise, labels, steps=250, path="linear", diffusion="sigma", last="mean",
