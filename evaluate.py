@@ -314,7 +314,6 @@ def precision_recall(real, fake, k=3, chunk=2048):
     def covered(points, centres):                              # in its own ball's k + 1 nearest the centre is the first
         radius = torch.cat([block.topk(k + 1, largest=False).values[:, -1] for block in blocks(centres, centres)])
         return float(torch.cat([(block <= radius).any(dim=1) for block in blocks(points, centres)]).double().mean())
-
     real, fake = real.float(), fake.float()
     return covered(fake, real), covered(real, fake)
 
@@ -531,7 +530,9 @@ def file_hash(path):
     """SHA-256 of a file, or of all the files in a folder of diffusers'."""
     digest = hashlib.sha256()
     for part in sorted(p for p in Path(path).rglob("*") if p.is_file()) or [path]:
-        digest.update(np.memmap(part, mode="r"))
+        with open(part, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
     return digest.hexdigest()
 
 def make_folder(path):
@@ -892,7 +893,6 @@ def paper_tables(path, arms, runs):
             return "not run"
         spread = f" ± {np.std(values, ddof=1):.2g} ({len(values)} seeds)" if len(values) > 1 else ""
         return show(float(np.mean(values))) + spread + f" ({key})" * key.startswith("FD")
-
     lines, unused = [], []
     for part in (path.read_text() if path.exists() else "").split("\n## ")[1:]:
         title, _, header, _, *rows = part.strip().splitlines()
