@@ -73,7 +73,8 @@ def parity(args, scratch, file):
     import pytorch_fid.fid_score
     import skdim
     import torch_fidelity
-    weights, folders, kept, pooled = torch.load(file, weights_only=True), [f"{scratch}/samples", f"{scratch}/reference"], [], []
+    weights, kept, pooled = torch.load(file, weights_only=True), [], []
+    folders = [f"{scratch}/samples", f"{scratch}/reference"]
     counts = [args.images, args.images * 2 // 3]                               # two lengths: a swap cannot hide
     sides = [draw_pictures(folders[k], counts[k], 64, args.seed + k, 30 + 10 * k) for k in range(2)]
     def features(preprocess):
