@@ -366,7 +366,6 @@ class Latents(torch.utils.data.Dataset):
 class Run:
     """What the training of DiT, SiT and REPA has in common, all but the step: see train(). `data` is a Latents,
     `network` a class like DiT, `options` are its arguments beside those of configs[args.model]."""
-
     def __init__(self, args, rank, world, device, data, network, configs, **options):
         import vae
         torch.manual_seed(args.seed)
@@ -374,8 +373,9 @@ class Run:
         self.args, self.rank, self.world, self.device, self.data = args, rank, world, device, data
         self.out, self.autoencoder, self.classes = Path(args.out), data.autoencoder, data.images.classes
         self.micro, self.accumulate = vae.split_batch(args, world)
-        self.resumed = resumed = vae.load(self.out) if self.out.exists() and not args.bench else None
-        self.arch, self.step = network.__name__, resumed["step"] if resumed else 0
+        resumed = vae.load(self.out) if self.out.exists() and not args.bench else None
+        self.arch, self.began = network.__name__, resumed["step"] if resumed else None
+        self.step = self.began or 0
         config = dict(configs[args.model], input_size=data.grid[0], num_classes=len(self.classes),
                       in_channels=self.autoencoder.config["z_channels"], **options)
         if config["input_size"] % config["patch_size"]:
@@ -420,7 +420,7 @@ class Run:
     def goes_on(self, draw):
         """Before each step: the pictures, by draw(predict, noise, labels) -> latents, and the checkpoint when they are
         due or a signal came; whether there is a step to take."""
-        args, stopped, new = self.args, self.kit.stop_signal(), self.step != (self.resumed or {}).get("step")
+        args, stopped, new = self.args, self.kit.stop_signal(), self.step != self.began
         last = self.step >= args.steps or stopped
         if self.rank == 0 and not args.bench:
             if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):

@@ -618,7 +618,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image = self.open(index)
-        if isinstance(self.files, np.memmap) and hasattr(mmap, "MADV_DONTNEED"): # what was read is not ours
+        if isinstance(self.files, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):   # or it counts as memory of ours
             self.files._mmap.madvise(mmap.MADV_DONTNEED)
         if image.size != self.size:
             if self.exact or isinstance(self.files, np.ndarray):
@@ -732,8 +732,9 @@ def read_records(paths):
                     arms.append(about["autoencoders"][stem] | row | dict(name=paper_name(about["autoencoders"][stem])))
                 else:
                     drawn = about["drawn"] or dict(step=0, cfg_scale=1, model=stem, autoencoder=None)
-                    name = f"{drawn['model']} {thousands(drawn['step'])}{'*' * (drawn['cfg_scale'] != 1)}"
-                    runs.append(dict(row, step=drawn["step"], generator=name, sha256=drawn["autoencoder"]))
+                    step = drawn["step"] or 0                  # an official file does not say it
+                    name = f"{drawn['model']} {thousands(step)}{'*' * (drawn['cfg_scale'] != 1)}"
+                    runs.append(dict(row, step=step, generator=name, sha256=drawn["autoencoder"]))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{path}: no record of `recon` or `samples` ({type(error).__name__}: {error})") from None
     for run in runs:
@@ -874,7 +875,6 @@ def panel(title, rows, margin=4, left=190, top=34):
 # report: a page from records, the paper's tables beside
 
 def table(header, rows):
-    """Markdown lines."""
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 def show(value):

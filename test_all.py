@@ -1345,7 +1345,7 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
     (tmp_path / "full.json").write_text(json.dumps(full))
     eq, out = full["about"]["autoencoders"]["eq"], tmp_path / "r.md"
     runs = [generated(name, eq["sha256"], step, fid, "FID", "DiT-XL/2", scale) for name, step, fid, scale in
-            (("one", 400_000, 14.0, 1), ("two", 400_000, 15.0, 1), ("guided", 1_500_000, 2.5, 1.5))]
+            (("one", 400_000, 14.0, 1), ("two", 400_000, 15.0, 1), ("cfg", 1_500_000, 2.5, 1.5), ("any", None, 9.0, 1))]
     run(evaluate.main, "report", tmp_path / "full.json", *runs, "--figures", tmp_path / "figures", "--out", out)
     random, psnr = (evaluate.show(full["eq"][key]) for key in ("FD-random", "PSNR"))
     for line in ("| SD-VAE + EQ | DiT-XL/2 400k | 14.5 | 14.5 ± 0.71 (2 seeds) |",
