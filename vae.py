@@ -10,9 +10,10 @@ Half of the steps autoencode (Eq. 1), the other half decode a transformed latent
     python vae.py --init eqvae.pt --export eq-vae                          # for diffusers; with --layout ldm for LDM
     torchrun --nproc_per_node=8 vae.py                                     # eight: the paper's recipe, SD-VAE to EQ-VAE
 
-The last line reads data/kl-f8.ckpt (LDM's SD-VAE) and data/openimages/, takes 50,000 steps of 160 images, and writes
-eqvae.pt with eqvae.jsonl (losses) and eqvae/ (pictures) beside it. Run again, it goes on where it stopped. To expect on
-ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+The last line reads data/openimages/ and data/kl-f8.ckpt, SD-VAE (model.ckpt in LDM's
+https://ommer-lab.com/files/latent-diffusion/kl-f8.zip), takes 50,000 steps of 160 images, and writes eqvae.pt with
+eqvae.jsonl (losses) and eqvae/ (pictures) beside it. Run again, it goes on where it stopped. To expect on ImageNet's
+validation set (Tables 7 and 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
 """
 
 import argparse
@@ -212,7 +213,6 @@ class PatchDiscriminator(nn.Sequential):
 
 # ======================================================================================================================
 # LPIPS, loading, the latents' scale
-SD_VAE = "https://ommer-lab.com/files/latent-diffusion/kl-f8.zip"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 def load_lpips(vgg=None):
@@ -271,11 +271,11 @@ def read_config(path):
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: no config of diffusers' AutoencoderKL ({type(error).__name__}: {error})") from None
 
-def presets(config):
-    """The names in CONFIGS whose entries are this config's, scale and shift aside; one of equal scale comes first."""
-    names = [name for name, preset in CONFIGS.items() if all(config[key] == value for key, value in preset.items()
+def presets(config, configs=CONFIGS):
+    """The names in configs whose entries are this config's, scale and shift aside; one of equal scale comes first."""
+    names = [name for name, preset in configs.items() if all(config[key] == value for key, value in preset.items()
                                                              if key in config and not key.endswith("_factor"))]
-    return sorted(names, key=lambda name: CONFIGS[name].get("scaling_factor") != config.get("scaling_factor"))
+    return sorted(names, key=lambda name: configs[name].get("scaling_factor") != config.get("scaling_factor"))
 
 def read_autoencoder(path, model=None, default=None):
     """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
@@ -363,117 +363,204 @@ def measure_latents(model, images, n=1024, batch_size=16):
 
 # ======================================================================================================================
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
-def train(args, rank, world, device):
-    torch.manual_seed(args.seed)
-    out = Path(args.out)
-    # The networks: those of the checkpoint to go on with, of --init, or new ones
-    resumed = load(out) if out.exists() and not args.bench else None
-    if resumed:
-        if resumed.get("arch") != "AutoencoderKL" or args.model not in (None, *presets(resumed["config"])):
-            raise InputError(f"{out}: holds another model than --model {args.model}; give another --out")
-        say_changes(resumed["args"], vars(args))
-        config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
-    elif args.init == "scratch":
-        config, weights, disc_weights = CONFIGS[args.model or "sd"], None, None
-    else:
-        if not os.path.exists(args.init):
-            raise InputError(f"--init {args.init}: no such file; give one (SD-VAE: model.ckpt of {SD_VAE}) or scratch")
-        config, weights, disc_weights = read_autoencoder(args.init, args.model, "sd")
-    config = dict(config, padding_mode=args.padding_mode) if args.padding_mode else config
-    args.model = args.model or (resumed["args"]["model"] if resumed else next(iter(presets(config)), None))
-    model = AutoencoderKL(**config)
-    discriminator = PatchDiscriminator() if args.gan_weight else None
-    for network, state in ((model, weights), (discriminator, disc_weights)):
-        if network and state:
-            load_weights(network, state, out if resumed else args.init)
-    step, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (0, 0)
-    if args.disc_start is None:                                # a new one learns for a while before it is listened to
-        args.disc_start = before if disc_weights else step + 1000
-    # What can be wrong with the arguments is found before anything is written
-    grid = model.grid(args.image_size)
-    least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight)
-                + [5 * model.factor] * (config.get("padding_mode") == "reflect"))              # mirrors need two cells
-    smallest = -(-least // model.factor)            # in latent cells: tau(x) must leave room for the losses' networks
-    if min(grid) < smallest + ((args.p_alpha < 1 or args.recipe == "release") and args.tau != "r"):
-        raise InputError(f"--image-size: too small for tau to leave the networks {least} px; or take --tau r")
-    micro, accumulate = split_batch(args, world)
-    data = Images(args.data, args.image_size, "random", args.seed)
-    centred = copy.copy(data)
-    centred.crop = "center"
-    fixed = [centred[int(i)][0] for i in np.linspace(0, len(centred) - 1, min(8, len(centred)))]
-    fixed = to_float(torch.stack(fixed), device)                               # the images to look at (8, 3, H, W)
-    perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
-    meter = Meter(args, resumed, world, device)
-    # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    if discriminator and world > 1 and device.type == "cuda":
-        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-    networks = [net.to(device, memory_format=layout).train() for net in (model, discriminator) if net]
-    optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True) for net in networks]
-    parameters = [p for network in networks for p in network.parameters()]
-    buffers = [b for network in networks for b in network.buffers()]           # BatchNorm's running statistics
-    ema = (resumed or {}).get("ema") or model.state_dict()     # an average that starts late starts from the weights
-    ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
-    for optimizer, state in zip(optimizers, ("opt", "opt_disc") if resumed else ()):
-        if resumed[state]:
-            optimizer.load_state_dict(resumed[state])
-            optimizer.param_groups[0]["lr"] = args.lr
-            for p, kept in optimizer.state.items():            # a fused step wants moments in their weights' layout
-                kept.update((name, torch.empty_like(p).copy_(kept[name])) for name in ("exp_avg", "exp_avg_sq"))
-    if args.compile:
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
-        for part in (model.encoder, model.decoder.mid, *model.decoder.up):     # for every size that tau draws
-            part.compile(dynamic=False)                        # conv_out's gradients are taken alone: it stays outside
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    encode, decode, discriminate = map(autocast, (model.encode, model.decode, lambda x: discriminator(x).float()))
-    latent = dict(scale=model.scaling_factor, shift=model.shift_factor) if args.latent_scale == "published" else None
-    def criterion(target, reconstruction):
-        """L_rec and L_gan of Eq. 1: sums over pixels and channels, means over the batch, as LDM has them."""
-        l1 = (target - reconstruction).abs().mean()
-        lpips = perceptual(target, reconstruction).mean() if perceptual else torch.zeros_like(l1)
-        meter.add(l1=l1, lpips=lpips)              # LDM adds an image's LPIPS to every one of its values, then sums
-        nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
-        return nll, -discriminate(reconstruction).mean() if discriminator else None
-    @torch.no_grad()
-    def look():
-        """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))) and their equivariance errors."""
-        z, half = encode(fixed).mean, scale_transform(0.5, grid, quarter_turns=1)
-        reconstruction = decode(z).clamp(-1, 1)
-        image_grid([fixed, reconstruction, half(fixed), decode(half(z))]).save(out.with_suffix("") / f"{step:07d}.png")
-        record = rotation_and_scale_error(lambda x: encode(x).mean, fixed, grid)
-        record["PSNR"] = -10 * ((fixed - reconstruction) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
-        meter.write(dict(step=step, **record))
-        say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
-    def save():
-        (weights, disc), (opt, opt_disc) = ([*(x.state_dict() for x in xs), None][:2] for xs in (networks, optimizers))
-        save_checkpoint(out, dict(arch="AutoencoderKL", config=model.config, model=weights, ema=ema, opt=opt, disc=disc,
-                                  opt_disc=opt_disc, step=step, args=vars(args), latent=latent))
+class Tuning:
+    """What the training of KL and VQ autoencoders (vqgan.py) has in common, all but the losses of a step: see train().
+    network, configs, read    AutoencoderKL, CONFIGS, read_autoencoder: or VQGAN's
+    options                   what the command line changes in a config; None: nothing"""
+    def __init__(self, args, rank, world, device, network, configs, read, **options):
+        torch.manual_seed(args.seed)
+        self.args, self.rank, self.world, self.device, self.out = args, rank, world, device, Path(args.out)
+        # The networks: those of the checkpoint to go on with, of --init, or new ones
+        resumed = load(self.out) if self.out.exists() and not args.bench else None
+        if resumed:
+            wanted = (None, *presets(resumed["config"], configs)) if resumed.get("arch") == network.__name__ else ()
+            if args.model not in wanted:
+                raise InputError(f"{self.out}: holds another model than --model {args.model}; give another --out")
+            say_changes(resumed["args"], vars(args))
+            config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
+        elif args.init == "scratch":
+            config, weights, disc_weights = configs[args.model or next(iter(configs))], None, None
+        else:
+            if not os.path.exists(args.init):
+                raise InputError(f"--init {args.init}: no such file; give one (--help names its source) or scratch")
+            config, weights, disc_weights = read(args.init, args.model, next(iter(configs)))
+        config = config | {name: value for name, value in options.items() if value is not None}
+        first = next(iter(presets(config, configs)), None)
+        args.model = args.model or (resumed["args"]["model"] if resumed else first)
+        self.model = model = network(**config)
+        self.discriminator = PatchDiscriminator() if args.gan_weight else None
+        for net, state in ((model, weights), (self.discriminator, disc_weights)):
+            if net and state:
+                load_weights(net, state, self.out if resumed else args.init)
+        self.began, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (None, 0)
+        self.step, self.latent = self.began or 0, None         # what is measured of the latents
+        if args.disc_start is None:                            # a new one learns for a while before it is listened to
+            args.disc_start = before if disc_weights else self.step + 1000
+        # What can be wrong with the arguments is found before anything is written
+        self.grid = model.grid(args.image_size)
+        least = max([1] + [16] * bool(args.lpips_weight) + [PatchDiscriminator.smallest] * bool(args.gan_weight)
+                    + [5 * model.factor] * (config.get("padding_mode") == "reflect"))          # mirrors need two cells
+        self.smallest = -(-least // model.factor)              # latent cells that tau(x) must leave the losses' nets
+        if min(self.grid) < self.smallest + ((args.p_alpha < 1 or args.recipe == "release") and args.tau != "r"):
+            raise InputError(f"--image-size: too small for tau to leave the networks {least} px; or take --tau r")
+        micro, self.accumulate = split_batch(args, world)
+        data = Images(args.data, args.image_size, "random", args.seed)
+        self.centred = copy.copy(data)
+        self.centred.crop = "center"
+        fixed = [self.centred[int(i)][0] for i in np.linspace(0, len(data) - 1, min(8, len(data)))]
+        self.fixed = to_float(torch.stack(fixed), device)                      # the images to look at (8, 3, H, W)
+        self.perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
+        self.meter = Meter(args, resumed, world, device)
+        # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        if self.discriminator and world > 1 and device.type == "cuda":
+            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
+        self.networks = [net.to(device, memory_format=layout).train() for net in (model, self.discriminator) if net]
+        self.optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+                           for net in self.networks]
+        self.parameters = [p for network in self.networks for p in network.parameters()]
+        self.buffers = [b for network in self.networks for b in network.buffers()]     # BatchNorm's running statistics
+        ema = (resumed or {}).get("ema") or model.state_dict() # an average that starts late starts from the weights
+        self.ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
+        for optimizer, state in zip(self.optimizers, ("opt", "opt_disc") if resumed else ()):
+            if resumed[state]:
+                optimizer.load_state_dict(resumed[state])
+                optimizer.param_groups[0]["lr"] = args.lr
+                for p, kept in optimizer.state.items():        # a fused step wants moments in their weights' layout
+                    kept.update((name, torch.empty_like(p).copy_(kept[name])) for name in ("exp_avg", "exp_avg_sq"))
+        if args.compile:
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+            for part in (model.encoder, model.decoder.mid, *model.decoder.up):         # for every size that tau draws
+                part.compile(dynamic=False)                    # conv_out's gradients are taken alone: it stays outside
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        self.discriminate = self.autocast(lambda x: self.discriminator(x).float())
+        say(f"{sum(p.numel() for p in self.parameters):,} parameters; {len(data):,} images; steps {self.step} to "
+            f"{args.steps} of {args.batch_size} ({world} x {self.accumulate} x {micro}), lr {args.lr:g}; "
+            f"{device.type}, {args.precision}")
+        self.batches = loader(data, args, micro, self.step, rank, world)
+        self.meter.start(self.step)
 
-    say(f"{sum(p.numel() for p in parameters):,} parameters; {len(data):,} images; steps {step} to {args.steps} of "
-        f"{args.batch_size} ({world} x {accumulate} x {micro}), lr {args.lr:g}; {device.type}, {args.precision}")
-    batches = loader(data, args, micro, step, rank, world)
-    meter.start(step)
-    while True:
-        stopped = stop_signal()
-        last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and step != (resumed or {}).get("step"):
-            if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
-                look()
-            if step % args.save_every == 0 and not last:
-                save()
+    def goes_on(self, look, measure):
+        """Before each step: look() and the checkpoint, when they are due or a signal came, and at the end what
+        measure() says of the latents; whether there is a step to take."""
+        args, stopped = self.args, stop_signal()
+        last, new = self.step >= args.steps or stopped, self.rank == 0 and not args.bench and self.step != self.began
+        if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
+            look()
         if last:
-            break
+            self.meter.bar.close()
+        if new and last and not stopped:
+            self.latent = measure()
+        if new and (last or self.step % args.save_every == 0):                 # a run that was over stays as it is
+            (model, disc), (opt, opt_disc) = ([*(x.state_dict() for x in xs), None][:2]
+                                              for xs in (self.networks, self.optimizers))
+            save_checkpoint(self.out, dict(arch=type(self.model).__name__, config=self.model.config, model=model,
+                                           ema=self.ema, opt=opt, disc=disc, opt_disc=opt_disc, step=self.step,
+                                           args=vars(args), latent=self.latent))
+        if last:
+            say(f"{self.out}: {'stopped' if stopped else 'finished'} at step {self.step} of {args.steps}")
+            if stopped := stop_signal():                       # for which the other processes wait until all is saved
+                raise SystemExit(128 + stopped)
+        return not last
+
+    def draw(self):
+        """The step's tau: -> (what is done to the image alone, tau). One for both networks, all processes and all
+        micro-batches, a function of (seed, step)."""
+        tau = sample_transform(self.grid, self.args.p_alpha, self.args.tau, smallest=self.smallest,
+                               interpolation=self.args.interpolation, recipe=self.args.recipe,
+                               generator=seeded(self.args.seed, "tau", self.step))
+        return (tau, Transform(tau.size, tau.size)) if tau.before else (Transform(self.grid, self.grid), tau)
+
+    def micro_batches(self, before):
+        """The step's images (b, 3, H, W) in [-1, 1], or what before() makes of them, and their slots in the batch."""
+        self.statistics = [b.clone() for b in self.buffers]
+        for images, _, slots, passed in itertools.islice(self.batches, self.accumulate):
+            self.meter.add(unreadable=passed.sum())
+            yield before(to_float(images, self.device)), slots
+
+    def criterion(self, target, reconstruction):
+        """L_rec, the mean over pixels and channels, and L_gan of Eq. 1, or None, of a batch (b, 3, h, w)."""
+        l1 = (target - reconstruction).abs().mean()
+        lpips = self.perceptual(target, reconstruction).mean() if self.perceptual else torch.zeros_like(l1)
+        self.meter.add(l1=l1, lpips=lpips)
+        gan = -self.discriminate(reconstruction).mean() if self.discriminator else None
+        return l1 + self.args.lpips_weight * lpips, gan
+
+    def backward(self, nll, gan, others, target, reconstruction):
+        """The gradients of nll + gan_weight * adaptive weight * gan + others, and of the discriminator's loss.
+        LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs the last
+        convolution's gradients only, and one pass through the autoencoder carries the weighted sum."""
+        args, add = self.args, self.meter.add
+        gradient, = torch.autograd.grad(nll, reconstruction)
+        if self.discriminator:
+            gan_gradient, = torch.autograd.grad(gan, reconstruction)
+            norms = [average(torch.autograd.grad(reconstruction, self.model.decoder.conv_out.weight, g,
+                                                 retain_graph=True)[0]).norm() for g in (gradient, gan_gradient)]
+            ratio = norms[0] / (norms[1] + 1e-4)
+            weight = args.gan_weight * ratio.clamp(max=1e4)
+            if self.step >= args.disc_start:
+                gradient = gradient + weight * gan_gradient
+        torch.autograd.backward([reconstruction, others / self.accumulate], [gradient / self.accumulate, None])
+        # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
+        if self.discriminator:
+            real, fake = self.discriminate(target), self.discriminate(reconstruction.detach())
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            (loss / self.accumulate).backward()
+            add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight, clamped=ratio >= 1e4)
+
+    def update(self):
+        """The optimisers' step, the average's, and the log's."""
+        for p in self.parameters:                  # what DistributedDataParallel does, for a step of several forwards
+            average(p.grad)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
+        poisoned = (~grad_norm.isfinite()).float()             # skips the step in every process, without a host sync:
+        for optimizer in self.optimizers:
+            optimizer.found_inf = poisoned                     # the fused step then changes nothing, as under AMP
+            optimizer.step()
+            optimizer.zero_grad()
+        for b, kept in zip(self.buffers, self.statistics):
+            b.copy_(torch.where(poisoned > 0, kept, b))
+        if self.ema:
+            torch._foreach_lerp_([*self.ema.values()], [*self.model.state_dict().values()], 1 - self.args.ema_decay)
+        self.step += 1
+        self.meter.step(self.step, grad_norm, poisoned)
+
+    @torch.no_grad()
+    def look(self, encode, decode, **measured):
+        """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))), their equivariance errors in the log."""
+        x, z, half = self.fixed, encode(self.fixed), scale_transform(0.5, self.grid, quarter_turns=1)
+        decoded = decode(z).clamp(-1, 1)
+        image_grid([x, decoded, half(x), decode(half(z))]).save(self.out.with_suffix("") / f"{self.step:07d}.png")
+        record = rotation_and_scale_error(encode, x, self.grid) | measured
+        record["PSNR"] = -10 * ((x - decoded) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
+        self.meter.write(dict(step=self.step, **record))
+        say(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
+
+def train(args, rank, world, device):
+    run = Tuning(args, rank, world, device, AutoencoderKL, CONFIGS, read_autoencoder, padding_mode=args.padding_mode)
+    model, meter = run.model, run.meter
+    encode, decode = run.autocast(model.encode), run.autocast(model.decode)
+    def look():
+        run.look(lambda x: encode(x).mean, decode)
+    def measure():
+        used = load_weights(AutoencoderKL(**model.config), run.ema or model.state_dict(), run.out).to(device)
+        latent = run.latent or measure_latents(used, run.centred)
+        say(f"latents: scale {latent['scale']} (was {model.scaling_factor}), shift {latent['shift']:.4f}")
+        return latent
+    if args.latent_scale == "published":
+        run.latent = dict(scale=model.scaling_factor, shift=model.shift_factor)
+    def criterion(target, reconstruction):         # as LDM has it: sums over pixels and channels, means over the batch
+        nll, gan = run.criterion(target, reconstruction)       # (it adds an image's LPIPS to every one of its values)
+        return nll * target[0].numel(), gan
+
+    while run.goes_on(look, measure):
         # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP. One tau for both networks, all processes and all micro-batches, a function of (seed, step).
-        tau = sample_transform(grid, args.p_alpha, args.tau, smallest=smallest, interpolation=args.interpolation,
-                               generator=seeded(args.seed, "tau", step), recipe=args.recipe)
-        before, tau = (tau, Transform(tau.size, tau.size)) if tau.before else (Transform(grid, grid), tau)
-        statistics = [b.clone() for b in buffers]
-        for _ in range(accumulate):
-            images, _, slots, passed = next(batches)
-            x = before(to_float(images, device))                               # (b, 3, H, W), or smaller
+        # TRAINING STEP
+        before, tau = run.draw()
+        for x, slots in run.micro_batches(before):                             # (b, 3, H, W), or smaller
             posterior = encode(x)
-            z = posterior.mean + posterior.std * slot_noise(posterior.mean, args.seed, step, slots)    # (b, c, h, w)
+            noise = slot_noise(posterior.mean, args.seed, run.step, slots)     # (b, c, h, w)
+            z = posterior.mean + posterior.std * noise
             # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
             pair = eq_loss(criterion, decode, x, z, Transform(tau.grid, tau.grid) if args.explicit_weight else tau)
             (nll, gan), target, reconstruction = pair                          # (b, 3, f h2, f w2), or turned
@@ -484,72 +571,36 @@ def train(args, rank, world, device):
                                          args.stop_gradient)
                 others = others + args.explicit_weight * explicit
                 meter.add(explicit=explicit)
-            # LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs
-            # the last convolution's gradients only, and one pass through the autoencoder carries the weighted sum.
-            gradient, = torch.autograd.grad(nll, reconstruction)
-            if discriminator:
-                gan_gradient, = torch.autograd.grad(gan, reconstruction)
-                norms = [average(torch.autograd.grad(reconstruction, model.decoder.conv_out.weight, g,
-                                                     retain_graph=True)[0]).norm() for g in (gradient, gan_gradient)]
-                ratio = norms[0] / (norms[1] + 1e-4)
-                weight = args.gan_weight * ratio.clamp(max=1e4)
-                if step >= args.disc_start:
-                    gradient = gradient + weight * gan_gradient
-            torch.autograd.backward([reconstruction, others / accumulate], [gradient / accumulate, None])
-            meter.add(nll=nll, kl=kl, unreadable=passed.sum())
-            # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
-            if discriminator:
-                real, fake = discriminate(target), discriminate(reconstruction.detach())
-                loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-                (loss / accumulate).backward()
-                meter.add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
-                          clamped=ratio >= 1e4)
-        for p in parameters:                       # what DistributedDataParallel does, for a step of several forwards
-            average(p.grad)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        poisoned = (~grad_norm.isfinite()).float()             # skips the step in every process, without a host sync:
-        for optimizer in optimizers:
-            optimizer.found_inf = poisoned                     # the fused step then changes nothing, as under AMP
-            optimizer.step()
-            optimizer.zero_grad()
-        for b, kept in zip(buffers, statistics):
-            b.copy_(torch.where(poisoned > 0, kept, b))
-        if ema:
-            torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - args.ema_decay)
-        step += 1
+            run.backward(nll, gan, others, target, reconstruction)
+            meter.add(nll=nll, kl=kl)
+        run.update()
         # --------------------------------------------------------------------------------------------------------------
-        meter.step(step, grad_norm, poisoned)
-    meter.bar.close()
-    if rank == 0 and not args.bench and step != (resumed or {}).get("step"):       # a run that was over stays as it is
-        if args.latent_scale == "measured" and not stopped:
-            used = load_weights(AutoencoderKL(**config), ema or model.state_dict(), out).to(device)
-            latent = measure_latents(used, centred)
-            say(f"latents: scale {latent['scale']:.5f} (was {model.scaling_factor}), shift {latent['shift']:.4f}")
-        save()
-        say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
-    if stopped := stop_signal():                               # for which the other processes wait until all is saved
-        raise SystemExit(128 + stopped)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description, configs, init):
+    """The parser of a script that trains an autoencoder, but for launch()'s flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)")
-    parser.add_argument("--init", default="data/kl-f8.ckpt", help="file or folder to fine-tune or --export; or scratch")
-    parser.add_argument("--model", choices=CONFIGS, help="preset, for scratch and where --init has no config (sd)")
-    parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help="of 3x3 convolutions (default: --init's)")
+    parser.add_argument("--init", default=init, help="file to fine-tune or --export, or scratch")
+    parser.add_argument("--model", choices=configs, help="preset, for scratch and where --init does not say it")
     parser.add_argument("--export", metavar="DIR", help="train nothing: write --init to this new folder")
-    parser.add_argument("--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export")
     parser.add_argument("--tau", choices=eqloss.KINDS, default="rs", help="rotation, scale; aniso: a scale a side")
     parser.add_argument("--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only")
     parser.add_argument("--recipe", choices=eqloss.RECIPES, default="paper", help="release: draws as the released code")
     parser.add_argument("--interpolation", choices=eqloss.INTERPOLATIONS, help="of tau (default: the recipe's)")
     parser.add_argument("--lpips-weight", type=float, default=1.0)
-    parser.add_argument("--kl-weight", type=float, default=1e-6)
     parser.add_argument("--gan-weight", type=float, default=0.5, help="times a micro-batch's adaptive weight")
     parser.add_argument("--disc-start", type=int, help="first step of the GAN term (0 if --init has one, else 1000)")
-    parser.add_argument("--explicit-weight", type=float, default=0.0, help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)")
-    parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
     parser.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
     parser.add_argument("--ema-decay", type=float, default=0.0, help="0.9999 keeps an average of the weights for use")
+    return parser
+
+def main():
+    parser = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt")
+    parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help="of 3x3 convolutions (default: --init's)")
+    parser.add_argument("--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export")
+    parser.add_argument("--kl-weight", type=float, default=1e-6)
+    parser.add_argument("--explicit-weight", type=float, default=0.0, help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)")
+    parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
     parser.add_argument("--latent-scale", choices=("measured", "published"), default="measured")
     with launch(parser, data="data/openimages", out="eqvae.pt", steps=50_000, batch_size=160, lr=4.5e-5,
                 save_every=1000, sample_every=1000) as (args, rank, world, device):
@@ -863,7 +914,7 @@ class Meter:
     def add(self, **values):                                   # of a micro-batch, left on the device; the bar shows the
         for name, value in values.items():                     # first, all are logged as means, `unreadable` as a sum
             self.totals[name] += value.detach().float().mean()
-    def step(self, step, grad_norm, poisoned):
+    def step(self, step, grad_norm, poisoned, lr=None):
         """Of every step. InputError after 20 poisoned ones in a row."""
         self.skipped, self.streak = self.skipped + poisoned, (self.streak + 1) * poisoned
         self.longest = torch.maximum(self.longest, self.streak)
@@ -874,8 +925,8 @@ class Meter:
         sums = torch.stack([torch.as_tensor(total, device=self.device) for total in self.totals.values()])
         record = dict(zip(self.totals, (average(sums) / parts).tolist()))      # only here the host waits
         seconds, shown = time.time() - self.started, next(name for name in record if name != "unreadable")
-        record.update(unreadable=round(record["unreadable"] * parts * self.world), skipped=int(self.skipped),
-                      grad_norm=grad_norm.item(), lr=self.args.lr, seconds=seconds, images_per_second=count *
+        record.update(unreadable=round(record.get("unreadable", 0) * parts * self.world), skipped=int(self.skipped),
+                      grad_norm=grad_norm.item(), lr=lr or self.args.lr, seconds=seconds, images_per_second=count *
                       self.args.batch_size / seconds, memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
         self.write(dict(step=step, **record))
         self.bar.set_postfix_str(f"{shown} {record[shown]:.4g}, {record['images_per_second']:.3g} images/s")
