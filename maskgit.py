@@ -401,8 +401,9 @@ def sample(args, rank, world, device):
         raise vae.InputError(f"--vqgan {args.vqgan}: {args.sample_from} was trained on the tokens of another VQ-GAN "
                              f"({about['vqgan']['file']}, SHA-256 {about['vqgan']['sha256'][:16]})")
     model = vae.load_weights(MaskGIT(**config), weights, args.sample_from).to(device).eval().requires_grad_(False)
-    settings = {name: default if getattr(args, name) is None else getattr(args, name)
-                for name, default in PRESETS[args.preset].items()}
+    given = dict(sampling_steps=args.sampling_steps, cfg_scale=args.cfg_scale, decoding=args.decoding,
+                 choice_temperature=args.choice_temperature, softmax_scale=args.softmax_scale)
+    settings = PRESETS[args.preset] | {name: value for name, value in given.items() if value is not None}
     classes, tokens, steps = config["num_classes"], config["input_size"] ** 2, settings["sampling_steps"]
     if not 1 <= steps <= tokens:
         raise vae.InputError(f"--sampling-steps {steps}: 1 to {tokens}, the tokens of a picture")

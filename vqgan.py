@@ -33,7 +33,7 @@ F16 = dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,))
 CONFIGS = {                                                    # name -> arguments of VQGAN
     "f16-1024": dict(F16, n_embed=1024),                       # vqgan_imagenet_f16_1024: the paper's, MaskGIT v1's
     "f16-16384": dict(F16, n_embed=16384),                     # vqgan_imagenet_f16_16384
-    "tiny": dict(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8, z_channels=16, embed_dim=16, n_embed=256),
+    "tiny": dict(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8, z_channels=16, embed_dim=4, n_embed=256),
 }
 
 # ======================================================================================================================
@@ -161,6 +161,23 @@ def load_vqgan(path, model=None):
     config, weights, _ = read_vqgan(path, model)
     return vae.load_weights(VQGAN(**config), weights, path).eval().requires_grad_(False)
 
+def load_model(path, model=None):
+    """The VQ-GAN or the KL autoencoder in a file or folder, for what takes either."""
+    held = {} if os.path.isdir(path) else vae.load(path)
+    vq = "quantize.embedding.weight" in held.get("state_dict", held.get("model", held))
+    return (load_vqgan if vq else vae.load_autoencoder)(path, model)
+
+def encode(model, x):
+    """Images (B, 3, H, W) -> means and standard deviations of the latents; of a VQ-GAN the features and 0."""
+    if isinstance(model, VQGAN):
+        return model.features(x), 0
+    posterior = model.encode(x)
+    return posterior.mean, posterior.std
+
+def decode(model, z):
+    """Latents, of a VQ-GAN features, which are quantised first -> images (B, 3, H, W)."""
+    return model.decode(model.quantize(z)[0] if isinstance(model, VQGAN) else z)
+
 def export(args):
     """Writes what --init holds to a new folder, as Maskgit-pytorch's --vqgan-folder and taming's logs have it."""
     config, weights, disc = read_vqgan(args.init, args.model)
@@ -189,7 +206,7 @@ def export(args):
 
 def train(args, rank, world, device):
     run = vae.Tuning(args, rank, world, device, VQGAN, CONFIGS, read_vqgan, "mean", legacy_beta=args.legacy_beta)
-    model, features, decode = run.model, run.autocast(run.model.features), run.autocast(run.model.decode)
+    model, features, reconstruct = run.model, run.autocast(run.model.features), run.autocast(run.model.decode)
 
     def measure():
         found = codebook_use(model, run.centred)
@@ -197,7 +214,7 @@ def train(args, rank, world, device):
         return found
 
     def look():
-        run.look(features, lambda h: decode(model.quantize(h)[0]), **measure())
+        run.look(features, lambda h: reconstruct(model.quantize(h)[0]), **measure())
 
     while run.goes_on(look, measure):
         # --------------------------------------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ def train(args, rank, world, device):
             # tau on the features, before they are quantised. (taming's 1x1 quant_conv lies before it; they commute.)
             target, h = tau(x), tau(h)                                         # (b, 3, f h2, f w2), (b, e, h2, w2)
             quantised, indices, codebook_loss = model.quantize(h)
-            reconstruction = decode(quantised)
+            reconstruction = reconstruct(quantised)                               # (b, 3, f h2, f w2)
             nll, gan = run.criterion(target, reconstruction)
             run.backward(nll, gan, args.codebook_weight * codebook_loss, target, reconstruction)
             counts = torch.zeros(model.config["n_embed"], device=device)
