@@ -512,7 +512,7 @@ def recon(args):
         channels = latents.unflatten(1, (-1, math.prod(model.grid(args.image_size)))).transpose(0, 1).flatten(1)
         result |= dict(latent_mean=channels.mean(dim=1).tolist(), latent_std=channels.std(dim=1).tolist())
         results[name] = {key: value for key, value in result.items() if value == value}        # without NaN
-    keys = [key for key in (distance, *SCORES, "R", "S", "ID") if any(key in r for r in results.values())]
+    keys = [key for key in (distance, *SCORES, "R", "S", "ID", "usage") if any(key in r for r in results.values())]
     rows = [[name, *(show(result.get(key)) for key in keys)] for name, result in results.items()]
     print(*table([f"N = {thousands(count)}", *keys], rows), sep="\n")
     write_record(args, results, autoencoders=made, extractor=extractor,

@@ -49,6 +49,7 @@ CONFIGS = {
                   scaling_factor=1.5305, shift_factor=0.0609),
     "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),       # f16 c16: LDM's kl-f16
     "tiny":  dict(ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8),      # f4 c4: the demo's
+    "tiny-16": dict(ch=16, ch_mult=(1, 2, 4), z_channels=16, num_res_blocks=1, norm_groups=8),   # f4 c16: results/'s
 }
 
 # ======================================================================================================================
@@ -230,7 +231,6 @@ def load_lpips(vgg=None):
     weights, names = load(file), {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()}
     load_weights(network.net, {names[key]: weights[key] for key in weights if key in names}, file)     # lpips' slices
     return network
-
 # How diffusers calls what LDM calls otherwise, in weights and in arguments; decoder levels count from the coarsest.
 DIFFUSERS = {"encoder.down.": "encoder.down_blocks.", "mid.block_1.": "mid_block.resnets.0.", ".block.": ".resnets.",
              "mid.block_2.": "mid_block.resnets.1.", "mid.attn_1.": "mid_block.attentions.0.", ".attn.": ".attentions.",
@@ -398,7 +398,9 @@ class Tuning:
         self.model, self.discriminator = model, disc
         self.networks = [net.to(device, memory_format=layout).train() for net in (model, disc) if net]
         self.optimizers = [torch.optim.Adam(net.parameters(), args.lr, (0.5, 0.9), fused=True) for net in self.networks]
-        self.parameters = [p for net in self.networks for p in net.parameters()]
+        for name, p in model.named_parameters():
+            p.requires_grad = args.train == "all" or name.startswith(("decoder.", "post_quant_conv."))
+        self.parameters = [p for net in self.networks for p in net.parameters() if p.requires_grad]
         self.buffers = [b for net in self.networks for b in net.buffers()]     # BatchNorm's running statistics
         ema = (resumed or {}).get("ema") or model.state_dict() # an average that starts late starts from the weights
         self.ema = {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
@@ -419,8 +421,7 @@ class Tuning:
         self.batches = loader(data, args, micro, self.step, rank, world)
         self.meter.start(self.step)
     def goes_on(self, look, measure):
-        """Before each step: look() and the checkpoint, when they are due or a signal came, and at the end what
-        measure() says of the latents; whether there is a step to take."""
+        """Before each step: look() and saving where due, at the end what measure() says; whether there is one to take."""
         args, stopped = self.args, stop_signal()
         last, new = self.step >= args.steps or stopped, self.rank == 0 and not args.bench and self.step != self.began
         if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
@@ -468,7 +469,7 @@ class Tuning:
             weight = self.args.gan_weight * ratio.clamp(max=1e4)
             if self.step >= self.args.disc_start:
                 gradient = gradient + weight * gan_gradient
-        torch.autograd.backward([reconstruction, others / self.accumulate], [gradient / self.accumulate, None])
+        ((gradient * reconstruction).sum() + others).div(self.accumulate).backward()
         if self.discriminator:     # hinge loss on the same pair, where LDM encodes and decodes the batch once more
             real, fake = self.discriminate(target), self.discriminate(reconstruction.detach())
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -540,6 +541,7 @@ def arguments(description, configs, init):
     parser.add_argument("--init", default=init, help="file to fine-tune or --export, or scratch")
     parser.add_argument("--model", choices=configs, help="preset, for scratch and where --init does not say it")
     parser.add_argument("--export", metavar="DIR", help="train nothing: write --init to this new folder")
+    parser.add_argument("--train", choices=("all", "decoder"), default="all", help="decoder: for unchanged latents")
     parser.add_argument("--tau", choices=eqloss.KINDS, default="rs", help="rotation, scale; aniso: a scale a side")
     parser.add_argument("--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only")
     parser.add_argument("--recipe", choices=eqloss.RECIPES, default="paper", help="release: draws as the released code")
@@ -571,7 +573,6 @@ def image_size(text):                                          # "256" or "384x2
 # ---------------------------------------------------------------------------------------------- processes and their end
 MAIN = int(os.environ.get("RANK", 0)) == 0                     # the process that speaks and writes
 SIGNALS = []                                                   # SIGTERM and Ctrl-C received, for stop_signal()
-
 @contextlib.contextmanager
 def launch(parser, **defaults):
     """Adds the flags that all scripts share, parses; yields (args, rank, world, device), under torchrun too."""
@@ -841,7 +842,6 @@ def load_weights(module, weights, path):
     except RuntimeError as error:
         raise InputError(f"{path}: does not fit the network: {' '.join(str(error).split())[:300]}") from None
     return module
-
 class Meter:
     """What a training loop tells: a line of OUT.jsonl each --log-every steps, and the progress bar."""
     def __init__(self, args, resumed, world, device):          # drops lines of OUT.jsonl that are past the checkpoint
