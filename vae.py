@@ -421,7 +421,7 @@ class Tuning:
         self.batches = loader(data, args, micro, self.step, rank, world)
         self.meter.start(self.step)
     def goes_on(self, look, measure):
-        """Before each step: look() and saving where due, at the end what measure() says; whether there is one to take."""
+        """Before each step: look() and saving if due, at the end what measure() says; whether there is one to take."""
         args, stopped = self.args, stop_signal()
         last, new = self.step >= args.steps or stopped, self.rank == 0 and not args.bench and self.step != self.began
         if new and args.sample_every and (self.step % args.sample_every == 0 or self.step >= args.steps):
