@@ -42,9 +42,11 @@ from PIL import Image  # noqa: E402
 import dit  # noqa: E402
 import eqloss  # noqa: E402
 import evaluate  # noqa: E402
+import maskgit  # noqa: E402
 import repa  # noqa: E402
 import sit  # noqa: E402
 import vae  # noqa: E402
+import vqgan  # noqa: E402
 from eqloss import Transform, equivariance_error, explicit_loss, sample_transform, scale_transform  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -417,7 +419,7 @@ def test_the_latents_scale_is_measured_and_used(photos, shift):
     """scale = 1 / std of samples of evenly spaced images, a shift where the family has one; unknown, it is refused."""
     data, generator = vae.Images(photos, (16, 16)), torch.Generator().manual_seed(0)
     model = formula(vae.AutoencoderKL(**vae.CONFIGS["tiny"], shift_factor=shift))
-    latent = vae.measure_latents(model, data, n=4, batch_size=2)
+    latent = vae.measure_latents(model, data, n=4)
     with pytest.raises(ValueError, match="scale is unknown"):
         model.normalize(torch.ones(1))
     parts = (model.encode(torch.stack([data[i][0] for i in part]) / 127.5 - 1) for part in ((0, 3), (6, 9)))
@@ -922,6 +924,235 @@ def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path,
         "--encoder-weights", tmp_path / "classifier.pt", "--out", tmp_path / "b.pt")
 
 # ======================================================================================================================
+# vqgan.py and maskgit.py
+
+VQ = TINY[:-6] + ["--log-every", "1", "--sample-every", "0"]                   # vae.py's less --latent-scale
+MASKGIT = ("--model MaskGIT-Ti --image-size 32 --batch-size 4 --lr 1e-3 --warmup 3 --precision fp32 --workers 0 "
+           "--log-every 1 --sample-every 0").split()
+
+def train_vqgan(out, *words):
+    """vqgan.py with the tiny model and without LPIPS and GAN, unless words say otherwise -> (checkpoint, log)."""
+    run(vqgan.main, *VQ, "--out", out, *words)
+    return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
+
+def train_maskgit(out, codes, photos, *words):
+    """maskgit.py with its smallest model -> (checkpoint, log)."""
+    run(maskgit.main, *MASKGIT, "--vqgan", codes, "--data", photos, "--out", out, *words)
+    return torch.load(out, map_location="cpu", weights_only=True), log_of(out)
+
+@pytest.fixture(scope="session")
+def codes(tmp_path_factory, photos):
+    """A tiny VQ-GAN after a few steps, many of whose codes are in use."""
+    folder = tmp_path_factory.mktemp("codes")
+    torch.manual_seed(0)
+    model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
+    x = vae.to_float(torch.stack([vae.Images(photos, (32, 32))[i][0] for i in range(10)]), "cpu")
+    vectors = model.features(x).detach().transpose(0, 1).flatten(1).T          # (N, e): codes from among the features
+    model.quantize.embedding.weight.data.copy_(vectors[torch.randperm(len(vectors))[:256]])
+    torch.save(dict(arch="VQGAN", config=model.config, model=model.state_dict(), ema=None, disc=None), folder / "0.pt")
+    train_vqgan(folder / "vq.pt", "--init", folder / "0.pt", "--data", photos, "--steps", 3)
+    return folder / "vq.pt"
+
+@pytest.mark.parametrize("legacy_beta, codebook, commitment", [(True, 0.25, 1.0), (False, 1.0, 0.25)])
+def test_the_quantiser_by_hand(legacy_beta, codebook, commitment):
+    """Nearest codes, the straight-through gradient, both places of beta; codes are exact under bf16 and TF32 too."""
+    quantise = vqgan.VectorQuantizer(3, 2, 0.25, legacy_beta)
+    quantise.embedding.weight.data = torch.tensor([[0.0, 0], [1, 0], [0, 3]])
+    h = torch.tensor([[0.8, 0.2], [0.1, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()          # two vectors
+    with torch.autocast("cpu", torch.bfloat16):
+        quantised, indices, loss = quantise(h)
+    assert indices.tolist() == [[1, 2]] and quantised.flatten(2).tolist() == [[[1.0, 0.0], [0.0, 3.0]]]
+    assert loss.item() == pytest.approx((codebook + commitment) * (0.04 + 0.04 + 0.01 + 1) / 4)
+    (loss + (quantised * torch.tensor([[[[5.0, 6]], [[7, 8]]]])).sum()).backward()
+    difference = torch.tensor([[-0.2, 0.2], [0.1, -1.0]])                      # h - code, of each vector
+    torch.testing.assert_close(h.grad.flatten(2)[0].T, commitment * difference / 2 + torch.tensor([[5.0, 7], [6, 8]]))
+    torch.testing.assert_close(quantise.embedding.weight.grad[1:], -codebook * difference / 2)
+    usage, perplexity = vqgan.use(torch.tensor([6.0, 0, 2, 0]))
+    assert usage == 0.5 and perplexity == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+def test_a_vqgans_step_transforms_the_features_before_they_are_quantised(photos, codes, tmp_path):
+    """Its gradients (as Adam's first moments) are those of mean |tau x - D(q(tau h))| + the codebook's loss; the log
+    tells the codebook's use, dead codes at the end; a rerun goes on to the bit, and two processes have one codebook."""
+    words = ("--init", codes, "--data", photos, "--p-alpha", 0)
+    kept, log = train_vqgan(tmp_path / "two.pt", *words, "--steps", 2)
+    first, _ = train_vqgan(tmp_path / "one.pt", *words, "--steps", 1)
+    again, _ = train_vqgan(tmp_path / "one.pt", *words, "--steps", 2)
+    assert_same(kept, again, ("model", "opt"))
+    torchrun(ROOT / "vqgan.py", *VQ, *words, "--steps", 2, "--out", tmp_path / "both.pt")
+    assert_same(kept, torch.load(tmp_path / "both.pt", weights_only=True), ("model",), CLOSE)
+    model, data = vqgan.load_vqgan(codes).requires_grad_(True), vae.Images(photos, (32, 32), "random")
+    images, _, _, _ = next(vae.loader(data, argparse.Namespace(batch_size=4, workers=0, seed=0), 4, 0, 0, 1))
+    tau = sample_transform((8, 8), 0, smallest=1, generator=vae.seeded(0, "tau", 0))
+    x = vae.to_float(images, "cpu")
+    quantised, indices, loss = model.quantize(tau(model.features(x)))
+    ((tau(x) - model.decode(quantised)).abs().mean() + loss).backward()
+    assert relative(moments(first["opt"]), 0.5 * vector(p.grad for p in model.parameters())) < 10 * CLOSE
+    assert log[0]["codebook"] == pytest.approx(loss.item(), rel=CLOSE) and 1 < log[0]["perplexity"] <= 256
+    assert log[0]["usage"] == pytest.approx(len(indices.unique()) / 256)
+    found = vqgan.codebook_use(vqgan.load_vqgan(tmp_path / "two.pt"), vae.Images(photos, (32, 32)))
+    assert kept["latent"] == found and found["dead"] == round(256 * (1 - found["usage"])) and found["images"] == 10
+
+def test_taming_files_are_read_and_written(monkeypatch, tmp_path, photos):
+    """f16 with 1,024 and 16,384 codes, told apart by the codebook, loss.* beside; --export gives them back."""
+    for name in ("f16-1024", "f16-16384"):
+        monkeypatch.setitem(vqgan.CONFIGS, name, dict(vqgan.CONFIGS[name], ch=32))     # the official width is slow
+        model = formula(vqgan.VQGAN(**vqgan.CONFIGS[name]))
+        discriminator = {f"loss.discriminator.{k}": v for k, v in vae.PatchDiscriminator().state_dict().items()}
+        other = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}
+        file = tmp_path / f"{name}.ckpt"
+        torch.save(dict(state_dict=model.state_dict() | discriminator | other, global_step=1), file)
+        assert vqgan.load_vqgan(file).config == model.config
+        run(vqgan.main, "--init", file, "--export", tmp_path / name)
+        back = torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
+        torch.testing.assert_close(back, model.state_dict() | discriminator, rtol=0, atol=0)
+        told = json.loads((tmp_path / name / "configs" / "model.yaml").read_text())["model"]["params"]
+        assert told["n_embed"] == model.config["n_embed"] and told["ddconfig"]["attn_resolutions"] == [16]
+    with torch.device("meta"):                                 # of the published sizes
+        monkeypatch.undo()
+        for name, parameters in (("f16-1024", 72_141_699), ("f16-16384", 76_073_859)):
+            full = vqgan.VQGAN(**vqgan.CONFIGS[name])
+            assert sum(p.numel() for p in full.parameters()) == parameters and len(full.state_dict()) == 343
+        full = maskgit.MaskGIT(**maskgit.CONFIGS["MaskGIT-B"])
+        assert sum(p.numel() for p in full.parameters()) == 174_160_874 and len(full.state_dict()) == 305
+
+def test_masks_and_schedules_are_the_published():
+    """10,000 ratios have the mean 2 / pi; v1.0's numbers of tokens at 8 and 12 steps; any schedule decides all once."""
+    for schedule in ("arccos", "cosine"):
+        ratios = maskgit.mask_ratio(torch.rand(10_000, generator=torch.Generator().manual_seed(0)), schedule)
+        assert ratios.mean() == pytest.approx(2 / math.pi, rel=0.01) and 0 <= ratios.min() and ratios.max() <= 1
+    assert maskgit.mask_ratio(torch.tensor([0.0, 0.5])).tolist() == pytest.approx([1, 2 / 3])
+    assert maskgit.decoding_schedule(8, 256)[0] == [1, 18, 26, 32, 38, 43, 48, 50]
+    assert maskgit.decoding_schedule(12, 256)[0] == [1, 9, 13, 17, 19, 22, 24, 26, 28, 30, 32, 35]
+    assert maskgit.decoding_schedule(8, 256, "cosine")[0] == [5, 15, 24, 31, 39, 45, 48, 49]
+    for steps, kind in itertools.product((1, 2, 7, 40, 63, 64), ("arccos", "cosine")):
+        counts, ramps = maskgit.decoding_schedule(steps, 64, kind)
+        assert len(counts) == len(ramps) == steps and sum(counts) == 64 and min(counts) > 0 and ramps[-1] == 1
+    logits, tokens, mask = torch.randn(2, 4, 6), torch.tensor([[0, 1, 2, 3], [4, 4, 0, 0]]), torch.tensor(
+        [[True, False, True, False], [True, True, True, True]])
+    log_p = logits.log_softmax(2)
+    smoothed = -0.9 * log_p.gather(2, tokens[..., None])[..., 0] - 0.1 * log_p.mean(dim=2)
+    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask), smoothed.mean(dim=1))
+    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask, True),
+                               (smoothed * mask).sum(dim=1) / (4 * 2 / math.pi))
+
+class Oracle:
+    """In MaskGIT's place: logits of its own for each class, and a note of all that it is asked."""
+    config = dict(codebook_size=5, num_classes=3)
+    def __init__(self):
+        self.asked, self.table = [], torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(0))
+    def __call__(self, tokens, labels):
+        self.asked.append((tokens, labels))
+        return self.table[labels]
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_decoding_keeps_what_it_decided_and_guides_more_and_more(scale):
+    """Each step decides as many tokens as scheduled and changes none again, by the inverse distribution function of
+    u + s (c - u), s from 1 to cfg_scale; 1 never asks for the null class. Without noise the surest go first."""
+    (counts, ramps), labels = maskgit.decoding_schedule(4, 16), torch.tensor([0, 1, 2])
+    model, uniform = Oracle(), torch.rand(3, 4, 2, 16, generator=torch.Generator().manual_seed(1))
+    tokens = maskgit.parallel_decoding(model, labels, uniform, counts, ramps, scale, choice_temperature=0)
+    states, c, u = [asked[:3] for asked, _ in model.asked] + [tokens], model.table[:3, :, :5], model.table[3:, :, :5]
+    for i, (before, after) in enumerate(zip(states, states[1:])):
+        probabilities = (u + (1 + (scale - 1) * i / 3) * (c - u)).softmax(dim=2)
+        drawn = (probabilities.cumsum(dim=2) <= uniform[:, i, 0, :, None]).sum(dim=2)
+        surest = probabilities.gather(2, drawn[..., None])[..., 0].masked_fill(before != 5, 0).topk(counts[i]).indices
+        assert torch.equal(after, before.scatter(1, surest, drawn.gather(1, surest)))
+        assert ((before != after).sum(dim=1) == counts[i]).all()
+    assert tokens.max() < 5 and [len(asked) for asked, _ in model.asked] == [3] + [3 if scale == 1 else 6] * 3
+    noisy = maskgit.parallel_decoding(Oracle(), labels, uniform, counts, ramps, scale, choice_temperature=1e4)
+    assert not torch.equal(noisy, tokens) and noisy.max() < 5
+
+def test_maskgit_caches_trains_resumes_and_samples(photos, codes, tmp_path, capsys):
+    """The cache holds the tokens of images and mirror images and refuses another VQ-GAN; dropout and all, a resume is
+    to the bit; the same seed gives the same pictures on one process and two."""
+    whole, log = train_maskgit(tmp_path / "whole.pt", codes, photos, "--steps", 4)
+    model, data = vqgan.load_vqgan(codes), vae.Images(photos, (32, 32))
+    rows, cache = np.load(codes.parent / "vq-tokens" / "rows.npy"), ("--cache", codes.parent / "vq-tokens")
+    x = vae.to_float(torch.stack([data[i][0] for i in range(10)]), "cpu")
+    assert np.array_equal(rows, torch.stack([model.encode(x), model.encode(x.flip(3))], dim=1))
+    assert [line["lr"] for line in log] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
+    train_maskgit(tmp_path / "parts.pt", codes, photos, "--steps", 2)
+    parts, _ = train_maskgit(tmp_path / "parts.pt", codes, photos, "--steps", 4)
+    assert_same(whole, parts, ("model", "opt"))
+    words = ("--steps", 2, "--dropout", 0, "--micro-batch", 1, "--masked-only", "--mask-schedule", "cosine")
+    one, _ = train_maskgit(tmp_path / "one.pt", codes, photos, *words)
+    torchrun(ROOT / "maskgit.py", *MASKGIT, "--vqgan", codes, "--data", photos, "--out", tmp_path / "two.pt", *words)
+    assert_same(one, torch.load(tmp_path / "two.pt", weights_only=True), ("model", "opt"), CLOSE)
+    draw = ("--vqgan", codes, "--sample-from", tmp_path / "whole.pt", "--num-samples", 5, "--precision", "fp32")
+    run(maskgit.main, *draw, "--samples", tmp_path / "a.npz", "--batch-size", 2)
+    torchrun(ROOT / "maskgit.py", *draw, "--samples", tmp_path / "b.npz")
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["arr_0"].shape == (5, 32, 32, 3) and np.array_equal(a["arr_1"], b["arr_1"])
+        assert (a["arr_0"] != b["arr_0"]).mean() < 1e-3 and a["arr_0"].std() > 1
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert (record["sampling_steps"], record["cfg_scale"], record["choice_temperature"]) == (8, 4.0, 4.5)
+    other = tmp_path / "other.pt"
+    train_vqgan(other, "--init", codes, "--data", photos, "--steps", 1)
+    fresh = ("--data", photos, *MASKGIT, "--out", tmp_path / "new.pt")
+    for says, words in (("belongs to other vqgan", ("--vqgan", other, *cache, *fresh)),
+                        ("tokens of another VQ-GAN", ("--vqgan", other, *fresh, "--out", tmp_path / "whole.pt")),
+                        ("tokens of another VQ-GAN", (*draw, "--vqgan", other)),
+                        ("--sampling-steps 65: 1 to 64", (*draw, "--sampling-steps", 65)),
+                        ("--vqgan: give the VQ-GAN", fresh), ("holds a MaskGIT, not a VQ-GAN", (
+                            "--vqgan", tmp_path / "whole.pt", *fresh))):
+        assert says in refusal(capsys, maskgit.main, *words)
+    cached = np.lib.format.open_memmap(codes.parent / "vq-tokens" / "rows.npy", "r+")
+    cached[3, 1, 5] = 256
+    cached.flush()
+    assert "tokens 0 to 256" in re.sub(r"tokens \d+ to", "tokens 0 to", refusal(capsys, maskgit.main, *fresh, "--vqgan",
+                                                                               codes, *cache))
+    shutil.rmtree(codes.parent / "vq-tokens")
+
+def test_official_maskgit_files_and_other_codebooks(photos, codes, tmp_path, capsys):
+    """Maskgit-pytorch's file is read by the VQ-GAN's codes; a codebook of another size is refused, in vqgan.py too."""
+    model = formula(maskgit.MaskGIT(8, 256, 7, **maskgit.CONFIGS["MaskGIT-Ti"]))
+    torch.save(dict(iter=1, global_epoch=1, model_state_dict=model.state_dict()), tmp_path / "official.pth")
+    config, weights, about = maskgit.read_maskgit(tmp_path / "official.pth", 256)
+    assert dict(model.config, dropout=0) == dict(config, dropout=0) and not about
+    vae.load_weights(maskgit.MaskGIT(**config), weights, "")
+    torch.save(dict(arch="MaskGIT", config=model.config, model=model.state_dict()), tmp_path / "ours.pt")
+    for path, codebook in (("official.pth", 1024), ("ours.pt", 512)):
+        with pytest.raises(vae.InputError, match=f"of {codebook}"):
+            maskgit.read_maskgit(tmp_path / path, codebook)
+    assert "256 codes" in refusal(capsys, vqgan.main, "--init", codes, "--model", "f16-1024", "--data", photos)
+    with pytest.raises(vae.InputError, match="tokens 0 to 256"):
+        vqgan.load_vqgan(codes).decode(torch.tensor([[0, 256, 1, 2]]))
+
+def test_maskgit_learns_eight_grids_by_heart():
+    """Accuracy 1.0 on 8 fixed grids, from their classes alone."""
+    torch.manual_seed(0)
+    model = maskgit.MaskGIT(4, 16, 8, hidden_dim=64, depth=2, heads=4, mlp_dim=128, dropout=0.0)
+    tokens, labels = torch.randint(16, (8, 16)), torch.arange(8)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.96), weight_decay=1e-5)
+    for _ in range(300):
+        mask = torch.rand(8, 16) < maskgit.mask_ratio(torch.rand(8, 1))
+        maskgit.token_losses(model(tokens.masked_fill(mask, 16), labels), tokens, mask).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model(torch.full_like(tokens, 16), labels).argmax(dim=2), tokens)
+    counts, ramps = maskgit.decoding_schedule(4, 16)
+    drawn = maskgit.parallel_decoding(model.eval(), labels, torch.rand(8, 4, 2, 16), counts, ramps, cfg_scale=3.0)
+    assert (drawn == tokens).float().mean() > 0.95             # label smoothing leaves the others a little
+
+def test_recon_tells_the_codebooks_use(photos, codes, tmp_path):
+    """evaluate.py takes a VQ-GAN like any autoencoder: R and S of the features, pictures of the quantised."""
+    run(evaluate.main, "recon", codes, "--data", photos, "--image-size", 32, "--features", "random", "--no-lpips",
+        "--record", tmp_path / "r.json")
+    run(evaluate.main, "figures", codes, "--data", photos, "--image-size", 32, "--num-images", 3, "--out", tmp_path)
+    record = json.loads((tmp_path / "r.json").read_text())
+    model, data = vqgan.load_vqgan(codes), vae.Images(photos, (32, 32))
+    found, x = record["vq"], vae.to_float(torch.stack([data[i][0] for i in range(10)]), "cpu")
+    used = vqgan.codebook_use(model, data)
+    assert {key: found[key] for key in ("usage", "perplexity", "dead")} == pytest.approx(
+        {key: used[key] for key in ("usage", "perplexity", "dead")})
+    for key, error in eqloss.rotation_and_scale_error(model.features, x, (8, 8)).items():
+        assert found[key] == pytest.approx(error, rel=10 * CLOSE)
+    decoded = model.decode(model.encode(x))
+    psnr = evaluate.psnr(vae.to_uint8(x), vae.to_uint8(decoded)).mean().item()
+    assert found["PSNR"] == pytest.approx(psnr, rel=10 * CLOSE) and (tmp_path / "fig2-scale.png").exists()
+    assert record["about"]["autoencoders"]["vq"]["model"] == "tiny"
+
+# ======================================================================================================================
 # evaluate.py
 
 def test_psnr_and_ssim_equal_torchmetrics(perceptual):
@@ -1234,6 +1465,19 @@ x, y, images = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.ones(2, 3, 3
 _, (projection,) = model(x, torch.rand(2), y, return_projections=True)
 (-repa.alignment(projection, repa.DINOv2(48, 1, 2).encode(images, 4))).backward()
 assert sit.heun(repa.reverse(dit.guided(model, 3)), x, y, 3).shape == x.shape"""),
+    ("eqloss vae vqgan", """
+import torch, vqgan
+model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
+quantised, indices, loss = model.quantize(model.features(torch.zeros(1, 3, 16, 16)))
+(model.decode(quantised).square().mean() + loss).backward()
+assert model.decode(indices).shape == (1, 3, 16, 16)"""),
+    ("maskgit", """
+import torch, maskgit
+model, y = maskgit.MaskGIT(4, 16, 3, 32, 1, 2, 64), torch.tensor([1, 2])
+tokens, mask = torch.randint(16, (2, 16)), torch.ones(2, 16, dtype=torch.bool)
+maskgit.token_losses(model(tokens.masked_fill(mask, 16), y), tokens, mask).mean().backward()
+steps = maskgit.decoding_schedule(4, 16)
+assert maskgit.parallel_decoding(model, y, torch.rand(2, 4, 2, 16), *steps, cfg_scale=2.0).max() < 16"""),
     ("evaluate", """
 import torch, evaluate
 u, total = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), evaluate.Moments()
