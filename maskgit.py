@@ -130,18 +130,18 @@ def mask_ratio(r, schedule="arccos"):
     """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi in the mean: arccos (v1.0) or cosine (original)."""
     return torch.arccos(r) / (math.pi / 2) if schedule == "arccos" else torch.cos(r * math.pi / 2)
 
-def token_losses(logits, tokens, mask, masked_only=False):
+def token_losses(logits, tokens, mask=None):
     """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing, the mean over an image's tokens as
-    v1.0 has it. masked_only: over the masked ones, as the original; divided by their expected number, so that images
+    v1.0 has it. With a mask, over the masked ones, as the original; divided by their expected number, so that images
     with few do not count for more, and processes and micro-batches need not know of each other's."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), tokens, label_smoothing=LABEL_SMOOTHING, reduction="none")
-    return (losses * mask).mean(dim=1) * (math.pi / 2) if masked_only else losses.mean(dim=1)
+    return losses.mean(dim=1) if mask is None else (losses * mask).mean(dim=1) * (math.pi / 2)
 
 def decoding_schedule(steps, tokens, kind="arccos"):
     """-> (the number of tokens to decide in each step, together `tokens`, each step's ramp from 0 to 1).
 
     arccos    v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, the rest in the last step
-    cosine    the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i
+    cosine    the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i. (v1.0's "cosine" differs)
     """
     if kind == "cosine":
         ramps = [(i + 1) / steps for i in range(steps)]
@@ -178,7 +178,7 @@ def parallel_decoding(model, labels, uniform, counts, ramps, cfg_scale=1.0, choi
             both = torch.cat([tokens, tokens]), torch.cat([labels, torch.full_like(labels, null)])
             conditional, unconditional = model(*both).chunk(2)
             logits = unconditional + scale * (conditional - unconditional)
-        # Without the mask's logit: v1.0 leaves it in, and takes the code K - 1 where it was drawn
+        # Without the mask's logit. v1.0 may draw the mask, leave it in the sequence, and take the code K - 1 at the end
         probabilities = (logits[..., :mask].float() * softmax_scale).softmax(dim=2)            # (B, N, K)
         draw, noise = uniform[:, i, 0, :, None], uniform[:, i, 1].clamp(min=1e-20)             # (B, N, 1), (B, N)
         drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2).clamp(max=mask - 1)           # (B, N)
@@ -336,7 +336,7 @@ def train(args, rank, world, device):
             with network.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
                     logits = network(tokens.masked_fill(mask, tokenizer.config["n_embed"]), labels)
-                loss = token_losses(logits, tokens, mask, args.masked_only).mean()
+                loss = token_losses(logits, tokens, mask if args.masked_only else None).mean()
                 (loss / accumulate).backward()
             right = logits.argmax(dim=2) == tokens
             meter.add(loss=loss, accuracy=right, accuracy_masked=(right & mask).sum() / mask.sum().clamp(min=1),

@@ -63,9 +63,10 @@ vae.emoji = functools.cache(vae.emoji)          # seconds a call, the same answe
 # Fixtures and helpers
 
 sys.path.append(str(ROOT / "results" / "compare"))
+import discrete_official as official  # noqa: E402
 from dit_official import formula  # noqa: E402  every parameter from sines: golden numbers then need no file of weights
 
-# of the official code, by results/compare/dit_official.py and flow_official.py --golden
+# of the official code, by results/compare/dit_official.py, flow_official.py and discrete_official.py --golden
 GOLDEN = json.loads((ROOT / "results" / "compare" / "golden.json").read_text())
 
 @pytest.fixture(scope="session")
@@ -321,13 +322,6 @@ def test_a_fine_tune_is_exported_with_its_average_scale_shift_and_discriminator(
     assert "already there" in refusal(capsys, vae.main, "--init", out, "--export", tmp_path / "ldm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.jsonl", "a.pt", "diffusers", "ldm"]
 
-def test_the_discriminator_is_tamings():
-    """Names, parameters, initial spread and logit sizes of NLayerDiscriminator, down to one logit at 24 px."""
-    network = vae.PatchDiscriminator().eval()
-    assert {"main.0.bias", "main.3.running_var", "main.11.bias"} <= {*network.state_dict()} and network.smallest == 24
-    assert sum(p.numel() for p in network.parameters()) == 2_765_633 and abs(network.main[5].weight.std() - 0.02) < 1e-3
-    assert [network(torch.zeros(1, 3, size, size)).shape[2:] for size in (256, 64, 24)] == [(30, 30), (6, 6), (1, 1)]
-
 def test_lpips_is_the_packages(monkeypatch, perceptual, tmp_path):
     """With a file of torchvision's VGG16, its convolutions alone."""
     import lpips
@@ -469,6 +463,9 @@ def test_objectives_other_than_the_papers(monkeypatch, tmp_path, photos):
     for words in ("--gan-weight 0.5", "--micro-batch 1", "--explicit-weight 1e-12 --p-alpha 0"):
         assert relative(fit(words), plain) < CLOSE
     assert relative(full, plain) > 1e-3 < relative(fit("--explicit-weight 1 --p-alpha 0 --stop-gradient"), full)
+    words = ("--data", photos, "--train", "decoder", "--steps")
+    old, new = (train(tmp_path / "b.pt", *words, steps)[0]["model"] for steps in (0, 2))
+    assert {name.split(".")[0] for name in old if not old[name].equal(new[name])} == {"decoder", "post_quant_conv"}
     shapes = []
     monkeypatch.setattr(vae, "sample_transform", lambda grid, *_, **__: Transform(grid, (5, 5), before=True))
     monkeypatch.setattr(vae, "eq_loss", lambda *args: shapes.append((args[2].shape, args[3].shape, args[4]))
@@ -679,11 +676,11 @@ def test_generators_and_dinov2_have_the_official_numbers():
     (repa.REPA, "REPA-XL/2", 298, 683_242_512), (repa.REPA, "REPA-B/2", 138, 137_845_008),
     (repa.DINOv2, "dinov2_vitb14", 175, 86_580_480), (repa.DINOv2, "dinov2_vitb14_reg", 176, 86_580_480 + 4 * 768),
     (vqgan.VQGAN, "f16-1024", 343, 72_141_699), (vqgan.VQGAN, "f16-16384", 343, 76_073_859),
-    (maskgit.MaskGIT, "MaskGIT-B", 305, 174_160_874)])
+    (maskgit.MaskGIT, "MaskGIT-B", 305, 174_160_874), (vae.PatchDiscriminator, "with statistics", 22, 2_767_428)])
 def test_networks_have_the_published_sizes(network, name, keys, parameters):
     with torch.device("meta"):
         configs = dit.CONFIGS | repa.CONFIGS | repa.ENCODERS | vqgan.CONFIGS | maskgit.CONFIGS
-        state = network(**configs[name]).state_dict()
+        state = network(**configs.get(name, {})).state_dict()
     assert len(state) == keys and sum(p.numel() for p in state.values()) == parameters
 
 def test_official_files_tell_their_configuration(tmp_path):
@@ -947,12 +944,26 @@ def codes(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("codes")
     torch.manual_seed(0)
     model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
-    x = vae.to_float(torch.stack([vae.Images(photos, (32, 32))[i][0] for i in range(10)]), "cpu")
+    x = next(vae.evenly(vae.Images(photos, (32, 32)), 10, "cpu"))
     vectors = model.features(x).detach().transpose(0, 1).flatten(1).T          # (N, e): codes from among the features
     model.quantize.embedding.weight.data.copy_(vectors[torch.randperm(len(vectors))[:256]])
     torch.save(dict(arch="VQGAN", config=model.config, model=model.state_dict(), ema=None, disc=None), folder / "0.pt")
     train_vqgan(folder / "vq.pt", "--init", folder / "0.pt", "--data", photos, "--steps", 3)
     return folder / "vq.pt"
+
+@torch.no_grad()
+def test_vqgan_and_maskgit_have_the_official_numbers():
+    """Features, codes, pictures; logits with a null class, the loss, the tokens of a guided decoding."""
+    model, x, waves = official.redrawn(vqgan.VQGAN(**official.SMALL)), official.waves(1, 2, 3, 16, 16), official.waves
+    h, tokens = model.features(x), model.encode(x)
+    ours = dict(features=h[:, ::2, ::2, 1], indices=tokens, reconstruction=model.decode(tokens)[:, :, ::5, 3])
+    model, masked = official.redrawn(maskgit.MaskGIT(**official.TINY)), tokens.masked_fill(waves(2, 2, 16) < 0, 64)
+    labels, uniform = torch.tensor([3, 10]), waves(3, 2, 6, 2, 16) / 2 + 0.5                   # 10: the null class
+    logits, plan = model(masked, labels), maskgit.decoding_schedule(6, 16)
+    ours |= dict(logits=logits[:, ::5, ::16], loss=maskgit.token_losses(logits, tokens).mean(),
+                 tokens=maskgit.parallel_decoding(model, labels % 10, uniform, *plan, cfg_scale=3.0))
+    for what in ours:
+        assert ours[what].flatten().tolist() == pytest.approx(GOLDEN["discrete"][what], rel=1e-5, abs=3e-5), what
 
 @pytest.mark.parametrize("legacy_beta, codebook, commitment", [(True, 0.25, 1.0), (False, 1.0, 0.25)])
 def test_the_quantiser_by_hand(legacy_beta, codebook, commitment):
@@ -990,8 +1001,7 @@ def test_a_vqgans_step_transforms_the_features_before_they_are_quantised(photos,
     assert relative(moments(first["opt"]), 0.5 * vector(p.grad for p in model.parameters())) < 10 * CLOSE
     assert log[0]["codebook"] == pytest.approx(loss.item(), rel=CLOSE) and 1 < log[0]["perplexity"] <= 256
     assert log[0]["usage"] == pytest.approx(len(indices.unique()) / 256)
-    found = vqgan.codebook_use(vqgan.load_vqgan(tmp_path / "two.pt"), vae.Images(photos, (32, 32)))
-    assert kept["latent"] == found and found["dead"] == round(256 * (1 - found["usage"])) and found["images"] == 10
+    assert kept["latent"] == vqgan.codebook_use(vqgan.load_vqgan(tmp_path / "two.pt"), vae.Images(photos, (32, 32)))
 
 def test_taming_files_are_read_and_written(monkeypatch, tmp_path, photos):
     """f16 with 1,024 and 16,384 codes, told apart by the codebook, loss.* beside; --export gives them back."""
@@ -999,15 +1009,13 @@ def test_taming_files_are_read_and_written(monkeypatch, tmp_path, photos):
         monkeypatch.setitem(vqgan.CONFIGS, name, dict(vqgan.CONFIGS[name], ch=32))     # the official width is slow
         model = formula(vqgan.VQGAN(**vqgan.CONFIGS[name]))
         discriminator = {f"loss.discriminator.{k}": v for k, v in vae.PatchDiscriminator().state_dict().items()}
-        other = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}
-        file = tmp_path / f"{name}.ckpt"
+        other, file = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}, tmp_path / f"{name}.ckpt"
         torch.save(dict(state_dict=model.state_dict() | discriminator | other, global_step=1), file)
         assert vqgan.load_vqgan(file).config == model.config
         run(vqgan.main, "--init", file, "--export", tmp_path / name)
         back = torch.load(tmp_path / name / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
         torch.testing.assert_close(back, model.state_dict() | discriminator, rtol=0, atol=0)
-        told = json.loads((tmp_path / name / "configs" / "model.yaml").read_text())["model"]["params"]
-        assert told["n_embed"] == model.config["n_embed"] and told["ddconfig"]["attn_resolutions"] == [16]
+        assert f'"n_embed": {model.config["n_embed"]}' in (tmp_path / name / "configs" / "model.yaml").read_text()
 
 def test_masks_and_schedules_are_the_published():
     """10,000 ratios have the mean 2 / pi; v1.0's numbers of tokens at 8 and 12 steps; any schedule decides all once."""
@@ -1025,9 +1033,9 @@ def test_masks_and_schedules_are_the_published():
     mask[0, 1::2] = False
     log_p = logits.log_softmax(2)
     smoothed = -0.9 * log_p.gather(2, tokens[..., None])[..., 0] - 0.1 * log_p.mean(dim=2)
-    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask), smoothed.mean(dim=1))
-    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask, True),
-                               (smoothed * mask).sum(dim=1) / (4 * 2 / math.pi))
+    torch.testing.assert_close(maskgit.token_losses(logits, tokens), smoothed.mean(dim=1))
+    masked = (smoothed * mask).sum(dim=1) / (4 * 2 / math.pi)
+    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask), masked)
 
 class Oracle:
     """In MaskGIT's place: logits of its own for each class, and a note of all that it is asked."""
@@ -1085,8 +1093,7 @@ def test_maskgit_caches_trains_resumes_and_samples(photos, codes, tmp_path, caps
                         ("tokens of another VQ-GAN", ("--vqgan", other, *fresh, "--out", tmp_path / "whole.pt")),
                         ("tokens of another VQ-GAN", (*draw, "--vqgan", other)),
                         ("--sampling-steps 65: 1 to 64", (*draw, "--sampling-steps", 65)),
-                        ("--vqgan: give the VQ-GAN", fresh),
-                        ("not a VQ-GAN", ("--vqgan", tmp_path / "whole.pt", *fresh))):
+                        ("--vqgan: give", fresh), ("not a VQ-GAN", ("--vqgan", tmp_path / "whole.pt", *fresh))):
         assert says in refusal(capsys, maskgit.main, *words)
     rows[3, 1, 5] = 256
     np.save(codes.parent / "vq-tokens" / "rows.npy", rows)
@@ -1114,7 +1121,7 @@ def test_maskgit_learns_eight_grids_by_heart():
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.96), weight_decay=1e-5)
     for _ in range(300):
         mask = torch.rand(8, 16) < maskgit.mask_ratio(torch.rand(8, 1))
-        maskgit.token_losses(model(tokens.masked_fill(mask, 16), labels), tokens, mask).mean().backward()
+        maskgit.token_losses(model(tokens.masked_fill(mask, 16), labels), tokens).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(model(torch.full_like(tokens, 16), labels).argmax(dim=2), tokens)
@@ -1139,7 +1146,7 @@ def test_recon_tells_the_codebooks_use(photos, codes, tmp_path):
     record = record_of("recon", *words, "--features", "random", "--no-lpips")
     run(evaluate.main, "figures", *words, "--num-images", 3, "--out", tmp_path)
     model, data = vqgan.load_vqgan(codes), vae.Images(photos, (32, 32))
-    found, x = record["vq"], vae.to_float(torch.stack([data[i][0] for i in range(10)]), "cpu")
+    found, x = record["vq"], next(vae.evenly(data, 10, "cpu"))
     expected = vqgan.codebook_use(model, data) | eqloss.rotation_and_scale_error(model.features, x, (8, 8))
     expected["PSNR"] = evaluate.psnr(vae.to_uint8(x), vae.to_uint8(model.decode(model.encode(x)))).mean().item()
     for key in ("usage", "perplexity", "dead", "R", "S", "PSNR"):

@@ -146,7 +146,7 @@ def read_vqgan(path, model=None, default=None):
     else:
         state, known = checkpoint.get("state_dict", checkpoint), ("encoder.", "decoder.", "quant", "post_quant_")
         weights = {key: value for key, value in state.items() if str(key).startswith(known)}
-        disc = {key.removeprefix("loss.discriminator."): state[key] for key in state if ".discriminator." in str(key)}
+        disc = {key[19:]: state[key] for key in state if str(key).startswith("loss.discriminator.")}
         if "quantize.embedding.weight" not in weights:
             raise InputError(f"{path}: no VQ-GAN in it, neither in our layout nor in taming's")
         codes = len(weights["quantize.embedding.weight"])
@@ -179,11 +179,14 @@ def decode(model, z):
     return model.decode(model.quantize(z)[0] if isinstance(model, VQGAN) else z)
 
 def export(args):
-    """Writes what --init holds to a new folder, as Maskgit-pytorch's --vqgan-folder and taming's logs have it."""
+    """Writes what --init holds to a new folder, as Maskgit-pytorch's --vqgan-folder and taming's logs have it. Both make
+    model.yaml's network without a discriminator, whose weights, if there are any, their loading passes over."""
     config, weights, disc = read_vqgan(args.init, args.model)
     config, folder, part = VQGAN(**config).config, Path(args.export), Path(f"{args.export}.tmp")
     if folder.exists():
         raise InputError(f"--export {folder}: already there; give a new folder")
+    if config["norm_groups"] != 32:
+        raise InputError(f"--export {args.init}: its norms have {config['norm_groups']} groups, taming's always 32")
     network = dict(double_z=False, resolution=256, in_channels=3, out_ch=3, dropout=0.0,
                    attn_resolutions=[256 >> level for level in config["attn_levels"]],
                    **{name: config[name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")})
@@ -199,7 +202,8 @@ def export(args):
         os.replace(part, folder)
     except OSError as error:
         raise InputError(f"--export {folder}: cannot be written ({error})") from None
-    vae.say(f"{folder}: taming's layout, {config['n_embed']:,} codes")
+    vae.say(f"{folder}: taming's layout, {config['n_embed']:,} codes"
+            + "; taming trains on with --legacy-beta, these weights were not" * (not config["legacy_beta"]))
 
 # ======================================================================================================================
 # Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)

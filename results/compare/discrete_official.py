@@ -237,7 +237,7 @@ def git_parity(generator):
             given = labels.masked_fill(drop, classes)
             with torch.no_grad():
                 compare(f"{name}: logits", one(masked.flatten(1), given), other(masked, labels, drop_label=drop))
-        terms = (maskgit.token_losses(one(masked.flatten(1), given), tokens, mask).mean(),
+        terms = (maskgit.token_losses(one(masked.flatten(1), given), tokens).mean(),
                  CRITERION(other(masked, labels, drop_label=drop).reshape(-1, k + 1), tokens.view(-1)))
         gradients = [flat(torch.autograd.grad(term, [p for _, p in sorted(net.named_parameters())]))
                      for term, net in zip(terms, (one, other))]
@@ -306,7 +306,7 @@ def speed(rounds):
         r, code = torch.rand(4, 258), tokens.flatten(1)
         mask = r[:, 2:] < maskgit.mask_ratio(r[:, :1])
         logits = nets[0].train()(code.masked_fill(mask, 1024), torch.where(r[:, 1] < maskgit.LABEL_DROP, 1000, labels))
-        update(maskgit.token_losses(logits, code, mask).mean(), adam[0], clip=nets[0])
+        update(maskgit.token_losses(logits, code).mean(), adam[0], clip=nets[0])
 
     def their_git():
         masked, _ = official.MaskGIT.get_mask_code(tokens, value=1024, codebook_size=1024)
