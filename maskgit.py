@@ -141,7 +141,7 @@ def decoding_schedule(steps, tokens, kind="arccos"):
     """-> (the number of tokens to decide in each step, together `tokens`, each step's ramp from 0 to 1).
 
     arccos    v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, the rest in the last step
-    cosine    the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i. (v1.0's "cosine" differs)
+    cosine    the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i; not v1.0's "cosine"
     """
     if kind == "cosine":
         ramps = [(i + 1) / steps for i in range(steps)]

@@ -179,8 +179,8 @@ def decode(model, z):
     return model.decode(model.quantize(z)[0] if isinstance(model, VQGAN) else z)
 
 def export(args):
-    """Writes what --init holds to a new folder, as Maskgit-pytorch's --vqgan-folder and taming's logs have it. Both make
-    model.yaml's network without a discriminator, whose weights, if there are any, their loading passes over."""
+    """Writes what --init holds to a new folder, as taming's logs and Maskgit-pytorch's --vqgan-folder have it; they
+    take the networks from it and pass over the discriminator's weights, if there are any."""
     config, weights, disc = read_vqgan(args.init, args.model)
     config, folder, part = VQGAN(**config).config, Path(args.export), Path(f"{args.export}.tmp")
     if folder.exists():

@@ -119,7 +119,7 @@ def our_backward(one, discriminator, x):
     """vqgan.py's training step, with tau the identity, up to the gradients."""
     run = SimpleNamespace(args=SimpleNamespace(lpips_weight=1.0, gan_weight=0.8, disc_start=0), step=1, model=one,
                           perceptual=official.Squares(), discriminator=discriminator, discriminate=discriminator,
-                          accumulate=1, meter=MagicMock())
+                          accumulate=1, meter=MagicMock(), reduction="mean")
     quantised, _, codebook = one.quantize(one.features(x))
     reconstruction = one.decode(quantised)
     vae.Tuning.backward(run, *vae.Tuning.criterion(run, x, reconstruction), codebook, x, reconstruction)
