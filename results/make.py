@@ -41,6 +41,10 @@ class Cell:
         return stamp["done"] and stamp["key"] == self.key and all(
             path.exists() for path in (self.output, self.record) if path)
 
+    def published(self):
+        """Whether there is a record of these commands, of this or another machine's run."""
+        return self.record and self.record.exists() and json.loads(self.record.read_text())["about"]["key"] == self.key
+
     def run(self, lock):
         if self.stamp()["key"] not in (None, self.key):
             print(f"{self.name}: was made by other commands, is made again", flush=True)
@@ -83,7 +87,8 @@ def make(goals, folder, jobs):
     except BlockingIOError:
         print(f"{folder}: waiting for the commands of another run", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    left, running = [cell for cell in closure(goals) if not cell.made()], {}
+    wanted, running = [goal for goal in goals if not goal.published()], {}
+    left = [cell for cell in closure(wanted) if not cell.made()]
     total = len(left)
     print(f"{folder}: {total} commands to run, {jobs} side by side; logs in {folder}/*/log.txt", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

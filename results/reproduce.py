@@ -9,7 +9,8 @@ A number is evaluate.py's, of what a chain of commands made: pretraining, fine-t
 refit of the decoder, a generator, its samples. Each command is a cell of a small `make`: it runs in one thread, as many
 side by side as there are cores ($SMALL_JOBS), once what it needs is there, and not again unless its text changes. What
 is made stays in out/small/ ($SMALL_OUT); records go to results/small/, each with the chain of commands that led to it.
-Stopped at any time, the same command goes on, as the scripts themselves go on from their checkpoints.
+Stopped at any time, the same command goes on, as the scripts themselves go on from their checkpoints. What has its
+record already, of the same commands, is not run: delete the record to run it anew.
 """
 import json
 import os
@@ -25,7 +26,7 @@ SETTINGS = dict(
     batch=16, pretrain=3000, tune=1500, refit=800,          # autoencoders: images a step, steps; refit=0: none
     pretrain_lr=1e-3, tune_lr=5e-4, refit_lr=5e-4,
     generator_batch=64, counts=(1000, 2000), generator_lr=1e-3,    # generators: after how many steps to draw
-    samples=1024, classifier=1500, base="kl4",              # base: the autoencoder of Tables 2 and 5 to 8, see KINDS
+    samples=1024, classifier=1500, base="kl16",             # base: the autoencoder of Tables 2 and 5 to 8, see KINDS
     seeds=range(int(os.environ.get("SMALL_SEEDS", 3))),
     crops=(224, 32))                                        # of each photograph: to train on, held out
 SCALE = float(os.environ.get("SMALL_SCALE", 1))
@@ -60,9 +61,9 @@ ARMS = {"pretrained": ("", 0, ", pretrained", ""),
         "p3":       ("--p-alpha 0.3", 1, " + EQ, p_alpha .3", " + EQ (p_alpha 0.3)"),
         "p7":       ("--p-alpha 0.7", 1, " + EQ, p_alpha .7", " + EQ (p_alpha 0.7)")}
 # name -> network, its flags, its sampler's, the rows of the paper's tables it stands beside after the last step
-NETWORKS = {"dit":     ("DiT-Ti/2", "--ema-decay 0.99", "--sampler ddim --sampling-steps 50", "DiT-B/"),
-            "sit":     ("SiT-Ti/2", "--ema-decay 0.99", "--sampler heun --sampling-steps 50", "SiT-B/"),
-            "repa":    ("REPA-Ti/2", "--ema-decay 0.99", "--sampler heun --sampling-steps 50", "REPA-XL/2 400k"),
+NETWORKS = {"dit":     ("DiT-Ti/2", "--ema-decay 0.995", "--sampler ddim --sampling-steps 25", "DiT-B/"),
+            "sit":     ("SiT-Ti/2", "--ema-decay 0.995", "--sampler heun --sampling-steps 25", "SiT-B/"),
+            "repa":    ("REPA-Ti/2", "--ema-decay 0.995", "--sampler heun --sampling-steps 25", "REPA-XL/2 400k"),
             "maskgit": ("MaskGIT-Ti", "--warmup 100", "--cfg-scale 1", "MaskGIT-B 1.5M")}
 
 def rows(arms, kind=BASE, network="dit", counts=COUNTS[-1:]):
@@ -70,7 +71,7 @@ def rows(arms, kind=BASE, network="dit", counts=COUNTS[-1:]):
 # name -> title, number of seeds, columns, rows
 TABLES = {
     "1": ("reconstruction, generation, equivariance", 3, ("rFD", "gFD", "PSNR", "R", "S"),
-          rows(PAIR, "kl4") + rows(PAIR, "kl16") + rows(PAIR, "vq", "maskgit") + rows(PAIR, "photo")),
+          rows(PAIR, "kl16") + rows(PAIR, "kl4") + rows(PAIR, "vq", "maskgit") + rows(PAIR, "photo")),
     "2": ("generators", 3, ("gFD",), [row for net in ("dit", "sit", "repa") for row in rows(PAIR, BASE, net, COUNTS)]),
     "3": ("masked generation", 1, ("gFD",), rows(PAIR, "vq", "maskgit", COUNTS)),
     "5": ("kinds of tau", 1, ("gFD", "rFD", "ID"), rows((*PAIR, "r", "s", "aniso", "bicubic", "bilinear"))),
@@ -105,7 +106,8 @@ def autoencoder(kind, arm, seed, whole=False):
     (script, model, *_), (flags, share, *_), (needs, train, _) = KINDS[kind], ARMS[arm], data(kind)
     last = "-whole" if SETTINGS["refit"] else ""
     common = (f"{script} --data {train} --image-size {SETTINGS['size']} --model {model} --batch-size "
-              f"{SETTINGS['batch']} --lpips-weight 0 --gan-weight 0 --sample-every 0 --save-every 200 --out @ --init")
+              f"{SETTINGS['batch']} --ema-decay 0.995 --lpips-weight 0 --gan-weight 0 --sample-every 0 --save-every "
+              "200 --out @ --init")
     made = cell(f"{kind}-pretrained-s{seed}{last}", ".pt", f"{common} scratch --p-alpha 1 --lr "
                 f"{SETTINGS['pretrain_lr']} --steps {STEPS['pretrain']} --seed {seed}", *needs)
     if share:                                               # other seeds from stage to stage: not the same order again
@@ -203,7 +205,8 @@ def report():
 
     def beside(number, row, column):                        # "-" where the paper has no such row
         (kind, arm, network, count), column = row, column.replace("FD", "FID")
-        name = f"{KINDS[kind][4]}{' + Eq. 1' if number == '6' and arm == 'standard' else ARMS[arm][3]}"
+        family = KINDS[kind][4] if number == "1" or kind == "vq" else "SD-VAE"      # of the paper's other tables
+        name = f"{family}{' + Eq. 1' if number == '6' and arm == 'standard' else ARMS[arm][3]}"
         found = [values[column] for (table, autoencoder, generator), values in paper.items() if count == COUNTS[-1] and
                  (table, autoencoder) == ("10" if network == "repa" else number, name) and column in values and
                  generator.startswith(NETWORKS[network][3])]
