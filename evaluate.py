@@ -524,10 +524,11 @@ def how_made(path, model, config):
     import vqgan
     checkpoint, configs = read_weights(path) if str(path).endswith(".pt") else {}, vqgan if "n_embed" in config else vae
     given = checkpoint.get("args", {}) if "arch" in checkpoint else {}
+    while given.get("train") == "decoder" and str(given["init"]).endswith(".pt") and os.path.isfile(given["init"]):
+        given = read_weights(given["init"]).get("args", {})                    # a refit of the decoder: named as before
     kept = {key: given[key] for key in ("init", "tau", "p_alpha", "explicit_weight", "stop_gradient") if key in given}
     model = given.get("model") or model or next(iter(vae.presets(config, configs.CONFIGS)), Path(path).stem)
     return dict(kept, model=model, sha256=file_hash(path), file=str(path), step=checkpoint["step"] if given else None)
-
 def file_hash(path):
     """SHA-256 of a file, or of all the files in a folder of diffusers'."""
     digest = hashlib.sha256()
