@@ -349,8 +349,9 @@ def main():
                                 codes_in_use=in_use, schedules=[schedules(16), schedules(8)])
     if "speed" in args.parts:
         record["speed"] = speed(args.rounds)
-    record["about"] = dict(command=sys.argv, threads=torch.get_num_threads(), torch=torch.__version__,
-                           device=platform.machine(), date=time.strftime("%Y-%m-%d"))
+    for part in args.parts.split(","):
+        record[part]["about"] = dict(command=sys.argv, threads=torch.get_num_threads(), torch=torch.__version__,
+                                     device=platform.machine(), date=time.strftime("%Y-%m-%d"))
     print(json.dumps(record, indent=1))
     if args.record:
         args.record.write_text(json.dumps(record, indent=1) + "\n")
