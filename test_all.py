@@ -27,6 +27,7 @@ import typing
 import urllib.error
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import MagicMock
 
 DEVICE = os.environ.get("EQVAE_DEVICE", "cpu")
 if DEVICE != "cuda":
@@ -970,13 +971,13 @@ def test_the_quantiser_by_hand(legacy_beta, codebook, commitment):
     """Nearest codes, the straight-through gradient, both places of beta; codes are exact under bf16 and TF32 too."""
     quantise = vqgan.VectorQuantizer(3, 2, 0.25, legacy_beta)
     quantise.embedding.weight.data = torch.tensor([[0.0, 0], [1, 0], [0, 3]])
-    h = torch.tensor([[0.8, 0.2], [0.1, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()          # two vectors
+    h = torch.tensor([[0.501, 0.2], [0.1, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()        # two vectors; bf16: 0.5
     with torch.autocast("cpu", torch.bfloat16):
         quantised, indices, loss = quantise(h)
     assert indices.tolist() == [[1, 2]] and quantised.flatten(2).tolist() == [[[1.0, 0.0], [0.0, 3.0]]]
-    assert loss.item() == pytest.approx((codebook + commitment) * (0.04 + 0.04 + 0.01 + 1) / 4)
+    assert loss.item() == pytest.approx((codebook + commitment) * (0.499 ** 2 + 0.04 + 0.01 + 1) / 4)
     (loss + (quantised * torch.tensor([[[[5.0, 6]], [[7, 8]]]])).sum()).backward()
-    difference = torch.tensor([[-0.2, 0.2], [0.1, -1.0]])                      # h - code, of each vector
+    difference = torch.tensor([[-0.499, 0.2], [0.1, -1.0]])                      # h - code, of each vector
     torch.testing.assert_close(h.grad.flatten(2)[0].T, commitment * difference / 2 + torch.tensor([[5.0, 7], [6, 8]]))
     torch.testing.assert_close(quantise.embedding.weight.grad[1:], -codebook * difference / 2)
     usage, perplexity = vqgan.use(torch.tensor([6.0, 0, 2, 0]))
@@ -993,9 +994,8 @@ def test_a_vqgans_step_transforms_the_features_before_they_are_quantised(photos,
     torchrun(ROOT / "vqgan.py", *VQ, *words, "--steps", 2, "--out", tmp_path / "both.pt")
     assert_same(kept, torch.load(tmp_path / "both.pt", weights_only=True), ("model",), CLOSE)
     model, data = vqgan.load_vqgan(codes).requires_grad_(True), vae.Images(photos, (32, 32), "random")
-    images, _, _, _ = next(vae.loader(data, argparse.Namespace(batch_size=4, workers=0, seed=0), 4, 0, 0, 1))
-    tau = sample_transform((8, 8), 0, smallest=1, generator=vae.seeded(0, "tau", 0))
-    x = vae.to_float(images, "cpu")
+    batch = next(vae.loader(data, argparse.Namespace(batch_size=4, workers=0, seed=0), 4, 0, 0, 1))
+    tau, x = sample_transform((8, 8), 0, generator=vae.seeded(0, "tau", 0)), vae.to_float(batch[0], "cpu")
     quantised, indices, loss = model.quantize(tau(model.features(x)))
     ((tau(x) - model.decode(quantised)).abs().mean() + loss).backward()
     assert relative(moments(first["opt"]), 0.5 * vector(p.grad for p in model.parameters())) < 10 * CLOSE
@@ -1029,42 +1029,32 @@ def test_masks_and_schedules_are_the_published():
     for steps, kind in itertools.product((1, 2, 7, 40, 63, 64), ("arccos", "cosine")):
         counts, ramps = maskgit.decoding_schedule(steps, 64, kind)
         assert len(counts) == len(ramps) == steps and sum(counts) == 64 and min(counts) > 0 and ramps[-1] == 1
-    logits, tokens, mask = torch.randn(2, 4, 6), torch.tensor([[0, 1, 2, 3], [4, 4, 0, 0]]), torch.ones(2, 4).bool()
-    mask[0, 1::2] = False
+    logits, tokens = torch.randn(2, 4, 6), torch.tensor([[0, 1, 2, 3], [4, 4, 0, 0]])
     log_p = logits.log_softmax(2)
     smoothed = -0.9 * log_p.gather(2, tokens[..., None])[..., 0] - 0.1 * log_p.mean(dim=2)
     torch.testing.assert_close(maskgit.token_losses(logits, tokens), smoothed.mean(dim=1))
-    masked = (smoothed * mask).sum(dim=1) / (4 * 2 / math.pi)
-    torch.testing.assert_close(maskgit.token_losses(logits, tokens, mask), masked)
-
-class Oracle:
-    """In MaskGIT's place: logits of its own for each class, and a note of all that it is asked."""
-    config = dict(codebook_size=5, num_classes=3)
-    def __init__(self):
-        self.asked, self.table = [], torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(0))
-    def __call__(self, tokens, labels):
-        self.asked.append((tokens, labels))
-        return self.table[labels]
+    masked = (smoothed * (tokens != 1)).sum(dim=1) / (4 * 2 / math.pi)
+    torch.testing.assert_close(maskgit.token_losses(logits, tokens, tokens != 1), masked)
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_decoding_keeps_what_it_decided_and_guides_more_and_more(scale):
     """Each step decides as many tokens as scheduled and changes none again, by the inverse distribution function of
     u + s (c - u), s from 1 to cfg_scale; 1 never asks for the null class. Without noise the surest go first."""
     (counts, ramps), labels = maskgit.decoding_schedule(4, 16), torch.tensor([0, 1, 2])
-    model, uniform = Oracle(), torch.rand(3, 4, 2, 16, generator=torch.Generator().manual_seed(1))
+    table, uniform = torch.randn(4, 16, 6), torch.rand(3, 4, 2, 16)            # logits of each class; what is random
+    model = MagicMock(side_effect=lambda tokens, labels: table[labels], config=dict(codebook_size=5, num_classes=3))
     tokens = maskgit.parallel_decoding(model, labels, uniform, counts, ramps, scale, choice_temperature=0)
-    states, c, u = [asked[:3] for asked, _ in model.asked] + [tokens], model.table[:3, :, :5], model.table[3:, :, :5]
+    asked = [call.args[0] for call in model.call_args_list]
+    states, c, u = [each[:3] for each in asked] + [tokens], table[:3, :, :5], table[3:, :, :5]
     for i, (before, after) in enumerate(zip(states, states[1:])):
         probabilities = (u + (1 + (scale - 1) * i / 3) * (c - u)).softmax(dim=2)
         drawn = (probabilities.cumsum(dim=2) <= uniform[:, i, 0, :, None]).sum(dim=2)
         surest = probabilities.gather(2, drawn[..., None])[..., 0].masked_fill(before != 5, 0).topk(counts[i]).indices
         assert torch.equal(after, before.scatter(1, surest, drawn.gather(1, surest)))
         assert ((before != after).sum(dim=1) == counts[i]).all()
-    assert tokens.max() < 5 and [len(asked) for asked, _ in model.asked] == [3] + [3 if scale == 1 else 6] * 3
-    noisy = maskgit.parallel_decoding(Oracle(), labels, uniform, counts, ramps, scale, choice_temperature=1e4)
-    assert not torch.equal(noisy, tokens) and noisy.max() < 5
+    assert tokens.max() < 5 and [len(each) for each in asked] == [3] + [3 if scale == 1 else 6] * 3
 
-def test_maskgit_caches_trains_resumes_and_samples(photos, codes, tmp_path, capsys):
+def test_maskgit_caches_trains_resumes_and_samples(photos, codes, tmp_path, capsys, monkeypatch):
     """The cache holds the tokens of images and mirror images and refuses another VQ-GAN; dropout and all, a resume is
     to the bit; the same seed gives the same pictures on one process and two."""
     on = ("--vqgan", codes, "--data", photos)
@@ -1095,6 +1085,17 @@ def test_maskgit_caches_trains_resumes_and_samples(photos, codes, tmp_path, caps
                         ("--sampling-steps 65: 1 to 64", (*draw, "--sampling-steps", 65)),
                         ("--vqgan: give", fresh), ("not a VQ-GAN", ("--vqgan", tmp_path / "whole.pt", *fresh))):
         assert says in refusal(capsys, maskgit.main, *words)
+    monkeypatch.setattr(maskgit, "LABEL_DROP", 0.5)            # the first loss by hand: mirrored, dropped, masked
+    (start, _), (_, log) = (train_maskgit(tmp_path / f"{n}.pt", *on, "--steps", n, "--dropout", 0, "--seed", 2)
+                               for n in (0, 1))
+    order = torch.randperm(10, generator=vae.seeded(2, "order", 0))[:4]
+    side = [int(torch.randint(2, (), generator=vae.seeded(2, "mirror", 0, k))) for k in range(4)]
+    u = torch.stack([torch.rand(66, generator=vae.seeded(2, "mask", 0, k)) for k in range(4)])
+    tokens, labels = torch.from_numpy(rows[order, side]).long(), torch.tensor(data.labels)[order]
+    logits = vae.load_weights(maskgit.MaskGIT(**start["config"]), start["model"], "")(
+        tokens.masked_fill(u[:, 2:] < maskgit.mask_ratio(u[:, :1]), 256), labels.where(u[:, 1] >= 0.5, 2))
+    assert log[0]["loss"] == pytest.approx(maskgit.token_losses(logits, tokens).mean().item(), rel=CLOSE)
+    assert 0 < sum(side) < 4 and tuple(whole["opt"]["param_groups"][0]["betas"]) == (0.9, 0.96)
     rows[3, 1, 5] = 256
     np.save(codes.parent / "vq-tokens" / "rows.npy", rows)
     assert "to 256, but the codebook" in refusal(capsys, maskgit.main, *fresh, "--vqgan", codes, *cache)
@@ -1463,8 +1464,7 @@ assert model.decode(indices).shape == (1, 3, 16, 16)"""),
     ("maskgit", """model, y = maskgit.MaskGIT(4, 16, 3, 32, 1, 2, 64), torch.tensor([1, 2])
 tokens, mask = torch.randint(16, (2, 16)), torch.ones(2, 16, dtype=torch.bool)
 maskgit.token_losses(model(tokens.masked_fill(mask, 16), y), tokens, mask).mean().backward()
-steps = maskgit.decoding_schedule(4, 16)
-assert maskgit.parallel_decoding(model, y, torch.rand(2, 4, 2, 16), *steps, cfg_scale=2.0).max() < 16"""),
+assert maskgit.parallel_decoding(model, y, torch.rand(2, 1, 2, 16), [16], [1.0], cfg_scale=2.0).max() < 16"""),
     ("evaluate", """u, total = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), evaluate.Moments()
 total.add(evaluate.Classifier(2)(u)[0])
 assert abs(evaluate.frechet_distance(*total.result(), *total.result())) < 1e-6
