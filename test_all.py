@@ -970,14 +970,14 @@ def test_vqgan_and_maskgit_have_the_official_numbers():
 def test_the_quantiser_by_hand(legacy_beta, codebook, commitment):
     """Nearest codes, the straight-through gradient, both places of beta; codes are exact under bf16 and TF32 too."""
     quantise = vqgan.VectorQuantizer(3, 2, 0.25, legacy_beta)
-    quantise.embedding.weight.data = torch.tensor([[0.0, 0], [1, 0], [0, 3]])
-    h = torch.tensor([[0.501, 0.2], [0.1, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()        # two vectors; bf16: 0.5
+    quantise.embedding.weight.data = torch.tensor([[0.0, 0], [1.001, 0], [0, 3]])
+    h = torch.tensor([[0.5015, 0.2], [0.1, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()       # bf16 takes another code
     with torch.autocast("cpu", torch.bfloat16):
         quantised, indices, loss = quantise(h)
-    assert indices.tolist() == [[1, 2]] and quantised.flatten(2).tolist() == [[[1.0, 0.0], [0.0, 3.0]]]
-    assert loss.item() == pytest.approx((codebook + commitment) * (0.499 ** 2 + 0.04 + 0.01 + 1) / 4)
+    assert indices.tolist() == [[1, 2]] and quantised.flatten().tolist() == pytest.approx([1.001, 0, 0, 3])
+    assert loss.item() == pytest.approx((codebook + commitment) * (0.4995 ** 2 + 0.04 + 0.01 + 1) / 4)
     (loss + (quantised * torch.tensor([[[[5.0, 6]], [[7, 8]]]])).sum()).backward()
-    difference = torch.tensor([[-0.499, 0.2], [0.1, -1.0]])                      # h - code, of each vector
+    difference = torch.tensor([[-0.4995, 0.2], [0.1, -1.0]])                      # h - code, of each vector
     torch.testing.assert_close(h.grad.flatten(2)[0].T, commitment * difference / 2 + torch.tensor([[5.0, 7], [6, 8]]))
     torch.testing.assert_close(quantise.embedding.weight.grad[1:], -codebook * difference / 2)
     usage, perplexity = vqgan.use(torch.tensor([6.0, 0, 2, 0]))
