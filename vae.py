@@ -367,7 +367,7 @@ class Tuning:
         elif not os.path.exists(args.init):
             raise InputError(f"--init {args.init}: no such file; give one (--help names its source) or scratch")
         else:
-            config, weights, disc_weights = read(args.init, args.model, first)
+            config, weights, disc_weights = read(args.init, args.model)
         config = config | {name: value for name, value in options.items() if value is not None}
         args.model = args.model or (resumed["args"]["model"] if resumed else next(iter(presets(config, configs)), None))
         model, disc = network(**config), PatchDiscriminator() if args.gan_weight else None
@@ -503,8 +503,8 @@ class Tuning:
         self.meter.write(dict(step=self.step, **record))
         say(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
 def train(args, rank, world, device):
-    run = Tuning(args, rank, world, device, AutoencoderKL, CONFIGS, read_autoencoder, "sum",
-                 padding_mode=args.padding_mode)
+    run = Tuning(args, rank, world, device, AutoencoderKL, CONFIGS, functools.partial(read_autoencoder, default="sd"),
+                 "sum", padding_mode=args.padding_mode)
     model, encode, decode = run.model, run.autocast(run.model.encode), run.autocast(run.model.decode)
     def look():
         run.look(lambda x: encode(x).mean, decode)

@@ -135,9 +135,9 @@ def codebook_use(model, images, n=1024):
     usage, perplexity = use(counts)
     return dict(usage=usage.item(), perplexity=perplexity.item(), dead=int((counts == 0).sum()), images=len(tokens))
 
-def read_vqgan(path, model=None, default=None):
+def read_vqgan(path, model=None):
     """-> (VQGAN's arguments, weights, discriminator's weights or None) of our checkpoints and of taming's, which their
-    codebook tells apart; it must be that of the preset `model`, if given. (`default`: not needed.)"""
+    codebook tells apart; it must be that of the preset `model`, if given."""
     checkpoint = vae.load(path)
     if "arch" in checkpoint:
         if checkpoint["arch"] != "VQGAN":
@@ -213,7 +213,8 @@ def train(args, rank, world, device):
     model, features, reconstruct = run.model, run.autocast(run.model.features), run.autocast(run.model.decode)
 
     def measure():
-        found = codebook_use(model, run.centred)
+        used = vae.load_weights(VQGAN(**model.config), run.ema or model.state_dict(), run.out).to(device)
+        found = codebook_use(used, run.centred)
         vae.say(f"codebook: {found['dead']} of {model.config['n_embed']} codes unused by {found['images']} images")
         return found
 
@@ -228,7 +229,7 @@ def train(args, rank, world, device):
             # tau on the features, before they are quantised. (taming's 1x1 quant_conv lies before it; they commute.)
             target, h = tau(x), tau(h)                                         # (b, 3, f h2, f w2), (b, e, h2, w2)
             quantised, indices, codebook_loss = model.quantize(h)
-            reconstruction = reconstruct(quantised)                               # (b, 3, f h2, f w2)
+            reconstruction = reconstruct(quantised)                            # (b, 3, f h2, f w2)
             nll, gan = run.criterion(target, reconstruction)
             run.backward(nll, gan, args.codebook_weight * codebook_loss, target, reconstruction)
             counts = torch.zeros(model.config["n_embed"], device=device)
