@@ -174,7 +174,6 @@ class Classifier(nn.Module):
         self.block = nn.ModuleList(nn.Sequential(nn.GroupNorm(8, c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1))
                                    for c in (64, 128, 256))
         self.head = nn.Linear(448, classes)
-
     def levels(self, images):
         h = self.stem(images.float() / 127.5 - 1)
         for down, block in zip(self.down, self.block):
@@ -545,7 +544,8 @@ def make_folder(path):
 
 def write_record(args, results, **about):
     """The results with all that is needed to run them again, as JSON."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ", ".join((
+        platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability(), f"{os.cpu_count()} cores"))
     about.update(command=["evaluate.py", *sys.argv[1:]], seed=args.seed, device=device, threads=torch.get_num_threads(),
                  versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                  date=time.strftime("%Y-%m-%d"))
@@ -583,8 +583,7 @@ def map_member(path, archive, item):
 class Pictures(torch.utils.data.Dataset):
     """What `samples` scores: ADM's npz (`rows`: its arr_0), a folder, or "emoji". Items: (uint8 (3, H, W), index).
     size None: samples, lossless and of one size. Or the size of the samples to be the reference of, to which other
-    pictures come by ADM's centre crop; JPEG is taken with a warning.
-    """
+    pictures come by ADM's centre crop; JPEG is taken with a warning."""
 
     def __init__(self, path, size=None, rows=None):
         self.exact, self.size = size is None, size
@@ -614,10 +613,8 @@ class Pictures(torch.utils.data.Dataset):
                     file if isinstance(file, Image.Image) else Image.open(file)).convert("RGB")
         except Exception as error:  # whatever Pillow's many readers raise
             raise InputError(f"{file}: cannot be read ({type(error).__name__})") from None
-
     def __len__(self):
         return len(self.files)
-
     def __getitem__(self, index):
         image = self.open(index)
         if isinstance(self.files, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):   # or it counts as memory of ours
@@ -634,8 +631,7 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")                # ADM's names: of
 
 def describe(path, args, network, distance, extractor, size=None):
     """One side of the comparison -> dict(mu, sigma[, mu_s, sigma_s][, features (N, d)][, logits][, N], size), on the
-    first process. Statistics stored in an npz win over its pictures', as in ADM: they are of the whole data set.
-    """
+    first process. Statistics stored in an npz win over its pictures', as in ADM: they are of the whole data set."""
     keys = (*STATISTICS, "features", "extractor", "N", "arr_0")
     side = read_npz(path, keys) if str(path).endswith(".npz") else {}
     rows = side.pop("arr_0", None)
@@ -685,8 +681,7 @@ def samples(args):
         if args.shuffle:
             logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(args.seed))]
         elif runs > 0.5:
-            print(f"{args.samples}: sorted by class, it seems: ADM's IS, of 5,000 in a row, is too low; try --shuffle",
-                  file=sys.stderr)
+            print(f"{args.samples}: sorted by class? ADM's IS, of 5,000 in a row: --shuffle", file=sys.stderr)
         result["IS"] = inception_score(logits)
     if distance == "FID" and "features" in fake and "features" in real:
         sides = (torch.as_tensor(side["features"]).to(here()) for side in (real, fake))
@@ -797,14 +792,20 @@ def principal_colours(z, sample):
     projected = torch.einsum("kc,nchw->nkhw", axes, z.double() - centre[..., None]).cpu().numpy()
     return torch.from_numpy(((projected - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8))
 
+def over_seeds(points):
+    """[(x, value), ...] -> [(x, mean, standard deviation or 0), ...]: values at one x are several seeds'."""
+    values = {x: [value for at, value in points if at == x] for x, _ in sorted(points)}
+    return [(x, np.mean(found), np.std(found, ddof=len(found) > 1)) for x, found in values.items()]
 def speed_up(base, other):
-    """How many times fewer steps `other` needs to come to where `base` ends; both are [(step, distance), ...], straight
-    between the points. None where it does not get there."""
-    goal = base[-1][1]
-    for (step, value), (later, lower) in zip(other, other[1:]):
-        if value > goal >= lower:
-            return base[-1][0] / (step + (later - step) * (value - goal) / (value - lower))
-    return None
+    """How many times as fast `other` comes to a distance that both reach, the greater of their last; both are [(step,
+    distance, ...), ...], straight between the points. A bound where one is there from its first point on."""
+    goal = max(base[-1][1], other[-1][1])
+    def steps(points):
+        for (step, value, *_), (later, lower, *_) in zip(points, points[1:]):
+            if value > goal >= lower:
+                return step + (later - step) * (value - goal) / (value - lower)
+        return points[0][0]
+    return steps(base) / steps(other)
 
 def record_figures(arms, runs, out):
     """Fig. 3, 1 right, 5 and 4, as far as the records go; -> the names of the files."""
@@ -821,7 +822,7 @@ def record_figures(arms, runs, out):
             tuned[run["generator"]].append((run["arm"]["step"], value))
     for name, x, lines in (("fig3-transforms.png", "", bars), ("fig1-curves.png", "generator's step", over),
                            ("fig5-fine-tuning.png", "autoencoder's step", tuned)):
-        lines = {label: sorted(points) for label, points in lines.items() if len({x for x, _ in points}) > 1}
+        lines = {label: over_seeds(points) for label, points in lines.items() if len({x for x, _ in points}) > 1}
         if not lines:
             continue
         try:
@@ -832,21 +833,22 @@ def record_figures(arms, runs, out):
         axes = figure.add_subplot(title=f"Fig. {name[3]}", xlabel=x, ylabel=distance)
         for k, (label, points) in enumerate(lines.items()):
             if x:
-                axes.plot(*zip(*points), "o-", label=label)
+                axes.errorbar(*zip(*points), fmt="o-", capsize=4, label=label)
             else:
                 at = [i + 0.8 * (k + 0.5) / len(lines) - 0.4 for i in range(len(kinds))]
-                axes.bar(at, [value for _, value in points], 0.8 / len(lines), label=label)
+                axes.bar(at, [value for _, value, _ in points], 0.8 / len(lines), label=label)
                 axes.set_xticks(range(len(kinds)), kinds.values())
-        if name == "fig1-curves.png" and len(lines) > 1 and (factor := speed_up(*list(lines.values())[:2])):
-            axes.set_title(f"{list(lines)[1]}: {factor:.1f} times fewer steps to one distance (Fig. 1)")
+        if name == "fig1-curves.png" and len(lines) > 1:
+            axes.set_title(f"{list(lines)[1]}: {speed_up(*[*lines.values()][:2]):.2g} times as fast (Fig. 1)")
         axes.legend()
         figure.savefig(out / name)
         made.append(name)
     for run in runs:
-        if os.path.exists(run["about"]["samples"]):
+        label = f"{run['name']}: {run['generator']}"
+        if label not in dict(rows) and os.path.exists(run["about"]["samples"]):       # of several seeds the first
             drawn = Pictures(run["about"]["samples"])
             first = torch.stack([drawn[i][0] for i in range(min(8, len(drawn)))])
-            rows.append((f"{run['name']}: {run['generator']}", magnified(first, max(96, *first.shape[2:]))))
+            rows.append((label, magnified(first, max(96, *first.shape[2:]))))
     if rows:
         panel("Samples of each generator, from the same noise and labels (Fig. 4)", rows).save(out / "fig4-samples.png")
         made.append("fig4-samples.png")
@@ -928,7 +930,6 @@ def report(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
     def image_size(text):
         return tuple(int(side) for side in f"{text}x{text}".split("x")[:2])
     def command(run, help, *parents):
@@ -947,7 +948,6 @@ def main():
     scores.add_argument("--workers", type=int, default=8 * torch.cuda.is_available(), help="of data loading")
     scores.add_argument("--seed", type=int, default=0)
     scores.add_argument("--record", help="JSON file to write")
-
     of = command(recon, "reconstruction, equivariance, intrinsic dimension", latents, scores)
     of.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     of.add_argument("--latent", choices=("sample", "mean"), default="sample", help="what is decoded")
