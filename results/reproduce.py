@@ -25,7 +25,8 @@ SETTINGS = dict(
     size=32,                                                # pixels
     batch=16, pretrain=3000, tune=1500, refit=800,          # autoencoders: images a step, steps; refit=0: none
     pretrain_lr=1e-3, tune_lr=5e-4, refit_lr=5e-4,
-    generator_batch=64, counts=(1000, 2000), generator_lr=1e-3,    # generators: after how many steps to draw
+    generator_batch=64, generator_lr=1e-3,                  # generators: images a step; after how many steps to draw
+    counts=dict(dit=(1000, 2000), sit=(1000, 2000, 4000), repa=(1000, 2000), maskgit=(1000, 2000)),
     samples=1024, classifier=1500, base="kl16",             # base: the autoencoder of Tables 2 and 5 to 8, see KINDS
     seeds=range(int(os.environ.get("SMALL_SEEDS", 3))),
     crops=(224, 32))                                        # of each photograph: to train on, held out
@@ -37,7 +38,8 @@ JOBS = int(os.environ.get("SMALL_JOBS", 0)) or len(getattr(os, "sched_getaffinit
 def scaled(count, least=2):
     return max(least, round(count * SCALE))
 STEPS = {name: scaled(SETTINGS[name]) for name in ("pretrain", "tune", "refit", "classifier") if SETTINGS[name]}
-COUNTS = [scaled(count, 2 + 2 * k) for k, count in enumerate(SETTINGS["counts"])]
+COUNTS = {network: [scaled(count, 2 + 2 * k) for k, count in enumerate(counts)]
+          for network, counts in SETTINGS["counts"].items()}
 PAIR, BASE, FEATURES = ("standard", "eq"), SETTINGS["base"], ("random", "classifier")
 
 # name -> script, preset, data, how the README calls it, how the paper's tables do
@@ -66,14 +68,15 @@ NETWORKS = {"dit":     ("DiT-Ti/2", "--ema-decay 0.995", "--sampler ddim --sampl
             "repa":    ("REPA-Ti/2", "--ema-decay 0.995", "--sampler heun --sampling-steps 25", "REPA-XL/2 400k"),
             "maskgit": ("MaskGIT-Ti", "--warmup 100", "--cfg-scale 1", "MaskGIT-B 1.5M")}
 
-def rows(arms, kind=BASE, network="dit", counts=COUNTS[-1:]):
-    return [(kind, arm, network, count) for count in counts for arm in arms]
+def rows(arms, kind=BASE, network="dit", counts=slice(-1, None)):
+    return [(kind, arm, network, count) for count in COUNTS[network][counts] for arm in arms]
+ALL = slice(None)
 # name -> title, number of seeds, columns, rows
 TABLES = {
     "1": ("reconstruction, generation, equivariance", 3, ("rFD", "gFD", "PSNR", "R", "S"),
           rows(PAIR, "kl16") + rows(PAIR, "kl4") + rows(PAIR, "vq", "maskgit") + rows(PAIR, "photo")),
-    "2": ("generators", 3, ("gFD",), [row for net in ("dit", "sit", "repa") for row in rows(PAIR, BASE, net, COUNTS)]),
-    "3": ("masked generation", 1, ("gFD",), rows(PAIR, "vq", "maskgit", COUNTS)),
+    "2": ("generators", 3, ("gFD",), [row for name in ("dit", "sit", "repa") for row in rows(PAIR, BASE, name, ALL)]),
+    "3": ("masked generation", 1, ("gFD",), rows(PAIR, "vq", "maskgit", ALL)),
     "5": ("kinds of tau", 1, ("gFD", "rFD", "ID"), rows((*PAIR, "r", "s", "aniso", "bicubic", "bilinear"))),
     "6": ("more training is not the cause", 1, ("gFD", "rFD"), rows(("pretrained", *PAIR))),
     "7": ("explicit and implicit loss", 1, ("gFD", "rFD", "R", "S"), rows((*PAIR, "explicit", "stop"))),
@@ -135,10 +138,11 @@ def generation(kind, arm, network, count, seed, features):
     if network == "repa":
         needs = [*needs, classifier(kind, seed=1)]
         flags += f" --encoder evaluate:tokens --encoder-weights {needs[-1].output}"
-    for each in COUNTS[:COUNTS.index(count) + 1]:           # a cache each, as two processes might fill a common one
+    counts = COUNTS[network]
+    for each in counts[:counts.index(count) + 1]:           # a cache each, as two processes might fill a common one
         run = cell(f"{stem}-{each}", ".pt", f"{network}.py {of} --data {train} --image-size {SETTINGS['size']} --model "
                    f"{model} {flags} --batch-size {SETTINGS['generator_batch']} --lr {SETTINGS['generator_lr']} --seed "
-                   f"{seed} --cache {OUT}/{stem}-{COUNTS[0]}/cache --sample-every 0 --save-every 200 --out @ --steps "
+                   f"{seed} --cache {OUT}/{stem}-{counts[0]}/cache --sample-every 0 --save-every 200 --out @ --steps "
                    f"{each}", made, *needs, start=run)
     drawn = cell(f"{run.name}-samples", ".npz", f"{network}.py --sample-from {run.output} {of} --samples @ "
                  f"--num-samples {scaled(SETTINGS['samples'], 16)} --labels balanced --seed {seed} {sampler}", run)
@@ -149,15 +153,15 @@ def cells(row, column, features, seeds):
     return [generation(*row, seed, features) if column == "gFD" else reconstruction(*row[:2], seed, features)
             for seed in SETTINGS["seeds"][:seeds]]
 
-def curve(arm, counts, seeds):
-    """The records, of each count and seed, of DiT on an arm's latents, with the arm's own: for Fig. 1, 4 and 5."""
-    return [*cells((BASE, arm, "dit", counts[0]), "rFD", "classifier", seeds),
-            *(cell for count in counts for cell in cells((BASE, arm, "dit", count), "gFD", "classifier", seeds))]
+def curve(arm, network, counts, seeds, _):
+    """The records, of each count and seed, of a generator on an arm's latents, with the arm's own: for figures."""
+    return [*cells((BASE, arm, network, counts[0]), "rFD", "classifier", seeds),
+            *(cell for count in counts for cell in cells((BASE, arm, network, count), "gFD", "classifier", seeds))]
 
 def goals(part):
     """The records that a part asks for."""
     if part == "figures":
-        return [transforms(), *sum((curve(*line[:3]) for line in CURVES + TUNED), [])]
+        return [transforms(), *sum((curve(*line) for line in CURVES + TUNED), [])]
     _, seeds, columns, lines = TABLES["1" if part == "photos" else part]
     return [cell for row in lines if part != "photos" or row[0] == "photo" for features in FEATURES
             for column in columns for cell in cells(row, column, features, seeds)]
@@ -165,9 +169,10 @@ def goals(part):
 # ======================================================================================================================
 # Figures and the README
 
-# Lines of Fig. 1 and of Fig. 5: arm, counts, number of seeds, steps of the fine-tune
-CURVES = [(arm, COUNTS, 3, STEPS["tune"]) for arm in PAIR]
-TUNED = [(arm, COUNTS[-1:], 1, round(ARMS[arm][1] * STEPS["tune"])) for arm in ("pretrained", "third", "eq")]
+# Lines of Fig. 1 and 4, and of Fig. 5: arm, network, counts, number of seeds, steps of the fine-tune
+CURVES = [(arm, "sit", COUNTS["sit"], 3, STEPS["tune"]) for arm in PAIR]
+TUNED = [(arm, "dit", COUNTS["dit"][-1:], 1, round(ARMS[arm][1] * STEPS["tune"]))
+         for arm in ("pretrained", "third", "eq")]
 
 def transforms():
     """Of both arms before the refit, which makes a decoder forget what EQ taught it: for Fig. 1 left, 2 and 3."""
@@ -177,11 +182,11 @@ def transforms():
 
 def figures():
     def draw(lines, *arguments):
-        for arm, counts, seeds, tuned in lines:
-            for each in curve(arm, counts, seeds):
+        for line in lines:
+            for each in curve(*line):
                 record = json.loads(each.record.read_text())
                 for made in record["about"].get("autoencoders", {}).values():      # as its fine-tune, not its refit
-                    made |= dict(step=tuned, p_alpha=0.5 if arm in ("eq", "third") else 1.0)
+                    made |= dict(step=line[-1], p_alpha=0.5 if line[0] in ("eq", "third") else 1.0)
                 (OUT / f"figure-{each.record.name}").write_text(json.dumps(record))
                 arguments += (OUT / f"figure-{each.record.name}",)
         subprocess.run([sys.executable, "evaluate.py", "figures", "--out", RECORDS / "figures", *arguments], check=True)
@@ -218,10 +223,10 @@ def report():
         (kind, arm, network, count), column = row, column.replace("FD", "FID")
         family = KINDS[kind][4] if number == "1" or kind == "vq" else "SD-VAE"      # of the paper's other tables
         name = f"{family}{' + Eq. 1' if number == '6' and arm == 'standard' else ARMS[arm][3]}"
-        found = [values[column] for (table, autoencoder, generator), values in paper.items() if count == COUNTS[-1] and
-                 (table, autoencoder) == ("10" if network == "repa" else number, name) and column in values and
-                 generator.startswith(NETWORKS[network][3])]
-        return found[0] if found else "-"
+        found = [values[column] for (table, autoencoder, generator), values in paper.items()
+                 if (table, autoencoder) == ("10" if network == "repa" else number, name) and column in values
+                 and generator.startswith(NETWORKS[network][3])]
+        return found[0] if found and count == COUNTS[network][-1] else "-"
 
     def scores(row, column, features, seeds):
         """seed -> (value, record), as far as there are records of these settings."""
