@@ -210,7 +210,7 @@ def markdown(header, body):
 
 def report():
     """The README with the tables and figures of what records there are between its two markers."""
-    paper, spent = {}, {}
+    paper, spent, in_all = {}, {}, {}
     for line in Path("results/paper.md").read_text().splitlines():
         if line.startswith("## Table"):
             number, header = line[9:].partition(":")[0], None
@@ -285,13 +285,16 @@ def report():
             if column != "PSNR":
                 header.append(column.replace("FD", "FID") + ", paper")
                 body = [[*line, beside(number, row, column)] for line, row in zip(body, lines)]
+        in_all |= spent
         of = "one seed" if seeds == 1 else "mean ± standard deviation (number of seeds: their records)"
         page += [f"**Table {number}: {title}.** {of[0].upper() + of[1:]}; {sum(spent.values()) / 3600:.1f} core hours.",
                  "", *markdown(header, body), ""] \
             if spent else [f"**Table {number}: {title}.** Not run.", ""]
+    page += [f"All tables: {sum(in_all.values()) / 3600:.1f} core hours, what they share counted once.", ""]
     if drawn := sorted((RECORDS / "figures").glob("fig*.png")):
-        page += [f"**Figures 1 to 5**, of {KINDS[BASE][3]} and DiT; Fig. 1 left, 2 and 3 before the decoder's refit. "
-                 "Where EQ comes to the distance at which Eq. 1 ends, Fig. 1 right says how much sooner.", ""]
+        page += [f"**Figures 1 to 5**, of {KINDS[BASE][3]}; SiT in Fig. 1 and 4, DiT in Fig. 5. Fig. 1 left, 2 and 3 "
+                 "show the arms before the decoders' refit. Fig. 1 right: bars are standard deviations over the seeds, and "
+                 "the title says how many times as fast EQ comes to the greater of the two last distances.", ""]
     for path in drawn:
         page += [f"![Fig. {path.stem[3:]}]({os.path.relpath(path, PAGE.parent)})", ""]
     first, last = "<!-- small-scale -->", "<!-- /small-scale -->"
