@@ -293,7 +293,7 @@ def report():
     page += [f"All tables: {sum(in_all.values()) / 3600:.1f} core hours, what they share counted once.", ""]
     if drawn := sorted((RECORDS / "figures").glob("fig*.png")):
         page += [f"**Figures 1 to 5**, of {KINDS[BASE][3]}; SiT in Fig. 1 and 4, DiT in Fig. 5. Fig. 1 left, 2 and 3 "
-                 "show the arms before the decoders' refit. Fig. 1 right: bars are standard deviations over the seeds, and "
+                 "show the arms before the refit. Fig. 1 right: bars are standard deviations over the seeds, and "
                  "the title says how many times as fast EQ comes to the greater of the two last distances.", ""]
     for path in drawn:
         page += [f"![Fig. {path.stem[3:]}]({os.path.relpath(path, PAGE.parent)})", ""]
