@@ -681,7 +681,7 @@ def samples(args):
         if args.shuffle:
             logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(args.seed))]
         elif runs > 0.5:
-            print(f"{args.samples}: sorted by class? ADM's IS, of 5,000 in a row: --shuffle", file=sys.stderr)
+            print(f"{args.samples}: sorted by class? Then IS (5,000 in a row) is too low: --shuffle", file=sys.stderr)
         result["IS"] = inception_score(logits)
     if distance == "FID" and "features" in fake and "features" in real:
         sides = (torch.as_tensor(side["features"]).to(here()) for side in (real, fake))
