@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's two ideas on real images, in one command. Pretrains a small autoencoder on emoji, fine-tunes it twice from
 # there, with the standard loss and with EQ-VAE's; then trains a small DiT on each of the two latent spaces and draws 512
-# pictures from each. Writes out/report.md and out/figures/. 7 to 13 minutes on two CPU cores; uses a GPU where there is
+# pictures from each. Writes out/report.md and out/figures/. 4 to 13 minutes on two CPU cores; uses a GPU where there is
 # one. With --all also SiT and REPA, a VQ-GAN and MaskGIT on its tokens, which takes longer. Run again, it goes on where
 # it was stopped.
 set -euo pipefail

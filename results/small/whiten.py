@@ -5,13 +5,14 @@
 ZCA over all of DATA: a linear map and its inverse go into the two 1x1 convolutions. The posterior's std becomes a
 constant of each channel, the mean one. Prints the principal channels' std as they were, and how far pictures moved.
 """
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
-from vae import Images, evenly, load, load_autoencoder, measure_latents, save_checkpoint
+from vae import Images, InputError, evenly, load, load_autoencoder, measure_latents, save_checkpoint
 
 
 @torch.no_grad()
@@ -38,4 +39,10 @@ def whiten(source, data, size, target):
 
 
 if __name__ == "__main__":
-    whiten(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, kind in (("source", str), ("data", str), ("size", int), ("target", str)):
+        parser.add_argument(name, type=kind)
+    try:
+        whiten(**vars(parser.parse_args()))
+    except InputError as error:
+        parser.error(str(error))
