@@ -24,9 +24,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-KINDS = ("rs", "rs-aniso", "r", "s")                                # Table 5: R.S(s,s), R.S(sx,sy), R, S(s,s)
-RECIPES = ("paper", "release")                                      # the paper's draw, or the released code's
-INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")       # ours; Eq. 6 read literally; the released code
+KINDS = ("rs", "rs-aniso", "r", "s")  # Table 5: R.S(s,s), R.S(sx,sy), R, S(s,s)
+RECIPES = ("paper", "release")  # the paper's draw, or the released code's
+INTERPOLATIONS = (
+    "bicubic-antialias",
+    "bicubic",
+    "bilinear",
+)  # ours; Eq. 6 read literally; the released code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,7 +66,9 @@ class Transform:
             raise ValueError(f"a tensor of {height}x{width} is no multiple of tau's grid {h}x{w}")
         if (h2, w2) != (h, w):
             mode, _, antialias = self.interpolation.partition("-")
-            x = F.interpolate(x, size=(m * h2, m * w2), mode=mode, align_corners=False, antialias=bool(antialias))
+            x = F.interpolate(
+                x, size=(m * h2, m * w2), mode=mode, align_corners=False, antialias=bool(antialias)
+            )
         return torch.rot90(x, self.quarter_turns, dims=(-2, -1)) if self.quarter_turns % 4 else x
 
     def split(self):
@@ -74,15 +80,25 @@ class Transform:
 
 def scale_transform(s, grid, quarter_turns=0, interpolation="bicubic-antialias"):
     """The fixed tau of the metrics: scale s in (0, 1], rounded to whole cells of the grid (h, w), and quarter turns."""
-    return Transform(tuple(grid), tuple(max(1, round(s * side)) for side in grid), quarter_turns, interpolation)
+    return Transform(
+        tuple(grid), tuple(max(1, round(s * side)) for side in grid), quarter_turns, interpolation
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The draw: identity with probability p_alpha, else a random tau                                                 (Eq. 7)
 
 
-def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, interpolation=None, generator=None,
-                     recipe="paper"):
+def sample_transform(
+    grid,
+    p_alpha=0.5,
+    kind="rs",
+    low=0.25,
+    smallest=1,
+    interpolation=None,
+    generator=None,
+    recipe="paper",
+):
     """Draws one tau for a batch of latents on `grid` (h, w).
 
     p_alpha        probability of the identity, which turns Eq. 5 back into Eq. 1 (prior preservation; Table 8: 0.5)
@@ -98,25 +114,35 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, interpo
 
     ValueError if no size is left to draw from.
     """
+
     def draw(first, last):
         return int(torch.randint(first, last + 1, (), generator=generator))
 
     def smaller():
-        parts = (32, 32) if release else grid                                  # scales are k / parts
-        bounds = [(max(math.ceil(smallest * n / side), math.ceil(low * n)), n - 1) for n, side in zip(parts, grid)]
+        parts = (32, 32) if release else grid  # scales are k / parts
+        bounds = [
+            (max(math.ceil(smallest * n / side), math.ceil(low * n)), n - 1)
+            for n, side in zip(parts, grid)
+        ]
         if any(first > last for first, last in bounds):
-            raise ValueError(f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells")
+            raise ValueError(
+                f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells"
+            )
         if kind == "rs-aniso":
             return tuple(draw(*bound) * side // n for bound, n, side in zip(bounds, parts, grid))
-        short = grid.index(min(grid))            # the shorter side is drawn, the other follows
+        short = grid.index(min(grid))  # the shorter side is drawn, the other follows
         k = draw(*bounds[short])
         if release:
             return tuple(k * side // 32 for side in grid)
-        return tuple(max(first, round(k * side / grid[short])) for side, (first, _) in zip(grid, bounds))
+        return tuple(
+            max(first, round(k * side / grid[short])) for side, (first, _) in zip(grid, bounds)
+        )
 
     grid, release = (int(grid[0]), int(grid[1])), recipe == "release"
     if kind not in KINDS or recipe not in RECIPES:
-        raise ValueError(f"unknown tau {kind!r}, {recipe!r}: of {', '.join(KINDS)} and {', '.join(RECIPES)}")
+        raise ValueError(
+            f"unknown tau {kind!r}, {recipe!r}: of {', '.join(KINDS)} and {', '.join(RECIPES)}"
+        )
     interpolation = interpolation or ("bilinear" if release else "bicubic-antialias")
     if float(torch.rand((), generator=generator)) < p_alpha:
         before = release and kind != "r" and float(torch.rand((), generator=generator)) < 0.25
@@ -172,7 +198,11 @@ def equivariance_error(encode, x, tau):
 
 def rotation_and_scale_error(encode, x, grid):
     """Table 1's R and S, means over the images x (B, 3, H, W), whose latents lie on the grid: -> dict(R=, S=)."""
-    taus = dict(R=[scale_transform(1, grid, turns) for turns in (1, 2, 3)],
-                S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)])
-    return {name: torch.stack([equivariance_error(encode, x, tau) for tau in three]).mean().item()
-            for name, three in taus.items()}
+    taus = dict(
+        R=[scale_transform(1, grid, turns) for turns in (1, 2, 3)],
+        S=[scale_transform(s, grid) for s in (0.25, 0.5, 0.75)],
+    )
+    return {
+        name: torch.stack([equivariance_error(encode, x, tau) for tau in three]).mean().item()
+        for name, three in taus.items()
+    }

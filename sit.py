@@ -24,7 +24,8 @@ import dit
 from dit import DiT
 
 CONFIGS = {name.replace("DiT", "SiT"): config for name, config in dit.CONFIGS.items()}
-LAST = 0.04                                        # of the time the SDE stops short of the data: there one step remains
+LAST = 0.04  # of the time the SDE stops short of the data: there one step remains
+
 
 class SiT(DiT):
     """DiT's network and names, the velocity as its output. Published files have learn_sigma: twice as many channels, of
@@ -32,7 +33,7 @@ class SiT(DiT):
 
     def __init__(self, *args, path="linear", learn_sigma=False, **options):
         super().__init__(*args, learn_sigma=learn_sigma, **options)
-        self.config |= dict(path=path)                                         # what it was trained on
+        self.config |= dict(path=path)  # what it was trained on
 
     def forward(self, x, t, y):
         """Latents x_t (B, C, h, w), times (B,) in [0, 1] (0: noise, 1: data), labels (B,) -> velocities (B, C, h, w).
@@ -40,10 +41,12 @@ class SiT(DiT):
         Times enter the embedding as they are, where DiT's run to 999: it sees them as nearly constant but for its
         highest frequencies. So was SiT trained.
         """
-        return super().forward(x, t, y)[:, :x.shape[1]]
+        return super().forward(x, t, y)[:, : x.shape[1]]
+
 
 # ======================================================================================================================
 # Paths:  x_t = alpha_t x1 + sigma_t x0      velocity = alpha'_t x1 + sigma'_t x0      score = -E[x0 | x_t] / sigma_t
+
 
 def coefficients(t, path="linear"):
     """alpha, sigma and their derivatives at times t, a tensor of any shape. "linear": t, 1 - t; "gvp": sin, cos of
@@ -53,11 +56,13 @@ def coefficients(t, path="linear"):
     alpha, sigma = (0.5 * math.pi * t).sin(), (0.5 * math.pi * t).cos()
     return alpha, sigma, 0.5 * math.pi * sigma, -0.5 * math.pi * alpha
 
+
 def score(velocity, x, t, path="linear"):
     """The score of p_t at x (B, C, h, w) from the velocity there, t a number's tensor: without x1, the two equations
     for x_t and its velocity leave the mean of x0, which is divided by -sigma_t."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
+
 
 # How much noise the SDE adds, w(t): any w >= 0 leads to the same p_t. "sigma" is SiT's choice for its results.
 DIFFUSIONS = {
@@ -69,21 +74,35 @@ DIFFUSIONS = {
     "sbdm": lambda t, path: sbdm(*coefficients(t, path)),
 }
 
+
 def sbdm(alpha, sigma, d_alpha, d_sigma):
     """The diffusion whose reverse the path is, as in score-based models; without bound at t = 0."""
-    return d_alpha / alpha * sigma ** 2 - sigma * d_sigma
+    return d_alpha / alpha * sigma**2 - sigma * d_sigma
+
 
 # ======================================================================================================================
 # Samplers: (predict, noise (B, C, h, w), labels (B,), ...) -> latents, predict(x, t, labels, level) is dit.guided()'s.
 # `steps` counts points in time, as in the official code.
 
+
 def velocity_at(predict, x, t, labels):
     """predict's velocity for all of x at the time t, a number's tensor; its noise level is 1 - t on every path."""
-    return predict(x, t.to(x).expand(len(x)), labels, round(1 - float(t), 6))  # on a bound of guidance is inside
+    return predict(
+        x, t.to(x).expand(len(x)), labels, round(1 - float(t), 6)
+    )  # on a bound of guidance is inside
+
 
 @torch.no_grad()
-def euler_maruyama(predict, noise, labels, steps=250, path="linear", diffusion="sigma", last="mean",
-                   noise_like=torch.randn_like):
+def euler_maruyama(
+    predict,
+    noise,
+    labels,
+    steps=250,
+    path="linear",
+    diffusion="sigma",
+    last="mean",
+    noise_like=torch.randn_like,
+):
     """dx = (v + w s) dt + sqrt(2 w) dW from noise to t = 0.96, then a step without noise: `steps` calls of the network.
     (The official code calls it twice a step, for the velocity and for the score, which is a function of the velocity.)
 
@@ -102,8 +121,9 @@ def euler_maruyama(predict, noise, labels, steps=250, path="linear", diffusion="
     v, s, w = at(times[-1])
     if last == "tweedie":
         alpha, sigma, *_ = coefficients(times[-1], path)
-        return (x + sigma ** 2 * s) / alpha
+        return (x + sigma**2 * s) / alpha
     return x + (v if last == "euler" else v + w * s) * LAST
+
 
 @torch.no_grad()
 def euler(predict, noise, labels, steps=250):
@@ -113,6 +133,7 @@ def euler(predict, noise, labels, steps=250):
         x = x + velocity_at(predict, x, t, labels) * (later - t)
     return x
 
+
 @torch.no_grad()
 def heun(predict, noise, labels, steps=250):
     """The same with the mean of the velocities at both ends, two calls each."""
@@ -121,6 +142,7 @@ def heun(predict, noise, labels, steps=250):
         v = velocity_at(predict, x, t, labels)
         x = x + 0.5 * (v + velocity_at(predict, x + v * (later - t), later, labels)) * (later - t)
     return x
+
 
 @torch.no_grad()
 def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
@@ -132,16 +154,22 @@ def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
         x = torch.from_numpy(x).to(noise).view_as(noise)
         return velocity_at(predict, x, torch.tensor(t), labels).double().flatten().cpu().numpy()
 
-    found = solve_ivp(right, (0, 1), noise.double().flatten().cpu().numpy(), "RK45", rtol=rtol, atol=atol)
+    found = solve_ivp(
+        right, (0, 1), noise.double().flatten().cpu().numpy(), "RK45", rtol=rtol, atol=atol
+    )
     return torch.from_numpy(found.y[:, -1].astype(np.float32)).to(noise.device).view_as(noise)
+
 
 SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri5}
 
 # ======================================================================================================================
 # Training and sampling
 
+
 def train(args, rank, world, device):
-    run = dit.Run(args, rank, world, device, dit.Latents(args, device), SiT, CONFIGS, path=args.path)
+    run = dit.Run(
+        args, rank, world, device, dit.Latents(args, device), SiT, CONFIGS, path=args.path
+    )
 
     def draw(predict, noise, labels):
         return heun(predict, noise, labels, steps=26)
@@ -150,7 +178,7 @@ def train(args, rank, world, device):
         # --------------------------------------------------------------------------------------------------------------
         # TRAINING STEP
         for batch, sync in run.micro_batches():
-            x1, x0, t, y = run.latents(batch)                                  # data, noise (b, c, h, w); (b,), (b,)
+            x1, x0, t, y = run.latents(batch)  # data, noise (b, c, h, w); (b,), (b,)
             alpha, sigma, d_alpha, d_sigma = coefficients(t[:, None, None, None], args.path)
             x, target = alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
             with sync:
@@ -162,17 +190,33 @@ def train(args, rank, world, device):
         run.update()
         # --------------------------------------------------------------------------------------------------------------
 
-def sample(args, rank, world, device, network=SiT, configs=CONFIGS, reverse=lambda predict: predict):
+
+def sample(
+    args, rank, world, device, network=SiT, configs=CONFIGS, reverse=lambda predict: predict
+):
     """Also repa.py's, whose reverse() makes guided()'s predict one of SiT's times and sign."""
     import vae
 
     if args.sampling_steps < 2:
         raise vae.InputError(f"--sampling-steps {args.sampling_steps}: at least 2")
     config, weights, about = dit.read_generator(args.sample_from, network)
-    path = config.setdefault("path", args.path)                # an official file does not say it
-    model = vae.load_weights(network(**config), weights, args.sample_from).to(device).eval().requires_grad_(False)
-    predict = reverse(dit.guided(model, config["num_classes"], args.cfg_scale, args.guidance_low, args.guidance_high,
-                                 3 if args.three_channels else None))
+    path = config.setdefault("path", args.path)  # an official file does not say it
+    model = (
+        vae.load_weights(network(**config), weights, args.sample_from)
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
+    predict = reverse(
+        dit.guided(
+            model,
+            config["num_classes"],
+            args.cfg_scale,
+            args.guidance_low,
+            args.guidance_high,
+            3 if args.three_channels else None,
+        )
+    )
     options = dict(steps=args.sampling_steps) if args.sampler != "dopri5" else {}
     if args.sampler == "sde":
         options.update(path=path, diffusion=args.diffusion, last=args.last)
@@ -181,25 +225,57 @@ def sample(args, rank, world, device, network=SiT, configs=CONFIGS, reverse=lamb
         noises = dict(noise_like=noise_like) if args.sampler == "sde" else {}
         return SAMPLERS[args.sampler](predict, noise, labels, **options, **noises)
 
-    own = {name: about["args"][name] for name in ("encoder",) if name in about.get("args", {})}          # REPA's
-    dit.write_samples(args, rank, world, device, config, about, draw, sampler=args.sampler, **options, **own,
-                      three_channels=args.three_channels,
-                      model=next(name for name in configs if configs[name].items() <= config.items()))
+    own = {
+        name: about["args"][name] for name in ("encoder",) if name in about.get("args", {})
+    }  # REPA's
+    dit.write_samples(
+        args,
+        rank,
+        world,
+        device,
+        config,
+        about,
+        draw,
+        sampler=args.sampler,
+        **options,
+        **own,
+        three_channels=args.three_channels,
+        model=next(name for name in configs if configs[name].items() <= config.items()),
+    )
+
 
 def arguments(description, models):
     """The parser of a flow model's script, but for launch()'s flags."""
     parser = dit.arguments(description, models)
-    parser.add_argument("--path", choices=("linear", "gvp"), default="linear", help="from noise to data")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="sde", help="sde: Euler-Maruyama; the others: the ODE")
+    parser.add_argument(
+        "--path", choices=("linear", "gvp"), default="linear", help="from noise to data"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="sde",
+        help="sde: Euler-Maruyama; the others: the ODE",
+    )
     parser.add_argument("--diffusion", choices=DIFFUSIONS, default="sigma", help="of the SDE")
-    parser.add_argument("--last", choices=("mean", "euler", "tweedie"), default="mean", help="step of the SDE")
+    parser.add_argument(
+        "--last", choices=("mean", "euler", "tweedie"), default="mean", help="step of the SDE"
+    )
     return parser
+
 
 def main():
     import vae
 
-    with vae.launch(arguments(__doc__, CONFIGS), data="data/imagenet/train", out="sit.pt", steps=400_000, lr=1e-4,
-                    batch_size=256, save_every=10_000, sample_every=10_000) as (args, rank, world, device):
+    with vae.launch(
+        arguments(__doc__, CONFIGS),
+        data="data/imagenet/train",
+        out="sit.pt",
+        steps=400_000,
+        lr=1e-4,
+        batch_size=256,
+        save_every=10_000,
+        sample_every=10_000,
+    ) as (args, rank, world, device):
         (sample if args.sample_from else train)(args, rank, world, device)
 
 

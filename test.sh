@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source demo.sh
 prepare -r requirements-dev.txt
+ruff format --check .
 ruff check .
 python -m pytest "$@"

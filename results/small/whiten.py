@@ -6,6 +6,7 @@ ZCA over all of DATA: a linear map and its inverse go into the two 1x1 convoluti
 constant of each channel, the mean one. Prints the principal channels' std as they were, and checks itself: it tells
 how far the new covariance is from the identity, and pictures from what they were.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -21,21 +22,25 @@ def whiten(source, data, size, target):
     checkpoint, model, images = load(source), load_autoencoder(source), Images(data, (size, size))
     first = next(evenly(images, 16, "cpu"))
     before = model.decode(model.encode(first).mean)
-    def channels():                                                            # means, variances (c, N h w)
+
+    def channels():  # means, variances (c, N h w)
         posteriors = [model.encode(x) for x in evenly(images, len(images), "cpu")]
         both = [(posterior.mean, posterior.std.square()) for posterior in posteriors]
         return (torch.cat(part).double().transpose(0, 1).flatten(1) for part in zip(*both))
+
     z, variances = channels()
     values, vectors = torch.linalg.eigh(z.cov())
-    whitening, inverse = (vectors * values ** power @ vectors.T for power in (-0.5, 0.5))
+    whitening, inverse = (vectors * values**power @ vectors.T for power in (-0.5, 0.5))
     c, mean, moments, latents = len(z), z.mean(dim=1), model.quant_conv, model.post_quant_conv
     weight, bias = moments.weight[:c].squeeze().double(), moments.bias[:c].double()
     moments.weight[:c] = (whitening @ weight)[..., None, None]
     moments.bias[:c] = whitening @ (bias - mean)
     moments.weight[c:], moments.bias[c:] = 0, (whitening.square() @ variances.mean(dim=1)).log()
-    latents.bias += latents.weight.squeeze().double() @ mean                   # before the weight changes
+    latents.bias += latents.weight.squeeze().double() @ mean  # before the weight changes
     latents.weight.copy_((latents.weight.squeeze().double() @ inverse)[..., None, None])
-    checkpoint |= dict(model=model.state_dict(), ema=None, opt=None, latent=measure_latents(model, images))
+    checkpoint |= dict(
+        model=model.state_dict(), ema=None, opt=None, latent=measure_latents(model, images)
+    )
     save_checkpoint(target, checkpoint)
     moved = (model.decode(model.encode(first).mean) - before).abs().max()
     off = (next(channels()).cov() - torch.eye(c)).abs().max()
