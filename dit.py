@@ -1,27 +1,26 @@
-"""Diffusion transformers (DiT) on an autoencoder's latents, the paper's first generator.
+"""Diffusion transformers (DiT) on an autoencoder's latents: the paper's first generator.
 
-DiT (https://arxiv.org/abs/2212.09748) cuts a latent into patches and denoises them with a transformer that timestep and
-class steer through adaptive layer norms. EQ-VAE changes nothing here: only the latents are others, and training on them
-is faster (Table 2). This file holds the network, Gaussian diffusion, the latent cache, training and sampling.
+DiT (https://arxiv.org/abs/2212.09748) cuts a latent into patches and denoises them with a
+transformer, which timestep and class steer through adaptive layer norms. EQ-VAE changes nothing
+here: only the latents are others, and training on them is faster (Table 2).
 
-    python dit.py --vae out/eq.pt --data emoji --image-size 32 --model DiT-Ti/1 --batch-size 64 --steps 600 --lr 1e-3 \\
-        --ema-decay 0.99 --out tiny-dit.pt                                  # a CPU, minutes; `bash demo.sh` goes before
-    python dit.py --vae eqvae.pt --model DiT-B/2                            # one GPU
-    torchrun --nproc_per_node=8 dit.py --vae eqvae.pt                       # eight: the paper's DiT-XL/2 on ImageNet
-    torchrun --nproc_per_node=8 dit.py --sample-from dit.pt --vae eqvae.pt --samples dit.npz   # 50,000 pictures
+In this file x0 is the data, a latent, and `noise` is what is added to it: x_t is x0 at t = 0 and
+noise at t = 999. (sit.py calls the data x1 and the noise x0, as its paper does.)
 
-The third line caches the latents of data/imagenet/train in eqvae-latents/, takes 400,000 steps of 256 and writes
-dit.pt, with dit.jsonl (losses) and dit/ (pictures) beside it. Run again, it goes on where it stopped. To expect after
-400,000 steps, 50,000 samples without guidance (Tables 2, 9): gFID 14.5 on EQ-VAE's latents, 19.5 on SD-VAE's.
+    python dit.py --vae tiny.pt --data data/emoji/train --model DiT-Ti/2 --batch-size 64 \\
+        --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-dit.pt    # minutes on a CPU
+    python dit.py --vae eqvae.pt --model DiT-B/2                    # one GPU
+    torchrun --nproc_per_node=8 dit.py --vae eqvae.pt               # eight: the paper's DiT-XL/2
+    torchrun --nproc_per_node=8 dit.py --sample-from dit.pt --vae eqvae.pt --samples dit.npz
+
+The third line caches the latents of data/imagenet/train in eqvae-latents/, takes 400,000 steps of
+256 images, and writes dit.pt, dit.jsonl (losses) and dit/ (pictures). The same command again goes
+on where the run stopped. The fourth line draws 50,000 pictures. Expect after 400,000 steps,
+without guidance (Tables 2 and 9): gFID 14.5 on EQ-VAE's latents, 19.5 on SD-VAE's.
 """
 
-import argparse
-import contextlib
-import hashlib
-import json
 import math
 import os
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -30,27 +29,31 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# name -> (width, blocks, attention heads)
 SIZES = {
     "XL": (1152, 28, 16),
     "L": (1024, 24, 16),
     "B": (768, 12, 12),
     "S": (384, 12, 6),
-    "Ti": (128, 4, 4),
+    "Ti": (128, 4, 4),  # ours, for a CPU
 }
-CONFIGS = {
-    f"DiT-{name}/{patch}": dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
-    for name, (width, depth, heads) in SIZES.items()
-    for patch in (2, 4, 8, 1)
-}
-LABEL_DROP = 0.1  # share of labels trained as the null class
+CONFIGS = {}  # name -> arguments of DiT; the first is the default
+for size, (width, depth, heads) in SIZES.items():
+    for patch in (2, 4, 8, 1):
+        CONFIGS[f"DiT-{size}/{patch}"] = dict(
+            patch_size=patch, hidden_size=width, depth=depth, num_heads=heads
+        )
+LABEL_DROP = 0.1  # share of the labels that are trained as the null class
 
-# ======================================================================================================================
+
+# ==================================================================================================
 # The network. Module names are DiT's, so that its checkpoints load strictly.
 #     B batch   C latent channels   h, w latent   p patch size   N = h w / p^2 tokens   D width
 
 
 def layer_norm(x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)  # without weights: adaLN has them
+    """Without weights of its own: adaLN's scale and shift take their place."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Attention(nn.Module):
@@ -61,19 +64,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):  # (B, N, D)
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, N, D / heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Block(nn.Module):
-    """A transformer block whose shifts, scales and gates are linear in c; all 0 at the start (adaLN-Zero)."""
+    """A transformer block whose shifts, scales and gates are linear in c, and 0 at the start."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        self.attn = Attention(width, heads)
         hidden = int(width * mlp_ratio)
+        self.attn = Attention(width, heads)
         self.mlp = nn.Sequential(
             OrderedDict(
                 fc1=nn.Linear(width, hidden),
@@ -84,9 +87,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):  # (B, N, D), (B, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
-            6, dim=2
-        )  # (B, 1, D)
+        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)  # (B, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.attn(layer_norm(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
 
@@ -97,34 +99,37 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, c):
+    def forward(self, x, c):  # (B, N, D), (B, D)
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
         return self.linear(layer_norm(x) * (1 + scale) + shift)  # (B, N, p^2 outputs)
 
 
 def sincos_positions(side, width):
-    """(1, side^2, width): half of the channels encode the column, half the row, each as sines, then cosines."""
-    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    """(1, side^2, width): half of the channels encode the column, half the row; sines first."""
+    frequencies = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000**-frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1)[
-        None
-    ].float()
+    columns = line.repeat(side, 1)  # (side^2, D / 2)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1)[None].float()
 
 
 def timestep_features(t):
     """(B,) -> (B, 256): cosines, then sines, of t at 128 frequencies from 1 to 1 / 10000."""
-    angles = t[:, None].float() * torch.exp(
-        torch.arange(128, device=t.device) * (-math.log(10000) / 128)
-    )
+    exponents = torch.arange(128, device=t.device) * (-math.log(10000) / 128)
+    angles = t[:, None].float() * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class DiT(nn.Module):
-    """DiT of any size; CONFIGS has the published ones (and Ti, the demo's).
-    input_size, in_channels   of the latents: (B, in_channels, input_size, input_size)
-    num_classes               labels are 0 .. num_classes - 1; label num_classes is the null class. 0: unconditional
-    learn_sigma               twice as many output channels: the noise, then what its variance is interpolated with
+    """DiT of any size. CONFIGS has the published ones.
+
+    input_size   side of the latents (B, in_channels, input_size, input_size)
+    patch_size   p
+    in_channels  C
+    hidden_size, depth, num_heads, mlp_ratio   D, blocks, attention heads, the MLPs' width over D
+    num_classes  labels are 0 .. num_classes - 1, label num_classes is the null class; 0: none
+    learn_sigma  twice as many output channels: the noise, then the variance's interpolation
     """
 
     def __init__(
@@ -139,9 +144,9 @@ class DiT(nn.Module):
         num_classes=1000,
         learn_sigma=True,
     ):
-        config = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        config = dict(locals())
+        config.pop("self")
+        config.pop("__class__")
         super().__init__()
         if input_size % patch_size:
             raise ValueError(
@@ -149,158 +154,152 @@ class DiT(nn.Module):
             )
         self.config = config  # what a checkpoint keeps
         self.patch_size = patch_size
-        width, outputs = hidden_size, in_channels * (2 if learn_sigma else 1)
+        outputs = 2 * in_channels if learn_sigma else in_channels
+        width = hidden_size
         self.x_embedder = nn.Sequential(
             OrderedDict(proj=nn.Conv2d(in_channels, width, patch_size, patch_size))
         )
-        self.t_embedder = nn.Sequential(
-            OrderedDict(
-                mlp=nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-            )
-        )
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.Sequential(OrderedDict(mlp=mlp))
         self.y_embedder = nn.Sequential(
             OrderedDict(embedding_table=nn.Embedding(num_classes + 1, width))
         )
-        self.pos_embed = nn.Parameter(
-            sincos_positions(input_size // patch_size, width), requires_grad=False
-        )
+        positions = sincos_positions(input_size // patch_size, width)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size**2 * outputs)
         self.initialize()
 
     def initialize(self):
-        """Xavier for the linear layers, N(0, 0.02) for the embeddings, 0 for adaLN and the output: each block starts as
-        the identity, the whole network as 0."""
+        """Xavier for the linear layers, N(0, 0.02) for the embeddings, 0 for adaLN and the output:
+        each block starts as the identity, the whole network as 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(
-            self.x_embedder.proj.weight.data.flatten(1)
-        )  # the linear layer that it is
+        # The patch embedding is a linear layer that is written as a convolution
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (
-            self.y_embedder.embedding_table,
-            self.t_embedder.mlp[0],
-            self.t_embedder.mlp[2],
-        ):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (
-            *(block.adaLN_modulation[1] for block in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zeros = [block.adaLN_modulation[1] for block in self.blocks]
+        zeros += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @classmethod
     def config_of(cls, weights):
-        """The arguments that an official file's shapes tell."""
+        """The arguments that the shapes in an official file tell."""
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        heads = [heads for *size, heads in SIZES.values() if size == [width, depth]]
+        if not heads:
+            raise ValueError(f"{depth} blocks of width {width} are none of {', '.join(SIZES)}")
+        outputs = len(weights["final_layer.linear.bias"]) // patch**2
         return dict(
             input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
             patch_size=patch,
             in_channels=channels,
             hidden_size=width,
             depth=depth,
-            num_heads=next(heads for *size, heads in SIZES.values() if size == [width, depth]),
+            num_heads=heads[0],
             num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
-            learn_sigma=len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2,
+            learn_sigma=outputs == 2 * channels,
         )
 
     def embed(self, x, t, y):
-        h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
-        return h, self.t_embedder(timestep_features(t)) + self.y_embedder(y)  # and c (B, D)
+        """-> tokens (B, N, D) and the condition c (B, D) of timestep and class."""
+        h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
+        # In float32 also under autocast: bf16 would round features near 1 together
+        with torch.autocast(x.device.type, enabled=False):
+            c = self.t_embedder(timestep_features(t))
+        return h, c + self.y_embedder(y)
 
     def unpatchify(self, h):  # (B, N, p^2 outputs)
-        side, p = math.isqrt(h.shape[1]), self.patch_size
-        h = h.reshape(len(h), side, side, p, p, -1)  # (B, h/p, w/p, p, p, outputs)
-        return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()
+        side = math.isqrt(h.shape[1])
+        p = self.patch_size
+        h = h.reshape(len(h), side, side, p, p, -1)  # (B, h / p, w / p, p, p, outputs)
+        h = h.permute(0, 5, 1, 3, 2, 4)  # (B, outputs, h / p, p, w / p, p)
+        return h.flatten(4, 5).flatten(2, 3).float()  # (B, outputs, h, w)
 
     def forward(self, x, t, y):
-        """Noised latents (B, C, h, w), timesteps (B,) of 0 .. 999, labels (B,) -> (B, 2C, h, w), or C (learn_sigma)."""
+        """Noised latents (B, C, h, w), timesteps (B,) of 0 .. 999, labels (B,)
+        -> (B, 2C, h, w), or C channels without learn_sigma; float32 also under autocast."""
         h, c = self.embed(x, t, y)
         for block in self.blocks:
             h = block(h, c)
-        return self.unpatchify(self.final_layer(h, c))  # float32, also under autocast
+        return self.unpatchify(self.final_layer(h, c))
 
 
-def read_generator(path, network=DiT):
-    """-> (arguments of a network like DiT, its weights, the EMA where there is one, the rest of the checkpoint or {}).
-    Reads our own files and the official ones (bare, or {model, ema, opt, args}), whose shapes tell the configuration.
-    InputError for anything else."""
-    import vae
-
-    checkpoint, arch = vae.load(path), network.__name__
-    if "arch" in checkpoint:
-        if checkpoint["arch"] != arch:
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {arch}")
-        return checkpoint["config"], checkpoint["ema"] or checkpoint["model"], checkpoint
-    weights = checkpoint.get("ema", checkpoint)
-    try:
-        return network.config_of(weights), weights, {}
-    except (KeyError, AttributeError, StopIteration):
-        raise vae.InputError(
-            f"{path}: no {arch} in it, neither in our layout nor in the official one"
-        ) from None
-
-
-# ======================================================================================================================
-# Gaussian diffusion: DDPM (https://arxiv.org/abs/2006.11239) with learned variances (https://arxiv.org/abs/2102.09672)
-#     q(x_t | x_0) = N(sqrt(abar_t) x_0, 1 - abar_t)      p(x_{t-1} | x_t) = N(mean(x_t, eps), variance(x_t, v))
+# ==================================================================================================
+# Gaussian diffusion: DDPM (https://arxiv.org/abs/2006.11239) with learned variances
+# (https://arxiv.org/abs/2102.09672)
+#     q(x_t | x0) = N(sqrt(alpha_bar_t) x0, 1 - alpha_bar_t)
+#     p(x_{t-1} | x_t) = N(mean(x_t, eps), variance(x_t, v))
 
 
 class GaussianDiffusion:
-    """The linear schedule of 1,000 steps, or for sampling `steps` of them, evenly spaced; tables made in float64.
+    """The linear schedule of 1,000 steps, or for sampling `steps` of them, evenly spaced.
 
-    i is an index into the steps kept; the network is always given the step of the 1,000, timesteps[i].
+    i is an index into the steps that are kept. The network is always given the step of the 1,000,
+    timesteps[i]. Tables are made in float64 and kept in float32 on the device, (steps, 1, 1, 1).
     """
 
     def __init__(self, steps=1000, device=None):
+        # A running sum, because DiT's rounding comes from one
         strides = np.append(0, np.full(steps - 1, 999 / (steps - 1)))
-        self.timesteps = (
-            strides.cumsum().round().astype(int)
-        )  # a running sum, to round as DiT's does
+        self.timesteps = strides.cumsum().round().astype(int)
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[self.timesteps]
-        previous = np.append(1.0, alpha_bar[:-1])  # alpha_bar of the step that comes next
-        beta = 1 - alpha_bar / previous
-        variance = beta * (1 - previous) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x_0); 0 at step 0
-        variance[0] = variance[min(1, steps - 1)]
+        alpha_bar_next = np.append(1.0, alpha_bar[:-1])  # of the step that comes next in sampling
+        beta = 1 - alpha_bar / alpha_bar_next
+        variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
+        variance[0] = variance[min(1, steps - 1)]  # 0 at the last step, of which there is no log
 
         def table(values):
-            return (
-                torch.from_numpy(values).float().to(device)[:, None, None, None]
-            )  # (steps, 1, 1, 1)
+            return torch.from_numpy(values).float().to(device)[:, None, None, None]
 
-        self.signal, self.noise = table(np.sqrt(alpha_bar)), table(np.sqrt(1 - alpha_bar))
-        self.to_x0, self.to_x0_eps = (
-            table(np.sqrt(1 / alpha_bar)),
-            table(np.sqrt(1 / alpha_bar - 1)),
-        )
-        self.next_signal, self.next_noise = table(np.sqrt(previous)), table(np.sqrt(1 - previous))
-        self.mean_x0 = table(beta * np.sqrt(previous) / (1 - alpha_bar))
-        self.mean_x = table((1 - previous) * np.sqrt(1 - beta) / (1 - alpha_bar))
-        self.log_least, self.log_most = table(np.log(variance)), table(np.log(beta))
+        self.signal = table(np.sqrt(alpha_bar))
+        self.noise = table(np.sqrt(1 - alpha_bar))
+        self.x0_from_x = table(np.sqrt(1 / alpha_bar))
+        self.x0_from_eps = table(np.sqrt(1 / alpha_bar - 1))
+        self.next_signal = table(np.sqrt(alpha_bar_next))
+        self.next_noise = table(np.sqrt(1 - alpha_bar_next))
+        self.mean_from_x0 = table(beta * np.sqrt(alpha_bar_next) / (1 - alpha_bar))
+        self.mean_from_x = table((1 - alpha_bar_next) * np.sqrt(1 - beta) / (1 - alpha_bar))
+        self.log_variance_low = table(np.log(variance))
+        self.log_variance_high = table(np.log(beta))
 
     def add_noise(self, x0, i, noise):
         """x_t for latents x0 (B, C, h, w), steps i (B,) and N(0, 1) noise like x0."""
         return self.signal[i] * x0 + self.noise[i] * noise
 
-    def read(self, output, x, i):
-        """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log variance of the next x."""
+    def posterior_mean(self, x0, x, i):
+        """The mean of q(x_{t-1} | x_t, x0)."""
+        return self.mean_from_x0[i] * x0 + self.mean_from_x[i] * x
+
+    def predict(self, output, x, i):
+        """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log
+        variance of the next x."""
         eps, v = output.chunk(2, dim=1)
-        x0 = self.to_x0[i] * x - self.to_x0_eps[i] * eps
-        fraction = (v + 1) / 2  # learned range: between the two bounds
-        log_variance = fraction * self.log_most[i] + (1 - fraction) * self.log_least[i]
-        return eps, x0, self.mean_x0[i] * x0 + self.mean_x[i] * x, log_variance
+        x0 = self.x0_from_x[i] * x - self.x0_from_eps[i] * eps
+        fraction = (v + 1) / 2  # of the way between the two bounds of the variance
+        low = self.log_variance_low[i]
+        log_variance = fraction * self.log_variance_high[i] + (1 - fraction) * low
+        return eps, x0, self.posterior_mean(x0, x, i), log_variance
 
     def losses(self, output, x0, x, i, noise):
-        """-> (mse, vb), each (B,), whose sum is DiT's hybrid loss: the noise's squared error, and the variational bound
-        in bits per value, which trains the variance alone. (The factor T / 1000 sometimes quoted is 1 here.)"""
+        """-> (mse, vb), each (B,), whose sum is DiT's hybrid loss.
+
+        mse is the squared error of the noise. vb is the variational bound in bits per value, and
+        trains the variance alone. (The factor T / 1000 that is sometimes quoted is 1 here.)
+        """
         eps, v = output.chunk(2, dim=1)
-        _, _, mean, log_variance = self.read(torch.cat([eps.detach(), v], dim=1), x, i)
-        true_mean, true_log_variance = self.mean_x0[i] * x0 + self.mean_x[i] * x, self.log_least[i]
+        frozen = torch.cat([eps.detach(), v], dim=1)
+        _, _, mean, log_variance = self.predict(frozen, x, i)
+        true_mean = self.posterior_mean(x0, x, i)
+        true_log_variance = self.log_variance_low[i]
         kl = 0.5 * (
             log_variance
             - true_log_variance
@@ -308,654 +307,641 @@ class GaussianDiffusion:
             + (true_log_variance - log_variance).exp()
             + (true_mean - mean).square() * (-log_variance).exp()
         )
-        vb = torch.where(
-            i[:, None, None, None] == 0, -log_likelihood(x0, mean, 0.5 * log_variance), kl
-        )
-        return (noise - eps).square().mean(dim=(1, 2, 3)), vb.mean(dim=(1, 2, 3)) / math.log(2)
+        at_data = -log_likelihood(x0, mean, 0.5 * log_variance)
+        vb = torch.where(i[:, None, None, None] == 0, at_data, kl)
+        mse = (noise - eps).square().mean(dim=(1, 2, 3))
+        return mse, vb.mean(dim=(1, 2, 3)) / math.log(2)
 
     def step(self, output, x, i, noise):
-        """x_t -> x_{t-1}: DDPM with N(0, 1) noise like x, DDIM (https://arxiv.org/abs/2010.02502, eta = 0) without."""
-        eps, x0, mean, log_variance = self.read(output, x, i)
+        """x_t -> x_{t-1}. DDPM with N(0, 1) noise like x; DDIM (https://arxiv.org/abs/2010.02502,
+        eta = 0) with None."""
+        eps, x0, mean, log_variance = self.predict(output, x, i)
         if noise is None:
             return self.next_signal[i] * x0 + self.next_noise[i] * eps
-        return (
-            mean + (0.5 * log_variance).exp() * noise * (i > 0)[:, None, None, None]
-        )  # none at the last step
+        is_last = (i == 0)[:, None, None, None]  # no noise is added there
+        return mean + torch.where(is_last, 0, (0.5 * log_variance).exp() * noise)
 
     @torch.no_grad()
     def sample(self, predict, noise, labels, sampler="ddpm", noise_like=torch.randn_like):
-        """Noise (B, C, h, w), labels (B,) -> latents, with predict(x, t, labels, level) of guided(), once a step."""
+        """Noise (B, C, h, w), labels (B,) -> latents x0, by one call of the network a step.
+
+        predict     (x, t, labels, level) -> output, as guided() makes it
+        sampler     "ddpm" or "ddim"
+        noise_like  x -> N(0, 1) like x, for ddpm
+        """
         x = noise
         for k in reversed(range(len(self.timesteps))):
             i = torch.full((len(x),), k, device=x.device)
-            t = torch.full_like(i, int(self.timesteps[k]))
+            t = torch.full((len(x),), int(self.timesteps[k]), device=x.device)
             output = predict(x, t, labels, self.timesteps[k] / 999)
-            x = self.step(output, x, i, None if sampler == "ddim" else noise_like(x))
+            fresh = None if sampler == "ddim" else noise_like(x)
+            x = self.step(output, x, i, fresh)
         return x
 
 
 def log_likelihood(x, mean, log_std):
-    """log N(x; mean, std) of the bin of width 2 / 255 around x, ADM's term for step 0. (Latents are neither binned nor
-    confined to [-1, 1]; DiT kept the term, so it stays.)"""
+    """log N(x; mean, std) of the bin of width 2 / 255 around x: ADM's term for step 0.
 
-    def cdf(z):  # the normal's, approximated
+    Latents are neither binned nor confined to [-1, 1]. DiT kept the term, so it stays.
+    """
+
+    def cdf(z):  # the normal distribution's, approximated
         return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3)))
 
-    above, below = (cdf((x - mean + side / 255) * torch.exp(-log_std)) for side in (1, -1))
+    precision = torch.exp(-log_std)
+    above = cdf((x - mean + 1 / 255) * precision)
+    below = cdf((x - mean - 1 / 255) * precision)
     inner = torch.where(x > 0.999, 1 - below, above - below)
     return torch.where(x < -0.999, above, inner).clamp(min=1e-12).log()
 
 
 def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
-    """-> predict(x, t, y, level): classifier-free guidance (https://arxiv.org/abs/2207.12598), u + cfg_scale (c - u).
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): u + cfg_scale (c - u).
 
-    It acts where low <= level <= high (0: data, 1: noise; https://arxiv.org/abs/2404.07724), on the first `channels` of
-    the latents (None: all of them; the official code of DiT and SiT guides 3 of 4). cfg_scale 1 is the plain model.
+    null       the label that stands for no class
+    low, high  noise levels (0: data, 1: noise) between which it acts, both included
+               (https://arxiv.org/abs/2404.07724)
+    channels   how many of the latents' it acts on; None: all. (The official code of DiT and SiT
+               guides 3 of 4.)
+
+    -> predict(x, t, y, level). cfg_scale 1 is the plain model.
     """
 
     def predict(x, t, y, level):
         if cfg_scale == 1 or not low <= level <= high:
             return model(x, t, y)
-        c, u = model(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)])
-        ).chunk(2)
-        n = channels or x.shape[1]  # what is not guided stays conditional
-        return torch.cat([u[:, :n] + cfg_scale * (c[:, :n] - u[:, :n]), c[:, n:]], dim=1)
+        both = model(
+            torch.cat([x, x]),
+            torch.cat([t, t]),
+            torch.cat([y, torch.full_like(y, null)]),
+        )
+        c, u = both.chunk(2)
+        n = channels or x.shape[1]
+        mixed = u[:, :n] + cfg_scale * (c[:, :n] - u[:, :n])
+        return torch.cat([mixed, c[:, n:]], dim=1)  # what is not guided stays conditional
 
     return predict
 
 
-def file_hash(path):
-    """SHA-256 of a file, or of all the files in a folder of diffusers'."""
-    digest = hashlib.sha256()
-    for part in sorted(p for p in Path(path).rglob("*") if p.is_file()) or [path]:
-        digest.update(np.memmap(part, mode="r"))
-    return digest.hexdigest()
-
-
-# ======================================================================================================================
-# The latents: encoded once, image and mirror image, as mean and std, of which every step draws a fresh sample
-
-
-class Latents(torch.utils.data.Dataset):
-    """What generators train on: images under the autoencoder args.vae, encoded as they come, or beforehand by cache().
-
-    Items are (moments (2c, h, w), label, slot, files passed over), with a uint8 image in the place of its moments where
-    there is no cache; moments() makes them equal. Half of the items are mirrored, a function of (seed, step, slot).
-    """
-
-    def __init__(self, args, device):
-        import vae
-
-        if not args.vae:
-            raise vae.InputError(
-                "--vae: give the autoencoder on whose latents to train (vae.py makes one: eqvae.pt)"
-            )
-        self.seed, self.mirror, self.device, self.rows = args.seed, args.mirror, device, None
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.autoencoder = vae.load_autoencoder(args.vae, args.vae_model).to(
-            device, memory_format=layout
-        )
-        self.vae = dict(file=args.vae, sha256=file_hash(args.vae))
-        self.images = vae.Images(args.data, (args.image_size, args.image_size))
-        self.grid = self.autoencoder.grid(self.images.size)
-        if (
-            self.autoencoder.scaling_factor is None
-        ):  # LDM's kl-f16, for one, comes without its scale
-            measured = vae.measure_latents(self.autoencoder, self.images)
-            pair = vae.average(
-                torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
-            )
-            self.autoencoder.scaling_factor, self.autoencoder.shift_factor = pair.tolist()
-
-    def __len__(self):
-        return len(self.images)
-
-    def mirrored(self, item):
-        import vae
-
-        return self.mirror and bool(
-            torch.randint(2, (), generator=vae.seeded(self.seed, "mirror", *item[1:]))
-        )
-
-    def __getitem__(self, item):
-        index, _, slot = item
-        if self.rows is not None:
-            return (
-                torch.from_numpy(self.rows[index, int(self.mirrored(item))]),
-                self.images.labels[index],
-                slot,
-                0,
-            )
-        image, label, _, passed = self.images[item]
-        return image.flip(2) if self.mirrored(item) else image, label, slot, passed
-
-    @torch.no_grad()
-    def moments(self, batch):
-        """A batch of items' first entry -> means and standard deviations (B, 2c, h, w), float32, on the device."""
-        import vae
-
-        if batch.dtype != torch.uint8:
-            return batch.to(self.device, non_blocking=True).float()
-        posterior = self.autoencoder.encode(
-            vae.to_float(batch, self.device)
-        )  # in fp32: it is what is learned from
-        return torch.cat([posterior.mean, posterior.std], dim=1)
-
-    def cache(self, args, rank, world):
-        """Keeps the moments of all images and mirror images on disk, unless args.no_cache."""
-        if not args.no_cache:
-            shape = (2 * self.autoencoder.config["z_channels"], *self.grid)
-            self.rows = self.fill(
-                args, rank, world, "latents", 2, shape, self.moments, autoencoder=self.vae["sha256"]
-            )
-
-    def fill(self, args, rank, world, what, views, shape, compute, **manifest):
-        """-> rows (N, views, *shape), float16 mapped from disk: compute(uint8 images) of each image and, with 2 views,
-        of its mirror image. An earlier run's are gone on with, if they belong to the same things."""
-        import vae
-
-        root, files = (
-            os.path.normpath(args.data),
-            self.images.files,
-        )  # emoji are no files: [] stands for them
-        names = [file[len(root) :] for file in files if isinstance(file, str)]
-        sizes = [
-            os.path.getsize(root + names[int(k)])
-            for k in np.linspace(0, len(names) - 1, 256 * bool(names))
-        ]
-        images = hashlib.sha256(json.dumps([len(files), names, sizes]).encode()).hexdigest()
-        folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vae))[0]}-latents"
-        cache = vae.Rows(
-            folder if what == "latents" else f"{folder}-{what}",
-            (len(files), views, *shape),
-            "float16",
-            images=images,
-            image_size=self.images.size,
-            **manifest,
-        )
-        missing = cache.missing[rank::world]
-        batches = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(self.images, missing.tolist()),
-            min(32, args.micro_batch or 32),
-            num_workers=args.workers,
-            worker_init_fn=vae.leave_signals,
-            pin_memory=self.device.type == "cuda",
-        )
-        bar = vae.progress(len(missing), 0, f"caching {what}", "image")
-        for batch, _, index, _ in batches if len(missing) else ():
-            if vae.SIGNALS:
-                break
-            parts = [compute(view) for view in (batch, batch.flip(3))[:views]]
-            cache.write(index.numpy(), torch.stack(parts, dim=1).half().cpu().numpy())
-            bar.update(len(batch))
-        bar.close()
-        if stopped := vae.stop_signal():  # for which each process waits until all are done
-            vae.say(
-                f"stopped: {int(cache.done.sum()):,} of {len(self):,} images are cached; the same command goes on"
-            )
-            raise SystemExit(128 + stopped)
-        return cache.rows
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Training
 
 
-class Run:
-    """What the training of DiT, SiT and REPA has in common, all but the step: see train(). `data` is a Latents,
-    `network` a class like DiT, `options` are its arguments beside those of configs[args.model]."""
-
-    def __init__(self, args, rank, world, device, data, network, configs, **options):
-        import vae
-
-        torch.manual_seed(args.seed)
-        self.kit = vae
-        self.args, self.rank, self.world, self.device, self.data = args, rank, world, device, data
-        self.out, self.autoencoder, self.classes = (
-            Path(args.out),
-            data.autoencoder,
-            data.images.classes,
-        )
-        self.micro, self.accumulate = vae.split_batch(args, world)
-        resumed = vae.load(self.out) if self.out.exists() and not args.bench else None
-        self.arch, self.began = network.__name__, resumed["step"] if resumed else None
-        self.step = self.began or 0
-        config = dict(
-            configs[args.model],
-            input_size=data.grid[0],
-            num_classes=len(self.classes),
-            in_channels=self.autoencoder.config["z_channels"],
-            **options,
-        )
-        if config["input_size"] % config["patch_size"]:
-            raise vae.InputError(
-                f"--model {args.model}: its patches do not divide latents of {data.grid[0]} x "
-                f"{data.grid[1]}; take another, or another --image-size"
-            )
-        self.model = network(**config)
-        if resumed:
-            wrong = (
-                f"holds another model than --model {args.model}"
-                if resumed.get("arch") != self.arch or resumed["args"]["model"] != args.model
-                else f"trained on the latents of another autoencoder ({resumed['vae']['file']})"
-                if resumed["vae"]["sha256"] != data.vae["sha256"]
-                else "trained on latents of another size, with other classes or options"
-                if resumed["config"] != self.model.config
-                else None
-            )
-            if wrong:
-                raise vae.InputError(f"{self.out}: {wrong}; give another --out")
-            scale, shift = resumed["latent"]["scale"], resumed["latent"]["shift"]
-            self.autoencoder.scaling_factor, self.autoencoder.shift_factor = scale, shift
-            vae.say_changes(resumed["args"], vars(args))
-            vae.load_weights(self.model, resumed["model"], self.out)
-        self.model.to(device)
-        weights = resumed["ema"] if resumed else self.model.state_dict()
-        self.ema = {name: p.to(device, copy=True) for name, p in weights.items()}
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True
-        )
-        if resumed:
-            self.optimizer.load_state_dict(resumed["opt"])
-            self.optimizer.param_groups[0]["lr"] = args.lr
-        for block in self.model.blocks if args.compile else ():
-            block.compile()  # one graph, which all blocks share: compiles in seconds
-        self.network = (
-            self.model
-            if world == 1
-            else nn.parallel.DistributedDataParallel(
-                self.model, [device] if device.type == "cuda" else None
-            )
-        )
-        self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=args.precision == "bf16"
-        )
-        self.meter = vae.Meter(args, resumed, world, device)
-        data.cache(args, rank, world)
-        vae.say(
-            f"{args.model}: {sum(p.numel() for p in self.model.parameters()):,} parameters; {len(data):,} images, "
-            f"{len(self.classes)} classes, latents {config['in_channels']}x{data.grid[0]}x{data.grid[1]} scaled by "
-            f"{self.autoencoder.scaling_factor:.5f}; steps {self.step} to {args.steps} of {args.batch_size} "
-            f"({world} x {self.accumulate} x {self.micro}), lr {args.lr:g}; {device.type}, {args.precision}"
-        )
-        self.batches = vae.loader(data, args, self.micro, self.step, rank, world)
-        self.meter.start(self.step)
-
-    def goes_on(self, draw):
-        """Before each step: the pictures, by draw(predict, noise, labels) -> latents, and the checkpoint when they are
-        due or a signal came; whether there is a step to take."""
-        args, stopped, new = self.args, self.kit.stop_signal(), self.step != self.began
-        last = self.step >= args.steps or stopped
-        if self.rank == 0 and not args.bench:
-            if (
-                new
-                and args.sample_every
-                and (self.step % args.sample_every == 0 or self.step >= args.steps)
-            ):
-                self.look(draw)
-            if new and (
-                last or self.step % args.save_every == 0
-            ):  # a run that was over stays as it is
-                self.save()
-        if last:
-            self.meter.bar.close()
-            self.kit.say(
-                f"{self.out}: {'stopped' if stopped else 'finished'} at step {self.step} of {args.steps}"
-            )
-            if (
-                stopped := self.kit.stop_signal()
-            ):  # for which the other processes wait until all is saved
-                raise SystemExit(128 + stopped)
-        return not last
-
-    @torch.no_grad()
-    def look(self, draw):
-        """Samples of the EMA from the same noise and labels each time, in a grid."""
-        shape = (16, self.autoencoder.config["z_channels"], *self.data.grid)
-        noise = torch.randn(shape, generator=self.kit.seeded(self.args.seed, "look")).to(
-            self.device
-        )
-        labels = torch.arange(16, device=self.device) % max(1, len(self.classes))
-        predict = guided(
-            lambda *inputs: torch.func.functional_call(self.model, self.ema, inputs),
-            len(self.classes),
-            self.args.cfg_scale,
-        )
-        with self.autocast:
-            z = draw(predict, noise, labels)
-        pictures = self.autoencoder.decode(self.autoencoder.denormalize(z.float()))
-        self.kit.image_grid(pictures.split(8)).save(
-            self.out.with_suffix("") / f"{self.step:07d}.png"
-        )
-
-    def save(self):
-        latent = dict(scale=self.autoencoder.scaling_factor, shift=self.autoencoder.shift_factor)
-        self.kit.save_checkpoint(
-            self.out,
-            dict(
-                arch=self.arch,
-                config=self.model.config,
-                model=self.model.state_dict(),
-                ema=self.ema,
-                step=self.step,
-                opt=self.optimizer.state_dict(),
-                args=vars(self.args),
-                latent=latent,
-                vae=self.data.vae,
-                classes=self.classes,
-            ),
-        )
-
-    def micro_batches(self):
-        """A step's micro-batches, each with a context for its backward pass: processes average gradients last."""
-        for part in range(self.accumulate):
-            wait = self.world > 1 and part < self.accumulate - 1
-            yield next(self.batches), self.network.no_sync() if wait else contextlib.nullcontext()
-
-    def latents(self, batch):
-        """A batch -> normalised latents x0 and N(0, 1) noise (b, c, h, w), a uniform number in [0, 1) (b,), labels
-        (b,), a tenth of them null. All that is random is a function of (seed, step, slot in the global batch)."""
-        batch, labels, slots, passed = batch
-        moments, seed = self.data.moments(batch), self.args.seed  # (b, 2c, h, w)
-        mean, std = moments.chunk(2, dim=1)
-        fresh, noise = self.kit.slot_noise(moments, seed, self.step, slots).chunk(
-            2, dim=1
-        )  # (b, c, h, w) each
-        uniform = torch.stack(
-            [torch.rand(2, generator=self.kit.seeded(seed, "t", self.step, int(k))) for k in slots]
-        )
-        labels = torch.where(uniform[:, 1] < LABEL_DROP, len(self.classes), labels)
-        self.meter.add(unreadable=passed.sum())
-        uniform, labels = (
-            each.to(self.device, non_blocking=True) for each in (uniform[:, 0], labels)
-        )
-        return self.autoencoder.normalize(mean + std * fresh), noise, uniform, labels
-
-    def update(self, clip=math.inf):
-        """The optimiser's step, the gradients' norm clipped, and the EMA's. A norm that is not finite skips the step in
-        every process, without a host sync: the fused step then changes nothing, as under AMP."""
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.trainable])
-        nn.utils.clip_grads_with_norm_(self.trainable, clip, grad_norm)
-        self.optimizer.found_inf = (~grad_norm.isfinite()).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(
-            list(self.ema.values()), list(self.model.state_dict().values()), 1 - self.args.ema_decay
-        )
-        self.step += 1
-        self.meter.step(self.step, grad_norm, self.optimizer.found_inf)
-
-
 def train(args, rank, world, device):
-    run = Run(args, rank, world, device, Latents(args, device), DiT, CONFIGS)
-    diffusion = GaussianDiffusion(device=device)
-
-    def draw(predict, noise, labels):
-        return GaussianDiffusion(50, device).sample(predict, noise, labels, "ddim")
-
-    while run.goes_on(draw):
-        # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP
-        for batch, sync in run.micro_batches():
-            x0, noise, uniform, y = run.latents(batch)  # (b, c, h, w) each, (b,), (b,)
-            t = (1000 * uniform).long()  # 0 .. 999
-            x = diffusion.add_noise(x0, t, noise)
-            with sync:
-                with run.autocast:
-                    output = run.network(x, t, y)  # (b, 2c, h, w)
-                mse, vb = (each.mean() for each in diffusion.losses(output, x0, x, t, noise))
-                ((mse + vb) / run.accumulate).backward()
-            run.meter.add(mse=mse, vb=vb)
-        run.update()
-        # --------------------------------------------------------------------------------------------------------------
-
-
-# ======================================================================================================================
-# Sampling
-
-
-def sample(args, rank, world, device):
     import vae
 
-    if not 2 <= args.sampling_steps <= 1000:
-        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: 2 to 1000")
-    config, weights, about = read_generator(args.sample_from)
-    model = (
-        vae.load_weights(DiT(**config), weights, args.sample_from)
-        .to(device)
-        .eval()
-        .requires_grad_(False)
+    torch.manual_seed(args.seed)
+
+    # The latents, and the run to go on with
+    resumed = vae.load_run(args, "DiT", CONFIGS)
+    autoencoder, about = load_latent_space(args, resumed, device)
+    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    null = len(images.classes)
+    micro_batch = vae.images_per_pass(args, world)
+
+    # The network, its optimiser and the average of its weights
+    config = network_config(args, CONFIGS[args.model], autoencoder, images)
+    model = start_network(DiT, config, args, resumed, about).to(device)
+    parameters = vae.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    vae.restore_optimizers([optimizer], resumed, args.lr)
+    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    compile_blocks(args, model.blocks)
+    network = vae.distribute(model, device, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    diffusion = GaussianDiffusion(device=device)
+
+    step = resumed["step"] if resumed else 0
+    log = vae.Log(args, step, world, device)
+    data = latent_data(args, rank, world, device, autoencoder, about, images)
+    vae.say_start(args, model, data, world, micro_batch, device)
+    batches = vae.endless_batches(data, args, step, rank, world)
+    began = step
+    if resumed is None:
+        look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+    resumed = None  # or its tensors would stay in memory
+
+    while step < args.steps and not vae.stop_requested():
+        # ------------------------------------------------------------------------------------------
+        # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
+        # batch; this process takes its share
+        _, rng = vae.generators(args.seed, step, device)
+        latents, labels, _, readable = next(batches)
+        shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
+        fresh = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
+        uniform = vae.share(uniform, rank, world)
+        t = (1000 * uniform[:, 0]).long()  # 0 .. 999
+        y = labels.to(device, non_blocking=True)
+        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        log.count(unreadable=(~readable).sum())
+
+        passes = len(latents) // micro_batch
+        for k in range(passes):
+            rows = slice(k * micro_batch, (k + 1) * micro_batch)
+            mean, std = moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
+            x0 = autoencoder.normalize(mean + std * fresh[rows])
+            x = diffusion.add_noise(x0, t[rows], noise[rows])
+            with vae.averaging(network, is_last=k == passes - 1):
+                with autocast:
+                    output = network(x, t[rows], y[rows])  # (b, 2C, h, w)
+                mse, vb = diffusion.losses(output, x0, x, t[rows], noise[rows])
+                loss = mse.mean() + vb.mean()
+                (loss / passes).backward()
+            log.add(mse=mse, vb=vb)
+
+        # The step. A gradient that is not finite skips it, in all processes and without a host
+        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        skipped = (~grad_norm.isfinite()).float()
+        optimizer.found_inf = skipped
+        optimizer.step()
+        optimizer.zero_grad()
+        vae.update_average(ema, model, args.ema_decay, step)
+        step += 1
+        # ------------------------------------------------------------------------------------------
+        log.step(step, skipped, grad_norm, args.lr)
+        if vae.is_due(step, args.sample_every, args.steps):
+            look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+        if vae.is_due(step, args.save_every):
+            save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+
+    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+        save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+    vae.end_run(args, step, log)
+
+
+def draw_ddim(predict, noise, labels):
+    """The pictures of training: 50 steps of DDIM."""
+    return GaussianDiffusion(50, noise.device).sample(predict, noise, labels, "ddim")
+
+
+# --------------------------------------------------------------------------------------------------
+# What SiT and REPA use of this, too: the latent space, the network, pictures, checkpoints
+
+
+def load_latent_space(args, resumed, device):
+    """-> (autoencoder, about): --vae's, on the device, and its file and hash for the checkpoint.
+
+    The autoencoder has two attributes more: image_size (H, W), --image-size, else what it was
+    trained at, and latent_size (h, w).
+    """
+    import vae
+
+    if not args.vae:
+        raise vae.InputError(
+            "--vae: give the autoencoder on whose latents to train (vae.py makes one: eqvae.pt)"
+        )
+    autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
+    about = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
+    if args.image_size is None:
+        args.image_size = max(autoencoder.image_size or (256, 256))
+        vae.say(f"--image-size {args.image_size}, the autoencoder's")
+    autoencoder.image_size = (args.image_size, args.image_size)
+    autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
+    if resumed is not None:
+        check_keys = ("vae", "latent", "ema", "classes")
+        vae.check_keys(args.out, resumed, check_keys)
+        if resumed["vae"]["sha256"] != about["sha256"]:
+            raise vae.InputError(
+                f"{args.out}: trained on the latents of another autoencoder "
+                f"({resumed['vae']['file']}); give another --out"
+            )
+        autoencoder.scaling_factor = resumed["latent"]["scale"]
+        autoencoder.shift_factor = resumed["latent"]["shift"]
+    return autoencoder.to(device, memory_format=vae.convolution_layout(device)), about
+
+
+def network_config(args, preset, autoencoder, images, **options):
+    """The arguments of the network for these latents and classes."""
+    import vae
+
+    side = autoencoder.latent_size[0]
+    if side % preset["patch_size"]:
+        raise vae.InputError(
+            f"--model {args.model}: its patches do not divide latents of {side} x {side}; "
+            "take another, or another --image-size"
+        )
+    return dict(
+        preset,
+        input_size=side,
+        in_channels=autoencoder.config["z_channels"],
+        num_classes=len(images.classes),
+        **options,
     )
-    diffusion = GaussianDiffusion(args.sampling_steps, device)
-    predict = guided(
-        model,
-        config["num_classes"],
-        args.cfg_scale,
-        args.guidance_low,
-        args.guidance_high,
-        3 if args.three_channels else None,
+
+
+def start_network(network, config, args, resumed, about):
+    """A new network, or that of the run to go on with, which must be the same."""
+    import vae
+
+    model = network(**config)
+    if resumed is None:
+        return model
+    if resumed["config"] != model.config:
+        changed = [key for key in model.config if resumed["config"].get(key) != model.config[key]]
+        raise vae.InputError(
+            f"{args.out}: was trained with another {', '.join(changed)}; give another --out"
+        )
+    return vae.load_weights(model, resumed["model"], args.out)
+
+
+def compile_blocks(args, blocks):
+    """torch.compile for each block: one graph, which all of them share, compiles in seconds."""
+    if args.compile:
+        for block in blocks:
+            block.compile()
+
+
+@torch.no_grad()
+def look(args, step, log, model, ema, draw, autoencoder, null, autocast):
+    """Writes OUT/0001000.png: samples of the average, of the same noise and labels each time.
+
+    draw  (predict, noise, labels) -> latents
+    """
+    import vae
+
+    if not vae.MAIN or args.bench or not args.sample_every:
+        return
+    device = next(model.parameters()).device
+    shape = (model.config["in_channels"], *autoencoder.latent_size)
+    noise = vae.sample_noise(shape, args.seed, range(16), device)
+    labels = torch.arange(16, device=device) % max(1, null)
+    weights = ema or model.state_dict()
+
+    def average(x, t, y):
+        return torch.func.functional_call(model, weights, (x, t, y))
+
+    with autocast:
+        z = draw(guided(average, null, args.cfg_scale), noise, labels)
+    pictures = autoencoder.decode(autoencoder.denormalize(z.float()))
+    log.picture(step, vae.image_grid(pictures.split(8)))
+
+
+def save(args, step, log, model, ema, optimizer, autoencoder, about, images):
+    """Writes args.out: vae.save_autoencoder()'s entries, and of the latents `vae`, the file and
+    hash of their autoencoder, and `latent`, the scale and shift they were trained with."""
+    import vae
+
+    latent = dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor)
+    checkpoint = dict(
+        arch=type(model).__name__,
+        config=model.config,
+        model=model.state_dict(),
+        ema=ema,
+        opt=optimizer.state_dict(),
+        step=step,
+        args=vae.saved_arguments(args),
+        latent=latent,
+        vae=about,
+        classes=images.classes,
     )
-    write_samples(
-        args,
-        rank,
-        world,
-        device,
-        config,
-        about,
-        lambda noise, labels, noise_like: diffusion.sample(
-            predict, noise, labels, args.sampler, noise_like
-        ),
-        sampler=args.sampler,
-        sampling_steps=args.sampling_steps,
-        three_channels=args.three_channels,
-        model=next(k for k in CONFIGS if CONFIGS[k].items() <= config.items()),
+    vae.save_run(args, log, checkpoint)
+
+
+# ==================================================================================================
+# The latents: encoded once, images and mirror images, as means and standard deviations, of which
+# every step draws a fresh sample
+
+
+class Latents(torch.utils.data.Dataset):
+    """The cached moments of pictures.
+
+    path    rows.npy of a cache: float16 (N, 2, 2C, h, w), of each picture and its mirror image
+    places  rows that are data: those of unreadable pictures are not
+    labels  of these rows
+
+    Items are (moments (2C, h, w), label, index, True), asked for as (epoch, index). Half of them
+    are the mirror image's, as in vae.ImageFolder. The set holds paths and numbers alone: every
+    data loader opens the file itself.
+    """
+
+    def __init__(self, path, places, labels, seed, mirror):
+        self.path = path
+        self.places = places
+        self.labels = labels
+        self.seed = seed
+        self.mirror = mirror
+        self.rows = None
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getstate__(self):
+        return dict(self.__dict__, rows=None)
+
+    def __getitem__(self, item):
+        import vae
+
+        epoch, index = item
+        if self.rows is None:
+            self.rows = np.load(self.path, mmap_mode="r")
+        view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
+        row = torch.from_numpy(np.array(self.rows[self.places[index], view]))
+        return row, self.labels[index], index, True
+
+
+def latent_data(args, rank, world, device, autoencoder, about, images):
+    """What to train on: the cached Latents of the images, or with --no-cache the images."""
+    import vae
+
+    measure_scale(autoencoder, images)
+    if args.no_cache:
+        return images
+    shape = (len(images), 2, 2 * autoencoder.config["z_channels"], *autoencoder.latent_size)
+    rows = open_cache(args, shape, images, "latents", autoencoder=about["sha256"])
+
+    def compute(batch):
+        views = []
+        for view in (batch, batch.flip(3)):
+            views.append(torch.cat(moments(view, autoencoder, device), dim=1))
+        return torch.stack(views, dim=1).half()
+
+    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching latents")
+    labels = np.array(images.labels)[places]
+    return Latents(rows.path, places, labels, args.seed, args.mirror)
+
+
+def open_cache(args, shape, images, what, **manifest):
+    """The Rows NAME-latents/ beside the autoencoder, or --cache; another kind's has its name."""
+    import vae
+
+    folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vae))[0]}-latents"
+    if what != "latents":
+        folder = f"{folder}-{what}"
+    return vae.Rows(
+        folder,
+        shape,
+        "float16",
+        "--cache",
+        images=vae.data_fingerprint(images),
+        image_size=images.size,
+        **manifest,
     )
 
 
 @torch.no_grad()
-def write_samples(args, rank, world, device, config, about, draw, **settings):
-    """Fills args.samples, ADM's layout (arr_0: uint8 (N, H, W, 3); arr_1: labels), with what draw(noise, labels,
-    noise_like) -> latents decodes to, and draws the first of it. Sample i depends on (seed, i) alone, to rounding.
+def moments(batch, autoencoder, device):
+    """Cached moments (B, 2C, h, w) or uint8 images (B, 3, H, W) -> mean and std of the latents
+    (B, C, h, w), float32. Images are encoded in fp32: the latents are what is learned from."""
+    import vae
 
-    config, about    of read_generator()
-    settings         what else the draw depends on, for the record FILE.json
+    if batch.dtype == torch.uint8:
+        posterior = autoencoder.encode(vae.to_float(batch, device))
+        return posterior.mean, posterior.std
+    return batch.to(device, non_blocking=True).float().chunk(2, dim=1)
+
+
+def measure_scale(autoencoder, images):
+    """Measures the latents' scale where the file has none, as LDM's kl-f16."""
+    import vae
+
+    if autoencoder.scaling_factor is None:
+        measured = vae.measure_latents(autoencoder, images.centred())
+        pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
+        scale, shift = vae.average(pair).tolist()
+        autoencoder.scaling_factor = scale
+        autoencoder.shift_factor = shift
+
+
+# ==================================================================================================
+# Sampling
+
+
+def sample(args, rank, world, device):
+    check_sampling(args)
+    model, kept = load_generator(args, DiT, device)
+    diffusion = GaussianDiffusion(args.sampling_steps, device)
+    settings = dict(sampler=args.sampler)
+
+    def draw(predict, noise, labels, noise_like):
+        return diffusion.sample(predict, noise, labels, args.sampler, noise_like)
+
+    sample_latents(args, rank, world, device, model, CONFIGS, kept, draw, settings)
+
+
+def check_sampling(args):
+    import vae
+
+    if not 2 <= args.sampling_steps <= 1000:
+        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: 2 to 1000")
+    if not args.guidance_low <= args.guidance_high:
+        raise vae.InputError("--guidance-low, --guidance-high: noise levels, 0 <= low <= high <= 1")
+
+
+def load_generator(args, network, device):
+    """--sample-from -> (model, our checkpoint's other entries or {}).
+
+    Reads our own files and the official ones, bare or as {model, ema, opt, args}; the average of
+    the weights where there is one. Weights keep requires_grad: autocast keeps its bf16 copies of
+    those alone, and would else make them anew at every call.
     """
     import vae
 
-    # What can be wrong with the arguments is found before anything is written
-    classes, count = config["num_classes"], args.num_samples
-    out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
+    path = args.sample_from
+    checkpoint = vae.read_file(path)
+    if "arch" in checkpoint:
+        if checkpoint["arch"] != network.__name__:
+            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {network.__name__}")
+        keys = ("config", "model", "ema", "step", "args", "latent", "vae", "classes")
+        vae.check_keys(path, checkpoint, keys)
+        config = checkpoint["config"]
+        weights = checkpoint["ema"] or checkpoint["model"]
+        kept = {key: checkpoint[key] for key in keys if key not in ("model", "ema")}
+    else:
+        config, weights = read_official(path, checkpoint, network)
+        kept = {}
+    model = vae.build(network, vae.Stored(path, config, weights)).to(device).eval()
+    compile_blocks(args, model.blocks)
+    return model, kept
+
+
+def read_official(path, checkpoint, network):
+    """-> configuration and weights of an official file, whose shapes tell the configuration."""
+    import vae
+
+    weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
+    if weights is None:
+        raise vae.InputError(
+            f"{path}: no {network.__name__} in it, neither in our layout nor in the official one"
+        )
+    try:
+        return network.config_of(weights), weights
+    except (KeyError, ValueError, IndexError) as error:
+        raise vae.InputError(f"{path}: no {network.__name__} that is known ({error})") from None
+
+
+def load_sampling_autoencoder(args, config, kept, device):
+    """--vae, which must be the one that the generator was trained on, on the device."""
+    import vae
+
     if not args.vae:
         raise vae.InputError(
             "--vae: give the autoencoder on whose latents the generator was trained"
         )
-    autoencoder = vae.load_autoencoder(args.vae, args.vae_model).to(device)
-    sha256 = {file: file_hash(file) for file in (args.sample_from, args.vae)}
-    if about and about["vae"]["sha256"] != sha256[args.vae]:
+    autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model").to(device)
+    digest = vae.weights_hash(autoencoder)
+    if kept and kept["vae"]["sha256"] != digest:
         raise vae.InputError(
-            f"--vae {args.vae}: {args.sample_from} was trained on the latents of another autoencoder "
-            f"({about['vae']['file']}, SHA-256 {about['vae']['sha256'][:16]})"
+            f"--vae {args.vae}: {args.sample_from} was trained on the latents of another "
+            f"autoencoder ({kept['vae']['file']}, SHA-256 {kept['vae']['sha256'][:16]})"
         )
-    if about:
-        autoencoder.scaling_factor, autoencoder.shift_factor = (
-            about["latent"]["scale"],
-            about["latent"]["shift"],
-        )
-    if (
-        autoencoder.scaling_factor is None
-        or autoencoder.config["z_channels"] != config["in_channels"]
-    ):
+    if kept:
+        autoencoder.scaling_factor = kept["latent"]["scale"]
+        autoencoder.shift_factor = kept["latent"]["shift"]
+    if autoencoder.scaling_factor is None:
+        raise vae.InputError(f"--vae {args.vae}: the scale of its latents is unknown")
+    if autoencoder.config["z_channels"] != config["in_channels"]:
         raise vae.InputError(
-            f"--vae {args.vae}: its latents' scale is unknown, or they have other channels than the "
-            f"generator's {config['in_channels']}"
+            f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
+            f"the generator's {config['in_channels']}"
         )
-    if args.cfg_scale < 0 or args.cfg_scale != 1 and not classes:
-        raise vae.InputError(
-            f"--cfg-scale {args.cfg_scale:g}: at least 0, and 1 for a generator without classes"
-        )
-    if not 0 <= args.guidance_low <= args.guidance_high <= 1:
-        raise vae.InputError("--guidance-low, --guidance-high: noise levels, 0 <= low <= high <= 1")
-    if count < world:
-        raise vae.InputError(
-            f"--num-samples {count}: fewer than the {world} processes; at least one each"
-        )
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise vae.InputError(
-            f"--samples {out}: give a name that ends in .npz, in a folder that is there"
-        )
-    known = [str(label) for label in range(max(1, classes))]
-    if args.labels == "uniform":  # DiT's protocol
-        labels = [
-            int(torch.randint(len(known), (), generator=vae.seeded(args.seed, "label", i)))
-            for i in range(count)
-        ]
-    else:
-        given = known if args.labels == "balanced" else args.labels.split(",")
-        if not set(given) <= set(known):
-            raise vae.InputError(
-                f"--labels {args.labels}: uniform, balanced, or some of 0 to {known[-1]}, as 0,0,0"
-            )
-        labels = [int(given[i % len(given)]) for i in range(count)]
+    return autoencoder, digest
+
+
+@torch.no_grad()
+def sample_latents(args, rank, world, device, model, configs, kept, draw, settings):
+    """Fills --samples with pictures of a generator on latents. Sample i depends on (seed, i)
+    alone, to rounding.
+
+    configs   the presets, for the model's name in the record FILE.json
+    kept      the entries of our checkpoint, or {}
+    draw      (predict, noise, labels, noise_like) -> normalised latents
+    settings  what the draw depends on besides, for the record
+    """
+    import vae
+
+    # What can be wrong with the arguments is found before anything is written
+    config = model.config
+    out = vae.samples_path(args, world)
+    vae.check_guidance(args.cfg_scale, config["num_classes"])
+    autoencoder, digest = load_sampling_autoencoder(args, config, kept, device)
+    names = kept.get("classes", [])
+    labels = vae.choose_labels(args, config["num_classes"], names)
     record = dict(
-        generator=sha256[args.sample_from],
-        autoencoder=sha256[args.vae],
+        model=preset_name(args, config, configs),
+        generator=vae.weights_hash(model),
+        autoencoder=digest,
+        step=kept.get("step"),
         seed=args.seed,
-        num_samples=count,
+        num_samples=args.num_samples,
         labels=args.labels,
         cfg_scale=args.cfg_scale,
         guidance=[args.guidance_low, args.guidance_high],
+        three_channels=args.three_channels,
+        sampling_steps=args.sampling_steps,
         precision=args.precision,
-        step=about.get("step"),
         **settings,
     )
-    if out.exists():
-        kept = out.with_suffix(".json")
-        if not kept.exists() or json.loads(kept.read_text()) != record:
-            raise vae.InputError(
-                f"--samples {out}: already there, with other settings; give another name"
-            )
-        return vae.say(f"{out}: already there")
 
-    size = config["input_size"] * autoencoder.factor
-    images = vae.Rows(f"{out}.part", (count, size, size, 3), "uint8", **record)
-    missing, batch = images.missing[rank::world], max(1, args.batch_size // world)
+    interval = (args.guidance_low, args.guidance_high)
+    channels = 3 if args.three_channels else None
+    predict = guided(model, config["num_classes"], args.cfg_scale, *interval, channels)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    bar = vae.progress(len(missing), 0, f"{out.name}: sampling", "image")
-    for indices in np.split(missing, range(batch, len(missing), batch)):
-        if vae.SIGNALS or not len(indices):
-            break
-        generators = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
+    side = config["input_size"]
+    shape = (config["in_channels"], side, side)
+
+    def draw_pictures(indices, labels, tick):
+        sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
 
         def noise_like(x):
-            noise = torch.stack(
-                [torch.randn(x.shape[1:], generator=generator) for generator in generators]
-            )
-            return (noise.pin_memory() if x.is_cuda else noise).to(x, non_blocking=True)
+            rows = [torch.randn(shape, generator=source) for source in sources]
+            return torch.stack(rows).to(x)
 
-        noise = noise_like(
-            torch.empty(1, config["in_channels"], *[config["input_size"]] * 2, device=device)
-        )
+        def predict_and_tell(x, t, y, level):
+            tick()
+            return predict(x, t, y, level)
+
+        noise = noise_like(torch.empty(0, device=device))
         with autocast:
-            z = draw(noise, torch.tensor([labels[i] for i in indices], device=device), noise_like)
-        pictures = [autoencoder.decode(part) for part in autoencoder.denormalize(z).split(32)]
-        if not all(part.isfinite().all() for part in pictures):
-            raise vae.InputError(
-                f"{args.sample_from}: some of the samples {indices.tolist()} are not finite"
-            )
-        images.write(
-            indices,
-            torch.cat([vae.to_uint8(part) for part in pictures]).permute(0, 2, 3, 1).cpu().numpy(),
-        )
-        bar.update(len(indices))
-    bar.close()
-    stopped = vae.stop_signal()  # for which each process waits until all are done
-    if rank == 0 and not stopped:
-        with open(f"{out}.tmp", "wb") as file:
-            np.savez(file, arr_0=images.rows, arr_1=np.array(labels))
-        shown = torch.from_numpy(images.rows[:64] / 127.5 - 1).permute(0, 3, 1, 2)
-        vae.image_grid(shown.split(8)).save(out.with_suffix(".png"))
-        out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(f"{out}.tmp", out)
-        shutil.rmtree(f"{out}.part")
-        vae.say(f"{out}: {count:,} samples, the first of them in {out.with_suffix('.png')}")
-    elif stopped:
-        vae.say(
-            f"{out}: stopped, {int(images.done.sum()):,} of {count:,} are there; the same command goes on"
-        )
-    if stopped := vae.stop_signal():
-        raise SystemExit(128 + stopped)
+            z = draw(predict_and_tell, noise, torch.from_numpy(labels).to(device), noise_like)
+        z = autoencoder.denormalize(z.float())
+        return vae.decode_pictures(autoencoder.decode, z, args.sample_from)
+
+    size = side * autoencoder.factor
+    steps = args.sampling_steps
+    picture = (size, size, 3)
+    vae.write_samples(args, rank, world, out, labels, picture, steps, draw_pictures, record)
 
 
-def arguments(description, models):
-    """The parser of a script that trains a generator on latents and samples from it, but for launch()'s flags."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--model", choices=models, default=next(iter(models)))
-    parser.add_argument("--vae", help="the autoencoder: vae.py's, or an LDM .ckpt with --vae-model")
-    parser.add_argument(
-        "--vae-model", help="preset of a file that does not say it: sd, sdxl, sd3, sd-16"
-    )
-    parser.add_argument(
-        "--cache",
-        help="folder of the cached latents (default: NAME-latents beside the autoencoder)",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="encode on the fly")
-    parser.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, default=True, help="half of the images"
-    )
-    parser.add_argument(
-        "--ema-decay", type=float, default=0.9999, help="of the weights that samples are drawn with"
-    )
-    # sampling
-    parser.add_argument(
-        "--sample-from", help="checkpoint to sample from, ours or official: no training"
-    )
-    parser.add_argument(
-        "--samples", help="FILE.npz to write, or to go on with (default: beside the checkpoint)"
-    )
-    parser.add_argument("--num-samples", type=int, default=50_000)
-    parser.add_argument(
-        "--labels", default="uniform", help="at random, or balanced, or classes, as in 207,360"
-    )
-    parser.add_argument("--sampling-steps", type=int, default=250)
-    parser.add_argument(
-        "--cfg-scale", type=float, default=1.0, help="of guidance, in the pictures of training too"
-    )
-    parser.add_argument(
-        "--guidance-low",
-        type=float,
-        default=0.0,
-        help="noise levels to guide at: 0 is data, 1 noise",
-    )
-    parser.add_argument("--guidance-high", type=float, default=1.0)
-    parser.add_argument(
-        "--three-channels",
-        action="store_true",
-        help="guide 3 channels alone, as DiT's and SiT's code",
-    )
-    return parser
+def preset_name(args, config, configs):
+    """The preset that a network is of, or its checkpoint's file name."""
+    for name, preset in configs.items():
+        if all(config[key] == value for key, value in preset.items()):
+            return name
+    return Path(args.sample_from).stem
 
 
-def main():
+# ==================================================================================================
+# The command line
+
+
+def arguments(description, models, out):
+    """The parser of a script that trains a generator on latents and samples from it."""
     import vae
 
-    parser = arguments(__doc__, CONFIGS)
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
-    with vae.launch(
+    parser = vae.make_parser(description)
+    group = parser.add_argument_group("generator")
+    group.add_argument("--image-size", type=vae.pixels, help="None: the autoencoder's")
+    group.add_argument("--model", choices=models, default=next(iter(models)))
+    group.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
+    group.add_argument("--vae-model", help="preset of a file that does not say it: sd, sdxl, ...")
+    group.add_argument("--cache", help="folder of the latents (None: NAME-latents beside --vae)")
+    group.add_argument("--no-cache", action="store_true", help="encode every image in every step")
+    group.add_argument("--ema-decay", type=vae.probability, default=0.9999, help="of the average")
+    group.add_argument("--compile", action="store_true", help="the transformer's blocks")
+    add_mirror(group)
+    group = vae.add_sampling_arguments(parser)
+    group.add_argument("--sampling-steps", type=vae.positive_int, default=250)
+    group.add_argument("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
+    noise_level = "noise level, 0 (data) to 1 (noise), of guidance"
+    group.add_argument(
+        "--guidance-low", type=vae.probability, default=0.0, help=f"least {noise_level}"
+    )
+    group.add_argument(
+        "--guidance-high", type=vae.probability, default=1.0, help=f"greatest {noise_level}"
+    )
+    group.add_argument(
+        "--three-channels", action="store_true", help="guide 3 channels alone, as DiT's code does"
+    )
+    vae.add_run_arguments(
         parser,
         data="data/imagenet/train",
-        out="dit.pt",
+        out=out,
         steps=400_000,
         batch_size=256,
         lr=1e-4,
         save_every=10_000,
         sample_every=10_000,
-    ) as (args, rank, world, device):
-        (sample if args.sample_from else train)(args, rank, world, device)
+    )
+    return parser, group
+
+
+def add_mirror(group):
+    import argparse
+
+    group.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the images",
+    )
+
+
+def main():
+    import vae
+
+    parser, group = arguments(__doc__, CONFIGS, "dit.pt")
+    group.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
+    vae.launch(parser, run)
+
+
+def run(args, rank, world, device):
+    if args.sample_from:
+        sample(args, rank, world, device)
+    else:
+        train(args, rank, world, device)
 
 
 if __name__ == "__main__":

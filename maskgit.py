@@ -1,29 +1,30 @@
-"""MaskGIT on a VQ-GAN's tokens, the paper's discrete generator.
+"""MaskGIT on a VQ-GAN's tokens: the paper's discrete generator.
 
-MaskGIT (https://arxiv.org/abs/2202.04200) learns to fill in the masked tokens of an image, all at once, and draws a new
-one from masks alone in a few steps, each of which keeps the tokens it is surest of. This is the network of its PyTorch
-reproduction (https://arxiv.org/abs/2310.14400, Maskgit-pytorch v1.0), which the paper trains on the tokens of VQ-GANs
-with and without EQ-VAE's fine-tuning (Table 3). This file holds network, masks, token cache, training and decoding.
+MaskGIT (https://arxiv.org/abs/2202.04200) learns to fill in the masked tokens of an image, all at
+once. It draws a new image from masks alone in a few steps, and each step keeps the tokens that it
+is surest of. The network is that of its PyTorch reproduction (https://arxiv.org/abs/2310.14400,
+Maskgit-pytorch v1.0), which the paper trains on the tokens of VQ-GANs with and without EQ-VAE's
+fine-tuning (Table 3).
 
-    python maskgit.py --vqgan tiny-vq.pt --data emoji --image-size 32 --model MaskGIT-Ti --batch-size 64 --steps 800 \\
-        --lr 1e-3 --warmup 100 --out tiny-maskgit.pt           # a CPU, minutes; `bash demo.sh --all` does it for both
-    python maskgit.py --vqgan eqvqgan.pt --micro-batch 64                              # one GPU
-    torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt                          # eight: the paper's recipe
-    torchrun --nproc_per_node=8 maskgit.py --sample-from maskgit.pt --vqgan eqvqgan.pt --samples maskgit.npz
+    python maskgit.py --vqgan tiny-vq.pt --data data/emoji/train --model MaskGIT-Ti \\
+        --batch-size 64 --steps 800 --lr 1e-3 --warmup 100 --out tiny-maskgit.pt
+                                                                    # minutes on a CPU
+    python maskgit.py --vqgan eqvqgan.pt --micro-batch 64           # one GPU
+    torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt       # eight: the paper's recipe
+    torchrun --nproc_per_node=8 maskgit.py --sample-from maskgit.pt --vqgan eqvqgan.pt
 
-The third line caches the tokens of data/imagenet/train and of its mirror images in eqvqgan-tokens/ (1.3 GB), takes
-1,500,000 steps of 256 (300 epochs) and writes maskgit.pt, with maskgit.jsonl (losses) and maskgit/ (pictures) beside
-it. Run again, it goes on where it stopped. The fourth draws 50,000 pictures. To expect (Tables 3, 11): gFID 5.9, IS 229
-on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own.
+The third line caches the tokens of data/imagenet/train and of its mirror images in eqvqgan-tokens/
+(1.3 GB), takes 1,500,000 steps of 256 (300 epochs), and writes maskgit.pt, maskgit.jsonl (losses)
+and maskgit/ (pictures). The same command again goes on where the run stopped. The fourth line
+draws 50,000 pictures into maskgit.npz. Expect (Tables 3 and 11): gFID 5.9 and IS 229 on EQ-VAE's
+tokens, 6.8 and 214 on the VQ-GAN's own.
+
+Dropout differs between one process and several, because each draws its own. All else is equal.
 """
 
 import argparse
-import contextlib
-import hashlib
-import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CONFIGS = {  # name -> arguments of MaskGIT
-    "MaskGIT-B": dict(
-        hidden_dim=768, depth=24, heads=16, mlp_dim=3072
-    ),  # v1.0's "base": the paper's
+# name -> arguments of MaskGIT
+CONFIGS = {
+    # v1.0's "base": the paper's
+    "MaskGIT-B": dict(hidden_dim=768, depth=24, heads=16, mlp_dim=3072),
+    # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# Published sampling settings. v1.0's guidance weight w is cfg_scale - 1.
+# Published settings of sampling. v1.0's guidance weight w is cfg_scale - 1.
 PRESETS = {
     "256": dict(
         sampling_steps=8,
@@ -68,12 +70,13 @@ PRESETS = {
         decoding="cosine",
     ),
 }
-LABEL_DROP = 0.1  # share of labels trained as the null class
+LABEL_DROP = 0.1  # share of the labels that are trained as the null class
 LABEL_SMOOTHING = 0.1
 
-# ======================================================================================================================
+
+# ==================================================================================================
 # The network. Module names are Maskgit-pytorch's, so that its checkpoints load strictly.
-#     B batch   N tokens of an image   K codes; token K is the mask   D width   V = K + 1 + classes + 1
+#     B batch   N tokens of an image   K codes; token K is the mask   D width
 
 
 class PreNorm(nn.Module):
@@ -81,7 +84,8 @@ class PreNorm(nn.Module):
 
     def __init__(self, width, fn):
         super().__init__()
-        self.norm, self.fn = nn.LayerNorm(width), fn
+        self.norm = nn.LayerNorm(width)
+        self.fn = fn
 
     def forward(self, x):  # (B, N + 1, D)
         return x + self.fn(self.norm(x))
@@ -92,7 +96,8 @@ class Attention(nn.Module):
         super().__init__()
         self.mha = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
 
-    def forward(self, x):  # need_weights, v1.0's, would keep it from the fused attention
+    def forward(self, x):
+        # v1.0 asks for the weights too, which would keep it from the fused attention
         return self.mha(x, x, x, need_weights=False)[0]
 
 
@@ -114,15 +119,11 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width, depth, heads, hidden, dropout):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PreNorm(width, Attention(width, heads, dropout)),
-                    PreNorm(width, FeedForward(width, hidden, dropout)),
-                ]
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = PreNorm(width, Attention(width, heads, dropout))
+            mlp = PreNorm(width, FeedForward(width, hidden, dropout))
+            self.layers.append(nn.ModuleList([attention, mlp]))
 
     def forward(self, x):
         for attention, mlp in self.layers:
@@ -133,10 +134,11 @@ class Transformer(nn.Module):
 class MaskGIT(nn.Module):
     """A bidirectional transformer over an image's tokens and, after them, its class.
 
-    input_size      tokens a side, h = w
-    codebook_size   K; the mask is token K, in the embedding and in the logits
-    num_classes     0: without classes. Class c is row K + 1 + c of the embedding, the null class the last
-    hidden_dim, depth, heads, mlp_dim, dropout    D, blocks, attention heads, width between an MLP's layers, share
+    input_size     tokens a side, h = w
+    codebook_size  K; the mask is token K, in the embedding and in the logits
+    num_classes    class c is row K + 1 + c of the embedding, the null class its last row
+    hidden_dim     D
+    depth, heads, mlp_dim, dropout   blocks, attention heads, width inside the MLPs, share
     """
 
     def __init__(
@@ -150,16 +152,16 @@ class MaskGIT(nn.Module):
         mlp_dim=3072,
         dropout=0.1,
     ):
-        config = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        config = dict(locals())
+        config.pop("self")
+        config.pop("__class__")
         super().__init__()
         self.config = config  # what a checkpoint keeps
-        tokens, rows = input_size**2, codebook_size + 1 + num_classes + 1
+        tokens = input_size**2
+        rows = codebook_size + 1 + num_classes + 1
         self.tok_emb = nn.Embedding(rows, hidden_dim)  # N(0, 1), and no scale to the logits
-        self.pos_emb = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(1, tokens + 1, hidden_dim), std=0.02)
-        )
+        positions = torch.empty(1, tokens + 1, hidden_dim)
+        self.pos_emb = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
         self.first_layer = nn.Sequential(
             nn.LayerNorm(hidden_dim, eps=1e-12),
             nn.Dropout(dropout),
@@ -180,570 +182,576 @@ class MaskGIT(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # of each place and row
 
     def forward(self, tokens, labels):
-        """Tokens (B, N), 0 .. K, labels (B,), 0 .. num_classes (null) -> logits (B, N, K + 1)."""
+        """Tokens (B, N) of 0 .. K, labels (B,) of 0 .. num_classes -> logits (B, N, K + 1)."""
         known = self.config["codebook_size"] + 1
-        sequence = torch.cat([tokens, known + labels[:, None]], dim=1)  # (B, N + 1), the class last
+        classes = known + labels[:, None]
+        sequence = torch.cat([tokens, classes], dim=1)  # (B, N + 1)
         h = self.first_layer(self.tok_emb(sequence) + self.pos_emb)  # (B, N + 1, D)
         h = self.last_layer(self.transformer(h))[:, :-1]  # (B, N, D)
-        # Tied to the embedding. v1.0 computes the logits of the classes and of the last place too, and cuts them off
+        # The logits are tied to the embedding. v1.0 computes those of the classes and of the last
+        # place as well, and cuts them off
         return F.linear(h, self.tok_emb.weight[:known]) + self.bias[:-1, :known]
 
 
-# ======================================================================================================================
-# Masks and losses of training, and parallel decoding
+# ==================================================================================================
+# Masks and losses of training
 
 
 def mask_ratio(r, schedule="arccos"):
-    """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi in the mean: arccos (v1.0) or cosine (original)."""
-    return torch.arccos(r) / (math.pi / 2) if schedule == "arccos" else torch.cos(r * math.pi / 2)
+    """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi in the mean.
+
+    "arccos" is v1.0's, "cosine" the original's.
+    """
+    if schedule == "arccos":
+        return torch.arccos(r) / (math.pi / 2)
+    return torch.cos(r * math.pi / 2)
 
 
 def token_losses(logits, tokens, mask=None):
-    """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing, the mean over an image's tokens as
-    v1.0 has it. With a mask, over the masked ones, as the original; divided by their expected number, so that images
-    with few do not count for more, and processes and micro-batches need not know of each other's."""
+    """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing.
+
+    It is the mean over an image's tokens, as in v1.0. With a mask it is taken over the masked ones,
+    as in the original, and divided by their expected number: so images with few of them do not
+    count for more, and processes and micro-batches need not know of each other's.
+    """
     losses = F.cross_entropy(
-        logits.float().transpose(1, 2), tokens, label_smoothing=LABEL_SMOOTHING, reduction="none"
-    )
-    return losses.mean(dim=1) if mask is None else (losses * mask).mean(dim=1) * (math.pi / 2)
+        logits.float().transpose(1, 2),
+        tokens,
+        label_smoothing=LABEL_SMOOTHING,
+        reduction="none",
+    )  # (B, N)
+    if mask is None:
+        return losses.mean(dim=1)
+    return (losses * mask).mean(dim=1) * (math.pi / 2)
+
+
+# ==================================================================================================
+# Parallel decoding
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """-> (the number of tokens to decide in each step, together `tokens`, each step's ramp from 0 to 1).
+    """-> (how many tokens each step decides, together `tokens`; each step's ramp from 0 to 1).
 
-    arccos    v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, the rest in the last step
-    cosine    the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i; not v1.0's "cosine"
+    arccos  v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, and the rest
+            in the last step
+    cosine  the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i. It
+            is not what v1.0 calls cosine
     """
     if kind == "cosine":
         ramps = [(i + 1) / steps for i in range(steps)]
-        left = [tokens]
-        for i, ramp in enumerate(ramps):  # at least one a step, and one for each step to come
-            stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)
-            left.append(min(left[-1] - 1, max(stay, steps - 1 - i)))
-        return [before - after for before, after in zip(left, left[1:])], ramps
-    shares = torch.arccos(torch.linspace(1, 0, steps)) if steps > 1 else torch.ones(1)
+        return cosine_counts(ramps, tokens), ramps
+    if steps == 1:
+        return [tokens], [1.0]
+    shares = torch.arccos(torch.linspace(1, 0, steps))
     counts = (shares / shares.sum() * tokens).round().clamp(min=1).int()
-    while int(counts[:-1].sum()) >= tokens:  # many steps: those of one token would fill the grid
+    while int(counts[:-1].sum()) >= tokens:  # with many steps, those of one token fill the grid
         counts[counts[:-1].argmax()] -= 1
     counts[-1] = tokens - counts[:-1].sum()
-    return counts.tolist(), [i / (steps - 1) for i in range(steps)] if steps > 1 else [1.0]
+    return counts.tolist(), [i / (steps - 1) for i in range(steps)]
+
+
+def cosine_counts(ramps, tokens):
+    counts = []
+    masked = tokens
+    for i, ramp in enumerate(ramps):
+        stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)
+        steps_to_come = len(ramps) - 1 - i
+        stay = min(masked - 1, max(stay, steps_to_come))  # at least one token for each step
+        counts.append(masked - stay)
+        masked = stay
+    return counts
 
 
 @torch.no_grad()
 def parallel_decoding(
-    model, labels, uniform, counts, ramps, cfg_scale=1.0, choice_temperature=4.5, softmax_scale=1.0
+    model,
+    labels,
+    uniform,
+    counts,
+    ramps,
+    cfg_scale=1.0,
+    choice_temperature=4.5,
+    softmax_scale=1.0,
 ):
-    """Labels (B,) -> tokens (B, N). Each step draws all the unknown tokens and keeps the counts[i] most confident.
+    """Labels (B,) -> tokens (B, N). Each step draws all unknown tokens, and keeps the counts[i]
+    that it is surest of.
 
-    model                logits (B, N, K + 1) = model(tokens, labels); the null class must be model.config's last
-    uniform              (B, steps, 2, N) in [0, 1), all that is random
-    counts, ramps        of decoding_schedule()
-    cfg_scale            guidance, u + s (c - u) with s going from 1 to cfg_scale over the steps; 1: none
-    choice_temperature   of the Gumbel noise on the confidence, going to 0 over the steps
-    softmax_scale        multiplies the logits (v1.0 calls it a temperature)
+    model               logits (B, N, K + 1) = model(tokens, labels); label model.config's
+                        num_classes is the null class
+    uniform             (B, steps, 2, N) in [0, 1): all that is random
+    counts, ramps       of decoding_schedule()
+    cfg_scale           guidance: u + s (c - u), with s from 1 to cfg_scale over the steps; 1: none
+    choice_temperature  of the Gumbel noise on the confidence; it goes to 0 over the steps
+    softmax_scale       multiplies the logits (v1.0 calls it a temperature)
     """
-    mask, null = model.config["codebook_size"], model.config["num_classes"]
+    mask = model.config["codebook_size"]
     tokens = torch.full((len(labels), uniform.shape[3]), mask, device=labels.device)
     for i, (count, ramp) in enumerate(zip(counts, ramps)):
-        scale = 1 + (cfg_scale - 1) * ramp
-        if scale == 1:
-            logits = model(tokens, labels)
-        else:
-            both = torch.cat([tokens, tokens]), torch.cat([labels, torch.full_like(labels, null)])
-            conditional, unconditional = model(*both).chunk(2)
-            logits = unconditional + scale * (conditional - unconditional)
-        # Without the mask's logit. v1.0 may draw the mask, leave it in the sequence, and take the code K - 1 at the end
+        logits = guided_logits(model, tokens, labels, 1 + (cfg_scale - 1) * ramp)
+        # Without the mask's logit. v1.0 may draw the mask, leave it in the sequence, and take the
+        # code K - 1 for it at the end
         probabilities = (logits[..., :mask].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
-        draw, noise = (
-            uniform[:, i, 0, :, None],
-            uniform[:, i, 1].clamp(min=1e-20),
-        )  # (B, N, 1), (B, N)
+        draw = uniform[:, i, 0, :, None]  # (B, N, 1)
         drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2).clamp(max=mask - 1)  # (B, N)
         confidence = probabilities.gather(2, drawn[..., None])[..., 0].log()
-        confidence = confidence - choice_temperature * (1 - ramp) * torch.log(
-            -torch.log(noise)
-        )  # Gumbel's
+        gumbel = -torch.log(-torch.log(uniform[:, i, 1].clamp(min=1e-20)))
+        confidence = confidence + choice_temperature * (1 - ramp) * gumbel
         confidence = confidence.masked_fill(tokens != mask, -math.inf)
         surest = confidence.topk(count, dim=1).indices  # (B, count)
         tokens = tokens.scatter(1, surest, drawn.gather(1, surest))
     return tokens
 
 
-def file_hash(path):
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    digest.update(np.memmap(path, mode="r"))
-    return digest.hexdigest()
+def guided_logits(model, tokens, labels, scale):
+    """Classifier-free guidance of the logits, u + scale (c - u). Scale 1 asks for no null class."""
+    if scale == 1:
+        return model(tokens, labels)
+    null = torch.full_like(labels, model.config["num_classes"])
+    both = model(torch.cat([tokens, tokens]), torch.cat([labels, null]))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
-# ======================================================================================================================
-# The tokens: encoded once, of each image and its mirror image
-
-
-class Tokens(torch.utils.data.Dataset):
-    """What MaskGIT trains on: the tokens of `images` (vae.Images) and of their mirror images under a VQ-GAN, on disk.
-
-    Items are (tokens (N,), label, slot, 0), half of them mirrored, a function of (seed, step, slot). An earlier run's
-    tokens are gone on with, if they belong to the same VQ-GAN and images.
-    """
-
-    def __init__(self, args, rank, world, device, vqgan, sha256, images):
-        import vae
-
-        self.seed, self.mirror, self.labels = args.seed, args.mirror, images.labels
-        root, files = (
-            os.path.normpath(args.data),
-            images.files,
-        )  # emoji are no files: [] stands for them
-        names = [file[len(root) :] for file in files if isinstance(file, str)]
-        sizes = [
-            os.path.getsize(root + names[int(k)])
-            for k in np.linspace(0, len(names) - 1, 256 * bool(names))
-        ]
-        same = hashlib.sha256(json.dumps([len(files), names, sizes]).encode()).hexdigest()
-        shape = (len(files), 2, math.prod(vqgan.grid(images.size)))
-        folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vqgan))[0]}-tokens"
-        cache = vae.Rows(folder, shape, "int16", images=same, image_size=images.size, vqgan=sha256)
-        missing = cache.missing[rank::world]
-        batches = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(images, missing.tolist()),
-            min(32, args.micro_batch or 32),
-            num_workers=args.workers,
-            worker_init_fn=vae.leave_signals,
-            pin_memory=device.type == "cuda",
-        )
-        bar = vae.progress(len(missing), 0, "caching tokens", "image")
-        for batch, _, index, _ in batches if len(missing) else ():
-            if vae.SIGNALS:
-                break
-            with torch.no_grad():  # in fp32: codes are what is learned from
-                parts = [
-                    vqgan.encode(vae.to_float(view, device)) for view in (batch, batch.flip(3))
-                ]
-            cache.write(index.numpy(), torch.stack(parts, dim=1).short().cpu().numpy())
-            bar.update(len(batch))
-        bar.close()
-        if stopped := vae.stop_signal():  # for which each process waits until all are done
-            vae.say(
-                f"stopped: {int(cache.done.sum()):,} of {len(files):,} images are cached; the same command goes on"
-            )
-            raise SystemExit(128 + stopped)
-        self.rows, codes = cache.rows, vqgan.config["n_embed"]
-        if self.rows.min() < 0 or self.rows.max() >= codes:
-            raise vae.InputError(
-                f"{folder}: holds tokens {self.rows.min()} to {self.rows.max()}, but the codebook of "
-                f"{args.vqgan} has {codes} codes; delete it"
-            )
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, item):
-        import vae
-
-        index, *key = item
-        mirrored = self.mirror and bool(
-            torch.randint(2, (), generator=vae.seeded(self.seed, "mirror", *key))
-        )
-        return (
-            torch.from_numpy(self.rows[index, int(mirrored)]).long(),
-            self.labels[index],
-            key[1],
-            0,
-        )
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Training
 
 
 def train(args, rank, world, device):
     import vae
-    import vqgan
 
     torch.manual_seed(args.seed)
-    out = Path(args.out)
+
+    # The tokens, and the run to go on with
+    resumed = vae.load_run(args, "MaskGIT", CONFIGS)
+    tokenizer, about = load_tokenizer(args, resumed, device)
+    images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
+    null = len(images.classes)
+    codes = tokenizer.config["n_embed"]  # and the mask's token
+    micro_batch = vae.images_per_pass(args, world)
+
+    # The network and its optimiser. MaskGIT keeps no average of its weights
+    side = tokenizer.grid(tokenizer.image_size)[0]
+    config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
+    config["dropout"] = args.dropout
+    model = start_network(args, config, resumed).to(device).train()
+    parameters = vae.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
+    vae.restore_optimizers([optimizer], resumed, args.lr)
+    compile_blocks(args, model)
+    network = vae.distribute(model, device, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    step = resumed["step"] if resumed else 0
+    log = vae.Log(args, step, world, device)
+    data = token_data(args, rank, world, device, tokenizer, about, images)
+    vae.say_start(args, model, data, world, micro_batch, device)
+    batches = vae.endless_batches(data, args, step, rank, world)
+    began = step
+    if resumed is None:
+        look(args, step, log, model, tokenizer, autocast)
+    resumed = None  # or its tensors would stay in memory
+
+    while step < args.steps and not vae.stop_requested():
+        # ------------------------------------------------------------------------------------------
+        # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
+        # batch; this process takes its share. (Dropout, which each process draws, aside.)
+        _, rng = vae.generators(args.seed, step, device)
+        tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
+        shape = (args.batch_size, 2 + side**2)
+        uniform = vae.share(torch.rand(shape, generator=rng, device=device), rank, world)
+        tokens = tokens.to(device, non_blocking=True).long()
+        mask = uniform[:, 2:] < mask_ratio(uniform[:, :1], args.mask_schedule)  # (B / world, N)
+        y = labels.to(device, non_blocking=True)
+        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        optimizer.param_groups[0]["lr"] = lr
+
+        passes = len(tokens) // micro_batch
+        for k in range(passes):
+            rows = slice(k * micro_batch, (k + 1) * micro_batch)
+            torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
+            visible = tokens[rows].masked_fill(mask[rows], codes)
+            with vae.averaging(network, is_last=k == passes - 1):
+                with autocast:
+                    logits = network(visible, y[rows])  # (b, N, K + 1)
+                counted = mask[rows] if args.masked_only else None
+                loss = token_losses(logits, tokens[rows], counted).mean()
+                (loss / passes).backward()
+            log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
+
+        # The step. A gradient that is not finite skips it, in all processes and without a host
+        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        skipped = (~grad_norm.isfinite()).float()
+        optimizer.found_inf = skipped
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        # ------------------------------------------------------------------------------------------
+        log.step(step, skipped, grad_norm, lr)
+        if vae.is_due(step, args.sample_every, args.steps):
+            look(args, step, log, model, tokenizer, autocast)
+        if vae.is_due(step, args.save_every):
+            save(args, step, log, model, optimizer, about, images)
+
+    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+        save(args, step, log, model, optimizer, about, images)
+    vae.end_run(args, step, log)
+
+
+def accuracies(logits, tokens, mask):
+    """What the log tells: the share of right tokens, of all and of an image's masked ones, and the
+    share that is masked."""
+    right = logits.argmax(dim=2) == tokens  # (b, N)
+    right_masked = (right & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return dict(accuracy=right, accuracy_masked=right_masked, masked=mask)
+
+
+def load_tokenizer(args, resumed, device):
+    """-> (VQ-GAN, about): --vqgan's, on the device, and its file and hash for the checkpoint. Its
+    image_size is --image-size, else what it was trained at."""
+    import vae
+    import vqgan
+
     if not args.vqgan:
         raise vae.InputError(
             "--vqgan: give the VQ-GAN on whose tokens to train (vqgan.py makes one: eqvqgan.pt)"
         )
-    tokenizer = vqgan.load_vqgan(args.vqgan).to(device)
-    about = dict(file=args.vqgan, sha256=file_hash(args.vqgan))
-    images = vae.Images(args.data, (args.image_size, args.image_size))
-    side, classes = tokenizer.grid(images.size)[0], images.classes
-    resumed = vae.load(out) if out.exists() and not args.bench else None
-    model = MaskGIT(
-        side, tokenizer.config["n_embed"], len(classes), dropout=args.dropout, **CONFIGS[args.model]
-    )
-    if resumed:
-        wrong = (
-            "holds another model than --model " + args.model
-            if resumed.get("arch") != "MaskGIT" or resumed["args"]["model"] != args.model
-            else f"trained on the tokens of another VQ-GAN ({resumed['vqgan']['file']})"
-            if resumed["vqgan"]["sha256"] != about["sha256"]
-            else "trained on grids of another size, with other classes or dropout"
-            if resumed["config"] != model.config
-            else None
-        )
-        if wrong:
-            raise vae.InputError(f"{out}: {wrong}; give another --out")
-        vae.say_changes(resumed["args"], vars(args))
-        vae.load_weights(model, resumed["model"], out)
-    began = resumed["step"] if resumed else None
-    step = began or 0
-    micro, accumulate = vae.split_batch(args, world)
-    meter = vae.Meter(args, resumed, world, device)
-    data = Tokens(args, rank, world, device, tokenizer, about["sha256"], images)
-    model.to(device).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, args.lr, betas=(0.9, 0.96), weight_decay=1e-5, fused=True
-    )
-    if resumed:
-        optimizer.load_state_dict(resumed["opt"])
-    resumed = None  # or it would stay in memory
-    for layer in model.transformer.layers if args.compile else ():
-        for block in layer:
-            block.compile()
-    network = (
-        model
-        if world == 1
-        else nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    @torch.no_grad()
-    def look():
-        """Samples from the same noise and labels each time, in a grid."""
-        counts, ramps = decoding_schedule(min(8, side**2), side**2)
-        uniform = torch.rand(
-            16, len(counts), 2, side**2, generator=vae.seeded(args.seed, "look")
-        ).to(device)
-        labels = torch.arange(16, device=device) % max(1, len(classes))
-        with autocast:
-            tokens = parallel_decoding(model.eval(), labels, uniform, counts, ramps)
-        vae.image_grid(tokenizer.decode(tokens).split(8)).save(
-            out.with_suffix("") / f"{step:07d}.png"
-        )
-        model.train()
-
-    def save():
-        vae.save_checkpoint(
-            out,
-            dict(
-                arch="MaskGIT",
-                config=model.config,
-                model=model.state_dict(),
-                step=step,
-                opt=optimizer.state_dict(),
-                args=vars(args),
-                vqgan=about,
-                classes=classes,
-            ),
-        )
-
-    vae.say(
-        f"{args.model}: {sum(p.numel() for p in parameters):,} parameters; {len(data):,} images, {len(classes)} "
-        f"classes, {side} x {side} tokens of {tokenizer.config['n_embed']:,}; steps {step} to {args.steps} of "
-        f"{args.batch_size} ({world} x {accumulate} x {micro}), lr {args.lr:g}; {device.type}, {args.precision}"
-    )
-    batches = vae.loader(data, args, micro, step, rank, world)
-    meter.start(step)
-    while True:
-        stopped = vae.stop_signal()
-        last = step >= args.steps or stopped
-        if rank == 0 and not args.bench and step != began:  # a run that was over stays as it is
-            if args.sample_every and (step % args.sample_every == 0 or step >= args.steps):
-                look()
-            if step % args.save_every == 0 or last:
-                save()
-        if last:
-            break
-        # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP
-        optimizer.param_groups[0]["lr"] = lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        for part in range(accumulate):
-            tokens, labels, slots, _ = next(batches)  # (b, N), (b,), (b,)
-            uniform = torch.stack(
-                [
-                    torch.rand(2 + side**2, generator=vae.seeded(args.seed, "mask", step, int(k)))
-                    for k in slots
-                ]
-            )  # (b, 2 + N)
-            mask = uniform[:, 2:] < mask_ratio(uniform[:, :1], args.mask_schedule)  # (b, N)
-            labels = torch.where(uniform[:, 1] < LABEL_DROP, len(classes), labels)
-            tokens, mask, labels = (
-                each.to(device, non_blocking=True) for each in (tokens, mask, labels)
+    tokenizer = vqgan.load_vqgan(args.vqgan)
+    about = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
+    if args.image_size is None:
+        args.image_size = max(tokenizer.image_size or (256, 256))
+        vae.say(f"--image-size {args.image_size}, the VQ-GAN's")
+    tokenizer.image_size = (args.image_size, args.image_size)
+    tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
+    if resumed is not None:
+        vae.check_keys(args.out, resumed, ("vqgan", "classes"))
+        if resumed["vqgan"]["sha256"] != about["sha256"]:
+            raise vae.InputError(
+                f"{args.out}: trained on the tokens of another VQ-GAN "
+                f"({resumed['vqgan']['file']}); give another --out"
             )
-            torch.manual_seed(
-                vae.seeded(args.seed, "dropout", step, part, rank).initial_seed()
-            )  # for a resume
-            wait = world > 1 and part < accumulate - 1  # processes average gradients last
-            with network.no_sync() if wait else contextlib.nullcontext():
-                with autocast:
-                    logits = network(tokens.masked_fill(mask, tokenizer.config["n_embed"]), labels)
-                loss = token_losses(logits, tokens, mask if args.masked_only else None).mean()
-                (loss / accumulate).backward()
-            right = logits.argmax(dim=2) == tokens
-            meter.add(
-                loss=loss,
-                accuracy=right,
-                accuracy_masked=(right & mask).sum() / mask.sum().clamp(min=1),
-                masked=mask,
-            )
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
-        optimizer.found_inf = (
-            ~grad_norm.isfinite()
-        ).float()  # skips the step, as under AMP, without a host sync
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        # --------------------------------------------------------------------------------------------------------------
-        meter.step(step, grad_norm, optimizer.found_inf, lr)
-    meter.bar.close()
-    vae.say(f"{out}: {'stopped' if stopped else 'finished'} at step {step} of {args.steps}")
-    if stopped := vae.stop_signal():  # for which the other processes wait until all is saved
-        raise SystemExit(128 + stopped)
+    return tokenizer.to(device), about
 
 
-# ======================================================================================================================
-# Sampling
-
-
-def read_maskgit(path, codes):
-    """-> (MaskGIT's arguments, weights, our checkpoint or {}) of our files and of Maskgit-pytorch's, for a VQ-GAN of so
-    many codes: theirs do not tell codes from classes."""
+def start_network(args, config, resumed):
+    """A new network, or that of the run to go on with, which must be the same."""
     import vae
 
-    checkpoint = vae.load(path)
-    if "arch" in checkpoint:
-        if checkpoint["arch"] != "MaskGIT":
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
-        config, weights = checkpoint["config"], checkpoint["model"]
-    else:
-        weights = checkpoint.get("model_state_dict", checkpoint)
-        weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
-        if "tok_emb.weight" not in weights or "bias" not in weights:
-            raise vae.InputError(
-                f"{path}: no MaskGIT in it, neither in our layout nor in Maskgit-pytorch's v1.0"
-            )
-        (places, rows), width = weights["bias"].shape, weights["tok_emb.weight"].shape[1]
-        depth = len({key.split(".")[2] for key in weights if key.startswith("transformer.layers.")})
-        network = next(
-            (c for c in CONFIGS.values() if (c["hidden_dim"], c["depth"]) == (width, depth)), None
-        )
-        if not network or rows < codes + 2:
-            raise vae.InputError(
-                f"{path}: {depth} blocks of width {width} and {rows} rows: of no preset "
-                f"({', '.join(CONFIGS)}), or for another codebook than one of {codes}"
-            )
-        config = dict(
-            network,
-            input_size=math.isqrt(places - 1),
-            codebook_size=codes,
-            num_classes=rows - codes - 2,
-        )
-        checkpoint = {}
-    if config["codebook_size"] != codes:
+    model = MaskGIT(**config)
+    if resumed is None:
+        return model
+    changed = [key for key in config if resumed["config"].get(key) != config[key]]
+    if changed:
         raise vae.InputError(
-            f"{path}: made for a codebook of {config['codebook_size']} codes, not of {codes}"
+            f"{args.out}: was trained with another {', '.join(changed)}; give another --out"
         )
-    return config, weights, checkpoint
+    return vae.load_weights(model, resumed["model"], args.out)
+
+
+def compile_blocks(args, model):
+    """torch.compile for each block: two graphs, which all of them share."""
+    if args.compile:
+        for layer in model.transformer.layers:
+            for block in layer:
+                block.compile()
+
+
+@torch.no_grad()
+def look(args, step, log, model, tokenizer, autocast):
+    """Writes OUT/0001000.png: samples of the same random numbers and labels each time."""
+    import vae
+
+    if not vae.MAIN or args.bench or not args.sample_every:
+        return
+    device = next(model.parameters()).device
+    n = model.config["input_size"] ** 2
+    counts, ramps = decoding_schedule(min(8, n), n)
+    shape = (16, len(counts), 2, n)
+    uniform = torch.rand(shape, generator=vae.seeded(args.seed, "look")).to(device)
+    labels = torch.arange(16, device=device) % max(1, model.config["num_classes"])
+    model.eval()
+    with autocast:
+        tokens = parallel_decoding(model, labels, uniform, counts, ramps)
+    model.train()
+    log.picture(step, vae.image_grid(tokenizer.decode(tokens).split(8)))
+
+
+def save(args, step, log, model, optimizer, about, images):
+    """Writes args.out: vae.save_autoencoder()'s entries, and `vqgan`, the tokenizer's file and
+    hash."""
+    import vae
+
+    checkpoint = dict(
+        arch="MaskGIT",
+        config=model.config,
+        model=model.state_dict(),
+        opt=optimizer.state_dict(),
+        step=step,
+        args=vae.saved_arguments(args),
+        vqgan=about,
+        classes=images.classes,
+    )
+    vae.save_run(args, log, checkpoint)
+
+
+# ==================================================================================================
+# The tokens: encoded once, of each picture and its mirror image
+
+
+class Tokens(torch.utils.data.Dataset):
+    """The cached tokens of pictures.
+
+    path    rows.npy of a cache: int16 (N, 2, tokens), of each picture and its mirror image
+    places  rows that are data: those of unreadable pictures are not
+    labels  of these rows
+
+    Items are (tokens, label, index, True), asked for as (epoch, index). Half of them are the
+    mirror image's, as in vae.ImageFolder. The set holds paths and numbers alone: every data loader
+    opens the file itself.
+    """
+
+    def __init__(self, path, places, labels, seed, mirror):
+        self.path = path
+        self.places = places
+        self.labels = labels
+        self.seed = seed
+        self.mirror = mirror
+        self.rows = None
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getstate__(self):
+        return dict(self.__dict__, rows=None)
+
+    def __getitem__(self, item):
+        import vae
+
+        epoch, index = item
+        if self.rows is None:
+            self.rows = np.load(self.path, mmap_mode="r")
+        view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
+        row = torch.from_numpy(np.array(self.rows[self.places[index], view]))
+        return row, self.labels[index], index, True
+
+
+def token_data(args, rank, world, device, tokenizer, about, images):
+    """The cached Tokens of the images, in NAME-tokens/ beside the VQ-GAN or in --cache."""
+    import vae
+
+    folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vqgan))[0]}-tokens"
+    shape = (len(images), 2, math.prod(tokenizer.grid(images.size)))
+    fingerprint = vae.data_fingerprint(images)
+    manifest = dict(images=fingerprint, image_size=images.size, vqgan=about["sha256"])
+    rows = vae.Rows(folder, shape, "int16", "--cache", **manifest)
+
+    @torch.no_grad()
+    def compute(batch):
+        with vae.full_precision():  # codes are what is learned from
+            views = [tokenizer.encode(vae.to_float(v, device)) for v in (batch, batch.flip(3))]
+        return torch.stack(views, dim=1).short()
+
+    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching tokens")
+    tokens = np.load(rows.path, mmap_mode="r")
+    codes = tokenizer.config["n_embed"]
+    if tokens.min() < 0 or tokens.max() >= codes:
+        raise vae.InputError(
+            f"{folder}: holds tokens {tokens.min()} to {tokens.max()}, but the codebook of "
+            f"{args.vqgan} has {codes} codes; delete it"
+        )
+    labels = np.array(images.labels)[places]
+    return Tokens(rows.path, places, labels, args.seed, args.mirror)
+
+
+# ==================================================================================================
+# Sampling
 
 
 @torch.no_grad()
 def sample(args, rank, world, device):
-    """Fills args.samples, ADM's layout (arr_0: uint8 (N, H, W, 3); arr_1: labels). Sample i depends on (seed, i) alone,
-    to rounding. What is decoded is clamped to [-1, 1], never stretched by its own minimum and maximum."""
+    """Fills --samples. Sample i depends on (seed, i) alone, to rounding. What is decoded is clamped
+    to [-1, 1], and never stretched by its own minimum and maximum, as v1.0 does."""
+    import vae
+
+    # What can be wrong with the arguments is found before anything is written
+    out = vae.samples_path(args, world)
+    tokenizer, digest = load_sampling_tokenizer(args, device)
+    model, kept = load_generator(args, tokenizer, digest, device)
+    config = model.config
+    settings = sampling_settings(args, config)
+    labels = vae.choose_labels(args, config["num_classes"], kept.get("classes", []))
+    record = dict(
+        model=preset_name(args, config),
+        generator=vae.weights_hash(model),
+        autoencoder=digest,
+        step=kept.get("step"),
+        seed=args.seed,
+        num_samples=args.num_samples,
+        labels=args.labels,
+        precision=args.precision,
+        preset=args.preset,
+        **settings,
+    )
+
+    n = config["input_size"] ** 2
+    counts, ramps = decoding_schedule(settings["sampling_steps"], n, settings["decoding"])
+    strength = ("cfg_scale", "choice_temperature", "softmax_scale")
+    strength = {name: settings[name] for name in strength}
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def draw(indices, labels, tick):
+        hooks = model.register_forward_pre_hook(lambda *_: tick())
+        sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
+        uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
+        uniform = torch.stack(uniform).to(device)
+        try:
+            with autocast:
+                y = torch.from_numpy(labels).to(device)
+                tokens = parallel_decoding(model, y, uniform, counts, ramps, **strength)
+        finally:
+            hooks.remove()
+        return vae.decode_pictures(tokenizer.decode, tokens, args.sample_from)
+
+    size = config["input_size"] * tokenizer.factor
+    vae.write_samples(args, rank, world, out, labels, (size, size, 3), len(counts), draw, record)
+
+
+def load_sampling_tokenizer(args, device):
     import vae
     import vqgan
 
-    # What can be wrong with the arguments is found before anything is written
-    out, count = Path(args.samples or Path(args.sample_from).with_suffix(".npz")), args.num_samples
     if not args.vqgan:
         raise vae.InputError("--vqgan: give the VQ-GAN on whose tokens the generator was trained")
     tokenizer = vqgan.load_vqgan(args.vqgan).to(device)
-    config, weights, about = read_maskgit(args.sample_from, tokenizer.config["n_embed"])
-    sha256 = {file: file_hash(file) for file in (args.sample_from, args.vqgan)}
-    if about and about["vqgan"]["sha256"] != sha256[args.vqgan]:
+    return tokenizer, vae.weights_hash(tokenizer)
+
+
+def load_generator(args, tokenizer, digest, device):
+    """--sample-from -> (model, our checkpoint's other entries or {}). Weights keep requires_grad:
+    autocast keeps its bf16 copies of those alone, and would else make them anew at every call."""
+    import vae
+
+    config, weights, kept = read_maskgit(args.sample_from, tokenizer.config["n_embed"])
+    if kept and kept["vqgan"]["sha256"] != digest:
         raise vae.InputError(
             f"--vqgan {args.vqgan}: {args.sample_from} was trained on the tokens of another VQ-GAN "
-            f"({about['vqgan']['file']}, SHA-256 {about['vqgan']['sha256'][:16]})"
+            f"({kept['vqgan']['file']}, SHA-256 {kept['vqgan']['sha256'][:16]})"
         )
-    model = (
-        vae.load_weights(MaskGIT(**config), weights, args.sample_from)
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
-    given = dict(
-        sampling_steps=args.sampling_steps,
-        cfg_scale=args.cfg_scale,
-        decoding=args.decoding,
-        choice_temperature=args.choice_temperature,
-        softmax_scale=args.softmax_scale,
-    )
-    settings = PRESETS[args.preset] | {
-        name: value for name, value in given.items() if value is not None
-    }
-    classes, tokens, steps = (
-        config["num_classes"],
-        config["input_size"] ** 2,
-        settings["sampling_steps"],
-    )
-    if not 1 <= steps <= tokens:
-        raise vae.InputError(f"--sampling-steps {steps}: 1 to {tokens}, the tokens of a picture")
-    if args.cfg_scale is None and not classes:  # the preset's is for generators with classes
-        settings["cfg_scale"] = 1.0
-    scale = settings["cfg_scale"]
-    if scale < 0 or scale != 1 and not classes:
-        raise vae.InputError(
-            f"--cfg-scale {scale:g}: at least 0, and 1 for a generator without classes"
-        )
-    if count < world:
-        raise vae.InputError(
-            f"--num-samples {count}: fewer than the {world} processes; at least one each"
-        )
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise vae.InputError(
-            f"--samples {out}: give a name that ends in .npz, in a folder that is there"
-        )
-    known = [str(label) for label in range(max(1, classes))]
-    if args.labels == "uniform":
-        labels = [
-            int(torch.randint(len(known), (), generator=vae.seeded(args.seed, "label", i)))
-            for i in range(count)
-        ]
-    else:
-        given = known if args.labels == "balanced" else args.labels.split(",")
-        if not set(given) <= set(known):
-            raise vae.InputError(
-                f"--labels {args.labels}: uniform, balanced, or some of 0 to {known[-1]}, as 0,0,0"
-            )
-        labels = [int(given[i % len(given)]) for i in range(count)]
-    record = dict(
-        generator=sha256[args.sample_from],
-        autoencoder=sha256[args.vqgan],
-        seed=args.seed,
-        num_samples=count,
-        labels=args.labels,
-        precision=args.precision,
-        step=about.get("step"),
-        preset=args.preset,
-        **settings,
-        model=next(k for k in CONFIGS if CONFIGS[k].items() <= config.items()),
-    )
-    if out.exists():
-        kept = out.with_suffix(".json")
-        if not kept.exists() or json.loads(kept.read_text()) != record:
-            raise vae.InputError(
-                f"--samples {out}: already there, with other settings; give another name"
-            )
-        return vae.say(f"{out}: already there")
+    model = vae.build(MaskGIT, vae.Stored(args.sample_from, config, weights))
+    compile_blocks(args, model)
+    return model.to(device).eval(), kept
 
-    size, (counts, ramps) = (
-        config["input_size"] * tokenizer.factor,
-        decoding_schedule(steps, tokens, settings["decoding"]),
-    )
-    strength = {
-        name: settings[name] for name in ("cfg_scale", "choice_temperature", "softmax_scale")
-    }
-    pictures = vae.Rows(f"{out}.part", (count, size, size, 3), "uint8", **record)
-    missing, batch = pictures.missing[rank::world], max(1, args.batch_size // world)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    bar = vae.progress(len(missing), 0, f"{out.name}: sampling", "image")
-    for indices in np.split(missing, range(batch, len(missing), batch)):
-        if vae.SIGNALS or not len(indices):
-            break
-        uniform = torch.stack(
-            [
-                torch.rand(steps, 2, tokens, generator=vae.seeded(args.seed, "sample", int(i)))
-                for i in indices
-            ]
-        ).to(device)
-        with autocast:
-            drawn = parallel_decoding(
-                model,
-                torch.tensor([labels[i] for i in indices], device=device),
-                uniform,
-                counts,
-                ramps,
-                **strength,
+
+def read_maskgit(path, codes):
+    """-> (MaskGIT's arguments, weights, our checkpoint's other entries or {}) of a file of ours or
+    of Maskgit-pytorch's, for a VQ-GAN of so many codes: theirs do not tell codes from classes."""
+    import vae
+
+    checkpoint = vae.read_file(path)
+    if "arch" in checkpoint:
+        if checkpoint["arch"] != "MaskGIT":
+            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
+        vae.check_keys(path, checkpoint, ("config", "model", "step", "vqgan", "classes"))
+        config = checkpoint["config"]
+        weights = checkpoint["model"]
+        kept = {key: checkpoint[key] for key in ("step", "vqgan", "classes")}
+    else:
+        weights = vae.find_weights(checkpoint, "tok_emb.weight")
+        if weights is None or "bias" not in weights:
+            raise vae.InputError(
+                f"{path}: no MaskGIT in it, neither in our layout nor in Maskgit-pytorch's v1.0"
             )
-        decoded = torch.cat([vae.to_uint8(tokenizer.decode(part)) for part in drawn.split(32)])
-        pictures.write(indices, decoded.permute(0, 2, 3, 1).cpu().numpy())
-        bar.update(len(indices))
-    bar.close()
-    stopped = vae.stop_signal()  # for which each process waits until all are done
-    if rank == 0 and not stopped:
-        with open(f"{out}.tmp", "wb") as file:
-            np.savez(file, arr_0=pictures.rows, arr_1=np.array(labels))
-        shown = torch.from_numpy(pictures.rows[:64] / 127.5 - 1).permute(0, 3, 1, 2)
-        vae.image_grid(shown.split(8)).save(out.with_suffix(".png"))
-        out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(f"{out}.tmp", out)
-        shutil.rmtree(f"{out}.part")
-        vae.say(f"{out}: {count:,} samples, the first of them in {out.with_suffix('.png')}")
-    elif stopped:
-        vae.say(
-            f"{out}: stopped, {int(pictures.done.sum()):,} of {count:,} are there; the same command goes on"
+        config = official_config(path, weights, codes)
+        kept = {}
+    if config["codebook_size"] != codes:
+        raise vae.InputError(
+            f"{path}: made for a codebook of {config['codebook_size']} codes, not of {codes}"
         )
-    if stopped := vae.stop_signal():
-        raise SystemExit(128 + stopped)
+    return config, weights, kept
+
+
+def official_config(path, weights, codes):
+    """The arguments that the shapes in Maskgit-pytorch's file tell."""
+    import vae
+
+    places, rows = weights["bias"].shape
+    width = weights["tok_emb.weight"].shape[1]
+    depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})
+    for preset in CONFIGS.values():
+        if (preset["hidden_dim"], preset["depth"]) == (width, depth) and rows >= codes + 2:
+            return dict(
+                preset,
+                input_size=math.isqrt(places - 1),
+                codebook_size=codes,
+                num_classes=rows - codes - 2,
+            )
+    raise vae.InputError(
+        f"{path}: {depth} blocks of width {width} and {rows} rows: of no preset "
+        f"({', '.join(CONFIGS)}), or for another codebook than one of {codes}"
+    )
+
+
+def sampling_settings(args, config):
+    """The preset's settings, where no flag says otherwise."""
+    import vae
+
+    settings = dict(PRESETS[args.preset])
+    if not config["num_classes"]:
+        settings["cfg_scale"] = 1.0  # the preset's is for generators with classes
+    for name in settings:
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    n = config["input_size"] ** 2
+    if not 1 <= settings["sampling_steps"] <= n:
+        raise vae.InputError(
+            f"--sampling-steps {settings['sampling_steps']}: 1 to {n}, the tokens of a picture"
+        )
+    vae.check_guidance(settings["cfg_scale"], config["num_classes"])
+    return settings
+
+
+def preset_name(args, config):
+    """The preset that a network is of, or its checkpoint's file name."""
+    for name, preset in CONFIGS.items():
+        if all(config[key] == value for key, value in preset.items()):
+            return name
+    return Path(args.sample_from).stem
+
+
+# ==================================================================================================
+# The command line
 
 
 def main():
     import vae
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = vae.make_parser(__doc__)
+    group = parser.add_argument_group("generator")
+    group.add_argument("--image-size", type=vae.pixels, help="None: the VQ-GAN's")
+    group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B")
+    group.add_argument("--vqgan", help="the VQ-GAN: vqgan.py's or taming's")
+    group.add_argument("--cache", help="folder of the tokens (None: NAME-tokens beside --vqgan)")
+    group.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the images",
     )
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--model", choices=CONFIGS, default="MaskGIT-B")
-    parser.add_argument(
-        "--vqgan", help="the VQ-GAN: vqgan.py's, or taming's f16 with 1,024 or 16,384 codes"
-    )
-    parser.add_argument(
-        "--cache", help="folder of the cached tokens (default: NAME-tokens beside the VQ-GAN)"
-    )
-    parser.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, default=True, help="half of the images"
-    )
-    parser.add_argument(
-        "--mask-schedule", choices=("arccos", "cosine"), default="arccos", help="cosine: original"
-    )
-    parser.add_argument(
-        "--masked-only",
-        action="store_true",
-        help="loss on the masked tokens alone, as the original",
-    )
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--warmup", type=int, default=2500, help="steps over which --lr is reached")
-    # sampling
-    parser.add_argument(
-        "--sample-from", help="checkpoint to sample from, ours or Maskgit-pytorch's: no training"
-    )
-    parser.add_argument(
-        "--samples", help="FILE.npz to write, or to go on with (default: beside the checkpoint)"
-    )
-    parser.add_argument("--num-samples", type=int, default=50_000)
-    parser.add_argument(
-        "--labels", default="uniform", help="at random, or balanced, or classes, as in 207,360"
-    )
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="256", help="published settings; the next ones win"
-    )
-    parser.add_argument("--sampling-steps", type=int)
-    parser.add_argument("--cfg-scale", type=float, help="of guidance in the last step; 1: none")
-    parser.add_argument(
-        "--choice-temperature", type=float, help="of the noise on the confidence, in the first step"
-    )
-    parser.add_argument("--softmax-scale", type=float, help="multiplies the logits")
-    parser.add_argument(
-        "--decoding", choices=("arccos", "cosine"), help="schedule; cosine: the original's"
-    )
-    with vae.launch(
+    group.add_argument("--warmup", type=vae.count, default=2500, help="steps")
+    group.add_argument("--dropout", type=vae.probability, default=0.1)
+    group.add_argument("--mask-schedule", choices=("arccos", "cosine"), default="arccos")
+    group.add_argument("--masked-only", action="store_true", help="loss on masked tokens alone")
+    group.add_argument("--compile", action="store_true", help="the transformer's blocks")
+    group = vae.add_sampling_arguments(parser)
+    group.add_argument("--preset", choices=PRESETS, default="256", help="the settings below")
+    group.add_argument("--sampling-steps", type=vae.positive_int, help="None: the preset's")
+    group.add_argument("--cfg-scale", type=vae.non_negative, help="1: no guidance")
+    group.add_argument("--choice-temperature", type=vae.non_negative, help="None: the preset's")
+    group.add_argument("--softmax-scale", type=vae.positive_number, help="None: the preset's")
+    group.add_argument("--decoding", choices=("arccos", "cosine"), help="None: the preset's")
+    vae.add_run_arguments(
         parser,
         data="data/imagenet/train",
         out="maskgit.pt",
@@ -752,8 +760,15 @@ def main():
         lr=1e-4,
         save_every=10_000,
         sample_every=10_000,
-    ) as (args, rank, world, device):
-        (sample if args.sample_from else train)(args, rank, world, device)
+    )
+    vae.launch(parser, run)
+
+
+def run(args, rank, world, device):
+    if args.sample_from:
+        sample(args, rank, world, device)
+    else:
+        train(args, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""SiT trained with representation alignment (REPA): an early block's tokens are drawn to a pretrained encoder's.
+"""SiT trained with representation alignment (REPA): the tokens of an early block are drawn to those
+of a pretrained encoder.
 
-REPA (https://arxiv.org/abs/2410.06940) adds a term to SiT's loss: a small network projects the tokens after the eighth
-block, and each is to point where DINOv2's token of the clean image at that place points. The generator then need not
-find out by itself what is in a picture. This file holds the alignment, DINOv2 and the training; paths and samplers are
-sit.py's, with time reversed: REPA's t is 0 at the data and 1 at the noise.
+REPA (https://arxiv.org/abs/2410.06940) adds a term to SiT's loss. A small network projects the
+tokens after the eighth block, and each is to point where DINOv2's token of the clean image at that
+place points. So the generator need not find out by itself what is in a picture.
 
-    python repa.py --vae out/eq.pt --data emoji --image-size 32 --model REPA-Ti/2 --batch-size 64 --steps 800 \\
-        --lr 1e-3 --ema-decay 0.99 --encoder evaluate:tokens --encoder-weights classifier.pt --out tiny-repa.pt # a CPU
-    python repa.py --vae eqvae.pt --model REPA-B/2                          # one GPU
-    torchrun --nproc_per_node=8 repa.py --vae eqvae.pt                      # eight: the paper's SiT-XL/2 with REPA
-    torchrun --nproc_per_node=8 repa.py --sample-from repa.pt --vae eqvae.pt --samples repa.npz   # 50,000 pictures
+In this file x1 is the data and x0 is noise, as in sit.py, but time is REPA's: t is 0 at the data
+and 1 at the noise, and the velocity points to the noise. reverse() makes it sit.py's for its
+samplers. The network is SiT's; paths and samplers are sit.py's; the latent cache is dit.py's.
 
-The third line takes 400,000 steps of 256, with DINOv2-B's weights from torch hub's cache or the network. To expect,
-50,000 samples without guidance (Table 10): gFID 7.5 on EQ-VAE's latents, 7.9 on SD-VAE's.
+    python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
+        --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
+                                                                    # minutes on a CPU
+    python repa.py --vae eqvae.pt --model REPA-B/2                  # one GPU
+    torchrun --nproc_per_node=8 repa.py --vae eqvae.pt              # eight: the paper's SiT-XL/2
+    torchrun --nproc_per_node=8 repa.py --sample-from repa.pt --vae eqvae.pt --samples repa.npz
+
+The torchrun line takes 400,000 steps of 256, with DINOv2-B's weights from torch hub's cache or the
+network. Expect then, with 50,000 samples without guidance (Table 10): gFID 7.5 on EQ-VAE's latents,
+7.9 on SD-VAE's.
 """
 
-import importlib
 import os
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -26,85 +30,104 @@ import torch.nn.functional as F
 
 import dit
 import sit
+from dit import LABEL_DROP
 from sit import SiT
 
 
-def aligned_depth(depth):  # REPA's for all its sizes; the demo's has only 4 blocks
+def aligned_depth(depth):
+    """The block whose tokens are aligned: REPA's eighth, or the middle of smaller networks."""
     return 8 if depth > 8 else depth // 2
 
 
-CONFIGS = {
-    name.replace("SiT", "REPA"): dict(config, encoder_depth=aligned_depth(config["depth"]))
-    for name, config in sit.CONFIGS.items()
-}
+CONFIGS = {}  # name -> arguments of REPA
+for name, config in sit.CONFIGS.items():
+    depth = aligned_depth(config["depth"])
+    CONFIGS[name.replace("SiT", "REPA")] = dict(config, encoder_depth=depth)
 
 
 class REPA(SiT):
-    """SiT whose tokens after block `encoder_depth` (counted from 1) are projected to each encoder's width in z_dims."""
+    """SiT whose tokens after block `encoder_depth` are projected to each encoder's width.
+
+    encoder_depth  counted from 1
+    projector_dim  width of the projectors' hidden layers
+    z_dims         width of each encoder's tokens
+    """
 
     def __init__(self, *args, encoder_depth=8, projector_dim=2048, z_dims=(768,), **options):
         super().__init__(*args, **options)
-        self.config |= dict(
-            encoder_depth=encoder_depth, projector_dim=projector_dim, z_dims=tuple(z_dims)
-        )
-        width = self.config["hidden_size"]
+        self.config["encoder_depth"] = encoder_depth
+        self.config["projector_dim"] = projector_dim
+        self.config["z_dims"] = tuple(z_dims)
         self.encoder_depth = encoder_depth
-        self.projectors = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width, projector_dim),
-                nn.SiLU(),
-                nn.Linear(projector_dim, projector_dim),
-                nn.SiLU(),
-                nn.Linear(projector_dim, z_dim),
-            )
-            for z_dim in z_dims
-        )
+        width = self.config["hidden_size"]
+        self.projectors = nn.ModuleList(projector(width, projector_dim, z) for z in z_dims)
         self.initialize()
 
     @classmethod
     def config_of(cls, weights):
+        """The arguments that the shapes in an official file tell."""
         config = super().config_of(weights)
-        last = sorted(
+        outputs = sorted(
             name for name in weights if name.startswith("projectors.") and name.endswith(".4.bias")
         )
         return dict(
             config,
             encoder_depth=aligned_depth(config["depth"]),
-            z_dims=tuple(len(weights[k]) for k in last),
             projector_dim=len(weights["projectors.0.0.bias"]),
+            z_dims=tuple(len(weights[name]) for name in outputs),
         )
 
     def forward(self, x, t, y, return_projections=False):
-        """Latents (B, C, h, w), times (B,) in [0, 1] (0: data, 1: noise), labels (B,) -> velocities towards the noise
-        (B, C, h, w), or with them a list of projections (B, N, z_dim)."""
+        """Latents (B, C, h, w), times (B,) in [0, 1] (0: data, 1: noise), labels (B,)
+        -> velocities towards the noise (B, C, h, w); with return_projections=True also a list of
+        projections (B, N, z_dim), one for each encoder."""
         h, c = self.embed(x, t, y)  # (B, N, D), (B, D)
+        projections = []
         for i, block in enumerate(self.blocks):
             h = block(h, c)
-            if i + 1 == self.encoder_depth and return_projections:
+            if return_projections and i + 1 == self.encoder_depth:
                 projections = [projector(h) for projector in self.projectors]
         velocity = self.unpatchify(self.final_layer(h, c))[:, : x.shape[1]]
-        return (velocity, projections) if return_projections else velocity
+        if return_projections:
+            return velocity, projections
+        return velocity
+
+
+def projector(width, hidden, z_dim):
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, z_dim),
+    )
 
 
 def alignment(projections, targets):
-    """Mean cosine between tokens (B, N, z_dim), in float32; REPA's term is its negative."""
-    return (
-        (F.normalize(projections.float(), dim=-1) * F.normalize(targets.float(), dim=-1))
-        .sum(dim=-1)
-        .mean()
-    )
+    """The mean cosine between tokens (B, N, z_dim), in float32. REPA's term is its negative."""
+    projections = F.normalize(projections.float(), dim=-1)
+    targets = F.normalize(targets.float(), dim=-1)
+    return (projections * targets).sum(dim=-1).mean()
 
 
-# ======================================================================================================================
-# DINOv2 (https://arxiv.org/abs/2304.07193), whose patch tokens are the targets. Module names are the official files'.
+def reverse(predict):
+    """A predict of REPA's time and sign -> one of SiT's, for sit.py's samplers."""
 
-ENCODERS = {
-    f"dinov2_vit{letter}14{end}": dict(
-        width=width, depth=depth, heads=heads, registers=4 * bool(end)
-    )
-    for letter, width, depth, heads in (("b", 768, 12, 12), ("s", 384, 12, 6), ("l", 1024, 24, 16))
-    for end in ("", "_reg")
-}
+    def converted(x, t, y, level):
+        return -predict(x, 1 - t, y, level)
+
+    return converted
+
+
+# ==================================================================================================
+# DINOv2 (https://arxiv.org/abs/2304.07193), whose patch tokens are the targets. Module names are
+# those of the official files.
+
+ENCODERS = {}  # name -> arguments of DINOv2
+for letter, width, depth, heads in (("b", 768, 12, 12), ("s", 384, 12, 6), ("l", 1024, 24, 16)):
+    arguments = dict(width=width, depth=depth, heads=heads)
+    ENCODERS[f"dinov2_vit{letter}14"] = arguments
+    ENCODERS[f"dinov2_vit{letter}14_reg"] = dict(arguments, registers=4)
 
 
 class LayerScale(nn.Module):
@@ -119,14 +142,18 @@ class LayerScale(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = dit.Attention(width, heads)
-        self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(
             OrderedDict(
-                fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)
+                fc1=nn.Linear(width, 4 * width),
+                act=nn.GELU(),
+                fc2=nn.Linear(4 * width, width),
             )
         )
+        self.ls2 = LayerScale(width)
 
     def forward(self, x):  # (B, N, D)
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -134,226 +161,309 @@ class ViTBlock(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """DINOv2's ViT, patch 14, as far as its patch tokens need it.
+    """DINOv2's ViT with patches of 14 pixels, as far as its patch tokens need it.
 
-    positions    side of the grid of positions that the file holds (37: it was trained up to 518 px)
-    registers    tokens without a place, 4 in the files whose names say _reg
+    registers  tokens without a place: 4 in the files whose names say _reg
+    positions  side of the grid of positions in the file: 37, it was trained up to 518 pixels
     """
 
     def __init__(self, width=768, depth=12, heads=12, registers=0, positions=37):
         super().__init__()
-        self.cls_token, self.mask_token = (
-            nn.Parameter(torch.zeros(1, 1, width)),
-            nn.Parameter(torch.zeros(1, width)),
-        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + positions**2, width))
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, 14, stride=14)))
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.places = {}  # positions of the sides met so far
+        self.resampled = {}  # side -> positions, of the sides met so far
+        mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def positions(self, side):
-        """(1, 1 + side^2, D). REPA resamples them once, bicubic and antialiased (timm's way): not as DINOv2's own code
-        does, which blurs nothing."""
+        """(1, 1 + side^2, D). REPA resamples them once, bicubic and antialiased, as timm does.
+        DINOv2's own code does not antialias."""
         native = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if side == native:
             return self.pos_embed
-        if side not in self.places:
+        if side not in self.resampled:
             grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (native, native)).float()
             grid = F.interpolate(
                 grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False
             )
-            self.places[side] = torch.cat(
-                [self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1
-            )
-        return self.places[side]
+            places = grid.flatten(2).transpose(1, 2)
+            self.resampled[side] = torch.cat([self.pos_embed[:, :1], places], dim=1)
+        return self.resampled[side]
 
     def forward(self, x):
-        """Normalised images (B, 3, 14 s, 14 s) -> patch tokens (B, s^2, D), row by row, after the last norm."""
+        """Normalised images (B, 3, 14 s, 14 s) -> patch tokens (B, s^2, D), row by row, after the
+        last norm."""
         h = self.patch_embed(x)  # (B, D, s, s)
-        side, h = h.shape[-1], h.flatten(2).transpose(1, 2)  # (B, s^2, D)
+        side = h.shape[-1]
+        h = h.flatten(2).transpose(1, 2)  # (B, s^2, D)
         h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], dim=1) + self.positions(side)
         if hasattr(self, "register_tokens"):
-            h = torch.cat([h[:, :1], self.register_tokens.expand(len(h), -1, -1), h[:, 1:]], dim=1)
+            registers = self.register_tokens.expand(len(h), -1, -1)
+            h = torch.cat([h[:, :1], registers, h[:, 1:]], dim=1)
         for block in self.blocks:
             h = block(h)
         return self.norm(h)[:, -(side**2) :]
 
     @torch.no_grad()
     def encode(self, images, side):
-        """uint8 (B, 3, H, W) -> (B, side^2, D), REPA's targets: normalised, then bicubic, without antialias."""
-        mean, std = (
-            images.new_tensor(v, dtype=torch.float32)[:, None, None]
-            for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
-        x = (images.float() / 255 - mean) / std
-        return self(
-            F.interpolate(x, size=(14 * side, 14 * side), mode="bicubic", align_corners=False)
-        )
+        """uint8 (B, 3, H, W) -> (B, side^2, D), REPA's targets: the images are normalised, then
+        resized bicubically without antialias."""
+        x = (images.float() / 255 - self.mean) / self.std
+        x = F.interpolate(x, size=(14 * side, 14 * side), mode="bicubic", align_corners=False)
+        return self(x)
 
 
 def load_encoder(name, path, device):
-    """-> (encode, its name for the record): encode(uint8 images (B, 3, H, W), side) -> (B, side^2, width) is all that
-    training asks of an encoder, frozen and on the device.
+    """-> (encode, its name for checkpoints).
 
-    name    one of ENCODERS; or MODULE:FUNCTION, a function of (path, device) of yours that returns encode
+    name    one of ENCODERS, or MODULE:FUNCTION: a function of yours of (path, device) that returns
+            encode
     path    its weights; None: for DINOv2 those in torch hub's cache, else downloaded
+
+    encode(uint8 images (B, 3, H, W), side) -> tokens (B, side^2, width), without gradients, is all
+    that training asks of an encoder.
     """
     import vae
 
     if ":" in name:
-        try:
-            module, function = name.split(":")
-            encode = getattr(importlib.import_module(module), function)(path, device)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise vae.InputError(f"--encoder {name}: cannot be had ({error})") from None
-        return encode, f"{name} {dit.file_hash(path)[:16] if path else ''}"
+        encode = vae.load_function(name, "--encoder")(path, device)
+        digest = vae.file_hash(path)[:16] if path else ""
+        return encode, f"{name} {digest}".strip()
     if name not in ENCODERS:
         raise vae.InputError(f"--encoder {name}: one of {', '.join(ENCODERS)}, or MODULE:FUNCTION")
-    file = f"{name}{'4' * name.endswith('_reg')}_pretrain.pth"
-    url = f"https://dl.fbaipublicfiles.com/dinov2/{name.removesuffix('_reg')}/{file}"
-    path = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
-    if not path.is_file():
-        try:
-            torch.hub.download_url_to_file(url, os.fspath(path))
-        except OSError as error:
-            raise vae.InputError(
-                f"{path}: DINOv2's weights are not there ({type(error).__name__}): put {url} there, "
-                "or take an encoder of yours (--encoder MODULE:FUNCTION)"
-            ) from None
-    model = (
-        vae.load_weights(DINOv2(**ENCODERS[name]), vae.load(path), path)
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
-    digest = dit.file_hash(path)
-    vae.say(f"{path}: SHA-256 {digest}")  # its name carries no hash to check
+    if path is None:
+        folder = name.removesuffix("_reg")
+        file = name.replace("_reg", "_reg4") + "_pretrain.pth"
+        path = vae.download(
+            f"https://dl.fbaipublicfiles.com/dinov2/{folder}/{file}",
+            "DINOv2's weights are not there",
+            "or take an encoder of yours (--encoder MODULE:FUNCTION)",
+        )
+    model = vae.load_weights(DINOv2(**ENCODERS[name]), vae.read_file(path), path)
+    model = model.to(device).eval().requires_grad_(False)
+    digest = vae.file_hash(path)  # the file's name carries no hash to check
+    vae.say(f"{path}: SHA-256 {digest}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     return autocast(model.encode), f"{name} {digest[:16]}"
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Training: SiT's loss - align_weight * alignment
 
 
-class AlignedLatents(dit.Latents):
-    """dit.Latents whose items bring the encoder's target too: ((moments, target), label, slot, files passed over), or
-    in its place the image to encode, unless args.cache_features keeps targets on disk."""
+def train(args, rank, world, device):
+    import vae
 
-    def __init__(self, args, device):
-        import vae
+    torch.manual_seed(args.seed)
 
-        super().__init__(args, device)
-        self.encode, self.encoder = load_encoder(args.encoder, args.encoder_weights, device)
-        self.side, self.targets = self.grid[0] // CONFIGS[args.model]["patch_size"], None
-        tokens = self.target([None, torch.zeros(1, 3, *self.images.size, dtype=torch.uint8)])
-        if tokens.shape[1] != self.side**2:
-            raise vae.InputError(
-                f"--encoder {args.encoder}: gives {tokens.shape[1]} tokens, not {self.side**2}"
-            )
-        self.width = tokens.shape[2]
+    # The latents, the encoder, and the run to go on with
+    resumed = vae.load_run(args, "REPA", CONFIGS)
+    autoencoder, about = dit.load_latent_space(args, resumed, device)
+    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    null = len(images.classes)
+    micro_batch = vae.images_per_pass(args, world)
+    preset = CONFIGS[args.model]
+    side = autoencoder.latent_size[0] // preset["patch_size"]
+    encode, encoder = load_encoder(args.encoder, args.encoder_weights, device)
+    width = token_width(args, encode, images.size, side, device)
+
+    # The network, its optimiser and the average of its weights
+    options = dict(path=args.path, z_dims=(width,))
+    config = dit.network_config(args, preset, autoencoder, images, **options)
+    model = dit.start_network(REPA, config, args, resumed, about).to(device)
+    parameters = vae.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    vae.restore_optimizers([optimizer], resumed, args.lr)
+    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    dit.compile_blocks(args, model.blocks)
+    network = vae.distribute(model, device, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    step = resumed["step"] if resumed else 0
+    log = vae.Log(args, step, world, device)
+    data = dit.latent_data(args, rank, world, device, autoencoder, about, images)
+    features = None
+    if args.cache_features:
+        features = cache_features(args, rank, world, device, images, encode, encoder, side, width)
+    data = AlignedLatents(data, images, features)
+    vae.say_start(args, model, data, world, micro_batch, device)
+    batches = vae.endless_batches(data, args, step, rank, world)
+    began = step
+    if resumed is None:
+        dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+    resumed = None  # or its tensors would stay in memory
+
+    while step < args.steps and not vae.stop_requested():
+        # ------------------------------------------------------------------------------------------
+        # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
+        # batch; this process takes its share
+        _, rng = vae.generators(args.seed, step, device)
+        latents, pictures, labels, _, readable = next(batches)
+        shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
+        fresh = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
+        uniform = vae.share(uniform, rank, world)
+        t = uniform[:, 0]  # in [0, 1): 0 data, 1 noise
+        y = labels.to(device, non_blocking=True)
+        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        log.count(unreadable=(~readable).sum())
+
+        passes = len(latents) // micro_batch
+        for k in range(passes):
+            rows = slice(k * micro_batch, (k + 1) * micro_batch)
+            mean, std = dit.moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
+            x1 = autoencoder.normalize(mean + std * fresh[rows])
+            x0 = noise[rows]
+            times = t[rows, None, None, None]
+            alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - times, args.path)
+            x = alpha * x1 + sigma * x0
+            target = -(d_alpha * x1 + d_sigma * x0)  # towards the noise
+            tokens = target_tokens(pictures[rows], encode, side, device)  # (b, N, width)
+            with vae.averaging(network, is_last=k == passes - 1):
+                with autocast:
+                    velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
+                loss = (velocity - target).square().mean()
+                cosine = alignment(projection, tokens)
+                ((loss - args.align_weight * cosine) / passes).backward()
+            log.add(mse=loss, alignment=cosine)
+
+        # The step. A gradient that is not finite skips it, in all processes and without a host
+        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        skipped = (~grad_norm.isfinite()).float()
+        optimizer.found_inf = skipped
+        optimizer.step()
+        optimizer.zero_grad()
+        vae.update_average(ema, model, args.ema_decay, step)
+        step += 1
+        # ------------------------------------------------------------------------------------------
+        log.step(step, skipped, grad_norm, args.lr)
+        if vae.is_due(step, args.sample_every, args.steps):
+            dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        if vae.is_due(step, args.save_every):
+            dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+
+    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+        dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+    vae.end_run(args, step, log)
+
+
+def draw_heun(predict, noise, labels):
+    """The pictures of training: 50 calls of the network."""
+    return sit.heun(reverse(predict), noise, labels, steps=26)
+
+
+@torch.no_grad()
+def target_tokens(pictures, encode, side, device):
+    """uint8 images, or cached tokens -> tokens (b, side^2, width) on the device."""
+    pictures = pictures.to(device, non_blocking=True)
+    if pictures.dtype == torch.uint8:
+        return encode(pictures, side)
+    return pictures
+
+
+def token_width(args, encode, image_size, side, device):
+    """The width of the encoder's tokens. InputError if it does not give side^2 of them."""
+    import vae
+
+    blank = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
+    tokens = target_tokens(blank, encode, side, device)
+    if tokens.shape[1] != side**2:
+        raise vae.InputError(
+            f"--encoder {args.encoder}: gives {tokens.shape[1]} tokens, not {side**2}"
+        )
+    return tokens.shape[2]
+
+
+class AlignedLatents(torch.utils.data.Dataset):
+    """Latents with what the encoder sees of the same picture, mirrored or not as they are.
+
+    latents   dit.Latents, or with --no-cache the images themselves
+    images    a vae.ImageFolder of the same pictures
+    features  dit.Latents of cached tokens; None: the image is given, to be encoded in the step
+
+    Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
+    """
+
+    def __init__(self, latents, images, features=None):
+        self.latents = latents
+        self.images = images.centred()
+        self.features = features
+
+    def __len__(self):
+        return len(self.latents)
 
     def __getitem__(self, item):
-        moments, *rest = super().__getitem__(item)
-        if self.targets is not None:
-            return (
-                moments,
-                torch.from_numpy(self.targets[item[0], int(self.mirrored(item))]),
-            ), *rest
-        if moments.dtype == torch.uint8:  # --no-cache: it is the image
-            return (moments, moments), *rest
-        image = self.images[item][0]
-        return (moments, image.flip(2) if self.mirrored(item) else image), *rest
+        import vae
 
-    def moments(self, batch):
-        return super().moments(batch[0] if isinstance(batch, list) else batch)
-
-    @torch.no_grad()
-    def target(self, batch):
-        """The first entry of a batch of items -> tokens (B, N, width) on the device."""
-        target = batch[1].to(self.device, non_blocking=True)
-        return self.encode(target, self.side) if target.dtype == torch.uint8 else target
-
-    def cache(self, args, rank, world):
-        super().cache(args, rank, world)
-        if args.cache_features:
-            self.targets = self.fill(
-                args,
-                rank,
-                world,
-                "features",
-                1 + self.mirror,
-                (self.side**2, self.width),
-                lambda view: self.target([None, view]),
-                encoder=self.encoder,
-            )
+        moments, label, index, readable = self.latents[item]
+        if moments.dtype == torch.uint8:
+            return moments, moments, label, index, readable
+        if self.features is not None:
+            return moments, self.features[item][0], label, index, readable
+        place = int(self.latents.places[index])
+        image = self.images[place][0]
+        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):
+            image = image.flip(2)
+        return moments, image, label, index, readable
 
 
-def train(args, rank, world, device):
-    data = AlignedLatents(args, device)
-    run = dit.Run(
-        args, rank, world, device, data, REPA, CONFIGS, path=args.path, z_dims=(data.width,)
-    )
+def cache_features(args, rank, world, device, images, encode, encoder, side, width):
+    """The encoder's tokens of all pictures on disk, beside the latents: -> dit.Latents of them."""
+    import vae
 
-    def draw(predict, noise, labels):
-        return sit.heun(reverse(predict), noise, labels, steps=26)
+    if args.no_cache:
+        raise vae.InputError("--cache-features: goes with cached latents, not with --no-cache")
+    views = 2 if args.mirror else 1
+    shape = (len(images), views, side**2, width)
+    rows = dit.open_cache(args, shape, images, "features", encoder=encoder)
 
-    while run.goes_on(draw):
-        # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP
-        for batch, sync in run.micro_batches():
-            x1, x0, t, y = run.latents(batch)  # data, noise (b, c, h, w); (b,), (b,)
-            target = data.target(batch[0])  # (b, N, width)
-            alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - t[:, None, None, None], args.path)
-            x, towards_noise = alpha * x1 + sigma * x0, -(d_alpha * x1 + d_sigma * x0)
-            with sync:
-                with run.autocast:
-                    velocity, (projection,) = run.network(x, t, y, return_projections=True)
-                loss, cosine = (
-                    (velocity - towards_noise).square().mean(),
-                    alignment(projection, target),
-                )
-                ((loss - args.align_weight * cosine) / run.accumulate).backward()
-            run.meter.add(mse=loss, alignment=cosine)
-        run.update(clip=1.0)
-        # --------------------------------------------------------------------------------------------------------------
+    def compute(batch):
+        tokens = [target_tokens(batch, encode, side, device)]
+        if views == 2:
+            tokens.append(target_tokens(batch.flip(3), encode, side, device))
+        return torch.stack(tokens, dim=1).half()
+
+    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching features")
+    return dit.Latents(rows.path, places, [0] * len(places), args.seed, args.mirror)
 
 
-def reverse(predict):
-    """A model of REPA's time and sign for sit.py's samplers."""
-    return lambda x, t, y, level: -predict(x, 1 - t, y, level)
+# ==================================================================================================
+# The command line
 
 
 def main():
     import vae
 
-    parser = sit.arguments(__doc__, CONFIGS)
-    parser.add_argument(
-        "--encoder", default="dinov2_vitb14", help="whose tokens to align with, see load_encoder()"
+    parser = sit.arguments(__doc__, CONFIGS, "repa.pt")
+    group = parser.add_argument_group("alignment")
+    group.add_argument(
+        "--encoder", default="dinov2_vitb14", help="whose tokens; or MODULE:FUNCTION"
     )
-    parser.add_argument("--encoder-weights", help="its file (default: torch hub's)")
-    parser.add_argument("--align-weight", type=float, default=0.5)
-    parser.add_argument(
-        "--cache-features", action="store_true", help="on disk, beside the latents: large"
+    group.add_argument("--encoder-weights", help="its file (None: torch hub's, or its own)")
+    group.add_argument("--align-weight", type=vae.non_negative, default=0.5)
+    group.add_argument(
+        "--cache-features", action="store_true", help="keep its tokens on disk: large"
     )
-    parser.set_defaults(mirror=False)  # REPA's recipe has none
-    with vae.launch(
-        parser,
-        data="data/imagenet/train",
-        out="repa.pt",
-        steps=400_000,
-        batch_size=256,
-        lr=1e-4,
-        save_every=10_000,
-        sample_every=10_000,
-    ) as (args, rank, world, device):
-        if args.sample_from:
-            sit.sample(args, rank, world, device, REPA, CONFIGS, reverse)
-        else:
-            train(args, rank, world, device)
+    parser.set_defaults(mirror=False)  # REPA's recipe mirrors nothing
+    vae.launch(parser, run)
+
+
+def run(args, rank, world, device):
+    if args.sample_from:
+        sit.sample(args, rank, world, device, REPA, CONFIGS, reverse)
+    else:
+        train(args, rank, world, device)
 
 
 if __name__ == "__main__":

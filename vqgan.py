@@ -1,38 +1,44 @@
-"""The VQ-GAN of taming-transformers, and its fine-tuning with EQ-VAE's loss: the discrete half of the paper.
+"""The VQ-GAN of taming-transformers, and its fine-tuning with EQ-VAE: the paper's discrete half.
 
-A VQ-GAN (https://arxiv.org/abs/2012.09841) replaces each vector of an encoder's features by the nearest of a codebook's
-and decodes those. EQ-VAE (https://arxiv.org/abs/2502.09509) transforms the features before they are quantised: half of
-the steps autoencode (Eq. 1), the other half decode the codes of a transformed grid of features towards the transformed
-image (Eq. 5). maskgit.py generates the codes. Encoder, decoder, discriminator and the run kit are vae.py's.
+A VQ-GAN (https://arxiv.org/abs/2012.09841) replaces each vector of an encoder's features by the
+nearest of a codebook's, and decodes those. EQ-VAE (https://arxiv.org/abs/2502.09509) transforms
+the features before they are quantised. Half of the steps train plain reconstruction (Eq. 1). The
+other half decode the codes of a transformed grid of features and ask for the transformed image
+(Eq. 5). maskgit.py generates the codes. Encoder, decoder, discriminator and the run kit are
+vae.py's.
 
-    python vqgan.py --data emoji --model tiny --init scratch --image-size 32 --batch-size 32 --steps 800 --lr 1e-3 \\
-        --lpips-weight 0 --gan-weight 0 --out tiny-vq.pt                   # a CPU, a minute; `bash demo.sh --all`
-    python vqgan.py --init vqgan.ckpt --data photos/ --batch-size 16       # one GPU
-    python vqgan.py --init eqvqgan.pt --export eq-vqgan                    # for taming-transformers and Maskgit-pytorch
-    torchrun --nproc_per_node=8 vqgan.py                                   # eight: the paper's recipe
+    python vqgan.py --data data/emoji/train --model tiny --init scratch --image-size 32 \\
+        --batch-size 32 --steps 800 --lr 1e-3 --lpips-weight 0 --gan-weight 0 --out tiny-vq.pt
+                                                                    # one minute on a CPU
+    python vqgan.py --init vqgan.ckpt --data photos/ --batch-size 16  # one GPU
+    torchrun --nproc_per_node=8 vqgan.py                              # eight: the paper's recipe
+    python vqgan.py --init eqvqgan.pt --export eq-vqgan               # a folder for taming's code
 
-The last line reads data/openimages/ and data/vqgan_imagenet_f16_1024.ckpt (ckpts/last.ckpt in taming's
-https://heibox.uni-heidelberg.de/d/8088892a516d4e3baf92/), takes 50,000 steps of 160 images, and writes eqvqgan.pt with
-eqvqgan.jsonl (losses, the codebook's use) and eqvqgan/ (pictures) beside it. Run again, it goes on where it stopped. To
-expect on ImageNet's validation set (Tables 1 and 12): rFID 7.94 -> 7.54, R 1.35 -> .64, S 1.22 -> .55.
+The torchrun line reads data/openimages/ and data/vqgan_imagenet_f16_1024.ckpt (ckpts/last.ckpt in
+taming's https://heibox.uni-heidelberg.de/d/8088892a516d4e3baf92/) and takes 50,000 steps of 160
+images. It writes eqvqgan.pt, eqvqgan.jsonl (losses, the codebook's use) and eqvqgan/ (pictures).
+The same command again goes on where the run stopped. Expect on ImageNet's validation set (Tables 1
+and 12): rFID 7.94 -> 7.54, R 1.35 -> .64, S 1.22 -> .55.
 """
 
 import argparse
 import json
 import os
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import vae
-from vae import AutoencoderKL, Decoder, Encoder, InputError
+from vae import Decoder, Encoder, InputError, constructor_arguments
 
-F16 = dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,))
-CONFIGS = {  # name -> arguments of VQGAN
-    "f16-1024": dict(F16, n_embed=1024),  # vqgan_imagenet_f16_1024: the paper's, MaskGIT v1's
-    "f16-16384": dict(F16, n_embed=16384),  # vqgan_imagenet_f16_16384
+# name -> arguments of VQGAN
+CONFIGS = {
+    # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
+    "f16-1024": dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), n_embed=1024),
+    # vqgan_imagenet_f16_16384
+    "f16-16384": dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), n_embed=16384),
+    # small, for the tests and results/
     "tiny": dict(
         ch=16,
         ch_mult=(1, 2, 4),
@@ -44,67 +50,66 @@ CONFIGS = {  # name -> arguments of VQGAN
     ),
 }
 
-# ======================================================================================================================
+
+# ==================================================================================================
 # The network. Module names are taming's, so that its checkpoints load strictly.
-#     B batch   H, W image   h, w features (H / f, W / f)   N = h w tokens   e embed_dim   K = n_embed codes
+#     B batch   H, W image   h, w features (H / f, W / f)   N = h w tokens   e embed_dim   K codes
 
 
 class VectorQuantizer(nn.Module):
-    """Each vector of the features -> the nearest of K codes, with gradients passed straight through."""
+    """Each vector of the features -> the nearest of K codes; gradients pass straight through."""
 
     def __init__(self, n_embed, embed_dim, beta, legacy_beta):
         super().__init__()
-        self.beta, self.legacy_beta = beta, legacy_beta
+        self.beta = beta
+        self.legacy_beta = legacy_beta
         self.embedding = nn.Embedding(n_embed, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
 
     @torch.no_grad()
     def nearest(self, h):
-        """Features (B, e, h, w) -> indices (B, N), row by row. In fp32 throughout: TF32 or bf16 take other codes."""
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        with torch.autocast(h.device.type, enabled=False):
-            vectors, codes = (
-                h.float().permute(0, 2, 3, 1).flatten(0, 2),
-                self.embedding.weight,
-            )  # (B N, e)
-            distances = (
-                vectors.square().sum(1, keepdim=True)
-                + codes.square().sum(1)
-                - 2 * (vectors @ codes.T)
-            )
-        torch.set_float32_matmul_precision(precision)
-        return distances.argmin(1).view(
-            len(h), -1
-        )  # |v - c|^2 with taming's order of sums, so its roundings
+        """Features (B, e, h, w) -> indices (B, N), row by row.
+
+        In float32 throughout: TF32 or bf16 would take other codes. |v - c|^2 is added up in
+        taming's order, so it is rounded as there.
+        """
+        with vae.full_precision(), torch.autocast(h.device.type, enabled=False):
+            vectors = h.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B N, e)
+            codes = self.embedding.weight  # (K, e)
+            squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
+            distances = squares - 2 * (vectors @ codes.T)  # (B N, K)
+        return distances.argmin(1).view(len(h), -1)
 
     def forward(self, h):
-        """Features (B, e, h, w) -> (their codes, of equal shape, indices (B, N), the codebook's loss, a mean).
+        """Features (B, e, h, w) -> (their codes, of equal shape, indices (B, N), the loss).
 
-        Codebook term |q - sg(h)|^2 + beta * commitment |h - sg(q)|^2, van den Oord's (https://arxiv.org/abs/1711.00937)
-        Eq. 3; with legacy_beta beta stands on the other of the two, as all released VQ-GANs were trained.
+        The loss is a mean: codebook term |q - sg(h)|^2 + beta * commitment |h - sg(q)|^2, Eq. 3 of
+        https://arxiv.org/abs/1711.00937. With legacy_beta, beta stands on the other of the two, as
+        all released VQ-GANs were trained.
         """
-        h, indices = h.float(), self.nearest(h)
+        h = h.float()
+        indices = self.nearest(h)
         quantised = self.embedding(indices).transpose(1, 2).view_as(h)  # (B, e, h, w)
-        codebook, commitment = F.mse_loss(quantised, h.detach()), F.mse_loss(h, quantised.detach())
-        loss = (
-            commitment + self.beta * codebook
-            if self.legacy_beta
-            else codebook + self.beta * commitment
-        )
-        return h + (quantised - h).detach(), indices, loss  # d quantised / d h = 1
+        codebook = F.mse_loss(quantised, h.detach())
+        commitment = F.mse_loss(h, quantised.detach())
+        if self.legacy_beta:
+            loss = commitment + self.beta * codebook
+        else:
+            loss = codebook + self.beta * commitment
+        straight_through = h + (quantised - h).detach()  # d / d h = 1
+        return straight_through, indices, loss
 
 
 class VQGAN(nn.Module):
     """taming's VQModel (https://arxiv.org/abs/2012.09841), f = 2^(len(ch_mult) - 1).
 
-    ch, ch_mult, norm_groups, num_res_blocks, attn_levels    as in vae.AutoencoderKL
-    z_channels, embed_dim    channels of the encoder's output and of the codes
-    n_embed                  codes
-    beta, legacy_beta        weight of a term of the codebook's loss, and which: see VectorQuantizer.forward()
+    ch, ch_mult, num_res_blocks, attn_levels, norm_groups   as in vae.AutoencoderKL
+    z_channels   channels of the encoder's output
+    embed_dim    channels of the codes
+    n_embed      K, their number
+    beta         weight of one term of the codebook's loss
+    legacy_beta  which one: see VectorQuantizer.forward()
     """
-
-    grid = AutoencoderKL.grid  # (h, w) of images of (H, W)
 
     def __init__(
         self,
@@ -119,20 +124,24 @@ class VQGAN(nn.Module):
         legacy_beta=True,
         norm_groups=32,
     ):
-        config = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        config = constructor_arguments(locals())
         super().__init__()
         self.config = config  # what a checkpoint keeps
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, z_channels, norm_groups)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, z_channels, norm_groups)
+        self.factor = 2 ** (len(ch_mult) - 1)
+        shape = (ch, ch_mult, num_res_blocks, attn_levels)
+        self.encoder = Encoder(*shape, z_channels, norm_groups)
+        self.decoder = Decoder(*shape, z_channels, norm_groups)
         self.quantize = VectorQuantizer(n_embed, embed_dim, beta, legacy_beta)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        self.factor = 2 ** (len(ch_mult) - 1)
+
+    def grid(self, image_size):
+        """(h, w) of the features of images (H, W). InputError where f does not divide a side."""
+        return vae.latent_grid(image_size, self.factor)
 
     def features(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> features (B, e, h, w) before quantisation, float32: what tau acts on."""
+        """Images (B, 3, H, W) in [-1, 1] -> features (B, e, h, w) before they are quantised,
+        float32: what tau acts on."""
         return self.quant_conv(self.encoder(x)).float()
 
     def encode(self, x):
@@ -140,42 +149,75 @@ class VQGAN(nn.Module):
         return self.quantize.nearest(self.features(x))
 
     def decode(self, z, grid=None):
-        """Codes (B, e, h, w), or tokens (B, N) of a `grid` (h, w), a square if not given -> images (B, 3, H, W), about
-        [-1, 1], not clamped. InputError for tokens that are no index of the codebook."""
+        """Codes (B, e, h, w), or tokens (B, N) -> images (B, 3, H, W), about [-1, 1], not clamped.
+
+        grid  (h, w) of tokens; None: a square. InputError for tokens that are no index of the
+              codebook.
+        """
         if not z.is_floating_point():
-            if z.min() < 0 or z.max() >= self.config["n_embed"]:
-                raise InputError(
-                    f"tokens {z.min()} to {z.max()}: the codebook has 0 to {self.config['n_embed'] - 1}"
-                )
-            grid = grid or (round(z.shape[1] ** 0.5),) * 2
-            z = self.quantize.embedding(z).transpose(1, 2).unflatten(2, grid)
+            z = self.codes(z, grid)
         return self.decoder(self.post_quant_conv(z)).float()
 
-    def normalize(self, z):
-        """Nothing to do: generators take tokens, not latents."""
-        return z
+    def codes(self, tokens, grid=None):
+        """Tokens (B, N) -> their codes (B, e, h, w)."""
+        if tokens.min() < 0 or tokens.max() >= self.config["n_embed"]:
+            raise InputError(
+                f"tokens {tokens.min()} to {tokens.max()}: the codebook has "
+                f"0 to {self.config['n_embed'] - 1}"
+            )
+        if grid is None:
+            side = round(tokens.shape[1] ** 0.5)
+            grid = (side, side)
+        return self.quantize.embedding(tokens).transpose(1, 2).unflatten(2, grid)
 
-    denormalize = normalize
+    def decode_features(self, h):
+        """Features (B, e, h, w) -> images, by way of the nearest codes."""
+        return self.decode(self.quantize(h)[0])
 
 
-# ======================================================================================================================
-# The codebook's use, loading, exporting
+# --------------------------------------------------------------------------------------------------
+# A VQ-GAN or a KL autoencoder, for what takes either
 
 
-def use(counts):
-    """How often each of K codes was taken (K,) -> usage, the share taken at all, and perplexity, the number of equally
-    likely codes of the same entropy, as tensors."""
-    return (counts > 0).float().mean(), torch.special.entr(counts / counts.sum()).sum().exp()
+def encode(model, x):
+    """Images (B, 3, H, W) -> means and standard deviations of the latents (B, c, h, w); of a
+    VQ-GAN the features and 0."""
+    if isinstance(model, VQGAN):
+        return model.features(x), 0
+    posterior = model.encode(x)
+    return posterior.mean, posterior.std
+
+
+def decode(model, z):
+    """Latents, or a VQ-GAN's features, which are quantised first -> images (B, 3, H, W)."""
+    if isinstance(model, VQGAN):
+        return model.decode_features(z)
+    return model.decode(z)
+
+
+# ==================================================================================================
+# The codebook's use
+
+
+def codebook_statistics(counts):
+    """How often each of K codes was taken (K,) -> (usage, perplexity), as tensors.
+
+    usage is the share of codes that were taken at all. perplexity is the number of equally likely
+    codes of the same entropy.
+    """
+    usage = (counts > 0).float().mean()
+    entropy = torch.special.entr(counts / counts.sum()).sum()
+    return usage, entropy.exp()
 
 
 @torch.no_grad()
 def codebook_use(model, images, n=1024):
-    """Usage, perplexity and the number of dead codes over n of an Images, evenly spaced."""
-    tokens = torch.cat(
-        [model.encode(x) for x in vae.evenly(images, n, next(model.parameters()).device)]
-    )
+    """-> dict(usage, perplexity, dead, images) over n of a vae.ImageFolder, evenly spaced; dead is
+    the number of codes that none of them takes."""
+    device = next(model.parameters()).device
+    tokens = torch.cat([model.encode(x) for x in vae.evenly(images, n, device)])
     counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
-    usage, perplexity = use(counts)
+    usage, perplexity = codebook_statistics(counts)
     return dict(
         usage=usage.item(),
         perplexity=perplexity.item(),
@@ -184,82 +226,258 @@ def codebook_use(model, images, n=1024):
     )
 
 
-def read_vqgan(path, model=None):
-    """-> (VQGAN's arguments, weights, discriminator's weights or None) of our checkpoints and of taming's, which their
-    codebook tells apart; it must be that of the preset `model`, if given."""
-    checkpoint = vae.load(path)
-    if "arch" in checkpoint:
-        if checkpoint["arch"] != "VQGAN":
-            raise InputError(f"{path}: holds a {checkpoint['arch']}, not a VQ-GAN")
-        config, weights, disc = (
-            checkpoint["config"],
-            checkpoint["ema"] or checkpoint["model"],
-            checkpoint["disc"],
-        )
-    else:
-        state, known = (
-            checkpoint.get("state_dict", checkpoint),
-            ("encoder.", "decoder.", "quant", "post_quant_"),
-        )
-        weights = {key: value for key, value in state.items() if str(key).startswith(known)}
-        disc = {key[19:]: state[key] for key in state if str(key).startswith("loss.discriminator.")}
-        if "quantize.embedding.weight" not in weights:
-            raise InputError(f"{path}: no VQ-GAN in it, neither in our layout nor in taming's")
-        codes = len(weights["quantize.embedding.weight"])
-        config = CONFIGS.get(model or f"f16-{codes}", dict(F16, n_embed=codes))
-    codes = len(weights["quantize.embedding.weight"])
-    if config["n_embed"] != codes or model and model not in vae.presets(config, CONFIGS):
-        raise InputError(
-            f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
-        )
-    return config, weights, disc or None
+# ==================================================================================================
+# Training: Eq. 1 with probability p_alpha, else Eq. 5                                       (Eq. 7)
+
+
+def train(args, rank, world, device):
+    torch.manual_seed(args.seed)
+
+    # The networks: of the run to go on with, of --init, or new ones
+    resumed = vae.load_run(args, "VQGAN", CONFIGS)
+    found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
+    if args.legacy_beta is not None:
+        found.config = dict(found.config, legacy_beta=args.legacy_beta)
+    step = resumed["step"] if resumed else 0
+    model = vae.build(VQGAN, found)
+    discriminator = vae.make_discriminator(args, found, step, world, device)
+    perceptual = vae.load_perceptual(args, device)
+
+    # The pictures. What can be wrong with the arguments is found before anything is written
+    grid = model.grid(args.image_size)
+    smallest = vae.smallest_cells(args, grid, model.factor)
+    micro_batch = vae.images_per_pass(args, world)
+    data = vae.ImageFolder(args.data, args.image_size, "random", args.seed)
+    shown = next(vae.evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
+
+    # The optimisers, and the average of the weights
+    networks = [net for net in (model, discriminator) if net is not None]
+    for net in networks:
+        net.to(device, memory_format=vae.convolution_layout(device)).train()
+    vae.freeze_encoder(model, args.train == "decoder")
+    optimizers = [
+        torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+        for net in networks
+    ]
+    vae.restore_optimizers(optimizers, resumed, args.lr)
+    parameters = vae.trainable_parameters(*networks)
+    buffers = list(discriminator.buffers()) if discriminator is not None else []
+    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    log = vae.Log(args, step, world, device)
+    vae.say_start(args, model, data, world, micro_batch, device)
+    batches = vae.endless_batches(data, args, step, rank, world)
+    began = step
+    if resumed is None:
+        look(args, step, log, model, ema, data, shown, grid, autocast)
+    resumed = None  # or its tensors would stay in memory
+
+    while step < args.steps and not vae.stop_requested():
+        # ------------------------------------------------------------------------------------------
+        # TRAINING STEP. One tau, a function of (seed, step), for all of the batch
+        host, _ = vae.generators(args.seed, step, device)
+        before, tau, _ = vae.draw_transform(args, grid, smallest, host)
+        images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
+        log.count(unreadable=(~readable).sum())
+        statistics = [buffer.clone() for buffer in buffers]
+
+        parts = images.split(micro_batch)
+        for images_part in parts:
+            # The paper's two lines: Eq. 5, or Eq. 1 where tau is the identity. tau acts on the
+            # features before they are quantised. (taming's 1x1 quant_conv comes before it here;
+            # the two commute.)
+            x = before(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
+            with autocast:
+                h = model.features(x)  # (b, e, h, w)
+                target = tau(x)  # (b, 3, f h2, f w2), or turned
+                quantised, indices, codebook_loss = model.quantize(tau(h))  # (b, e, h2, w2)
+                reconstruction = model.decode(quantised)  # target's shape
+
+            # L_rec, a mean over pixels, where LDM's KL autoencoders have sums
+            l1 = (target - reconstruction).abs().mean()
+            lpips = perceptual(target, reconstruction).mean()
+            nll = l1 + args.lpips_weight * lpips
+            regularizer = args.codebook_weight * codebook_loss
+            usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
+            log.add(l1=l1, lpips=lpips, nll=nll, codebook=codebook_loss)
+            log.add(usage=usage, perplexity=perplexity)
+
+            # L_gan, and the discriminator's loss on the same pair. The gradients of the losses end
+            # at the reconstruction here
+            if discriminator is None:
+                (gradient,) = torch.autograd.grad(nll, reconstruction)
+            else:
+                with autocast:
+                    g_loss = -discriminator(reconstruction).float().mean()
+                gradient, gan_gradient, gan_weight, clamped = vae.adversarial_gradient(
+                    nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
+                )
+                if step >= args.disc_start:
+                    gradient = gradient + gan_weight * gan_gradient
+                with autocast:
+                    real = discriminator(target).float()
+                    fake = discriminator(reconstruction.detach()).float()
+                d_loss = vae.hinge_loss(real, fake)
+                (d_loss / len(parts)).backward()
+                log.add(g_loss=g_loss, d_weight=gan_weight, clamped=clamped)
+                log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
+
+            # and one pass through decoder and encoder carries all of them
+            torch.autograd.backward(
+                (reconstruction, regularizer / len(parts)), (gradient / len(parts), None)
+            )
+
+        # The step. A gradient that is not finite skips it, in all processes and without a host
+        # sync: the fused optimisers read found_inf and then change nothing, as under AMP
+        vae.average_gradients(parameters)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        skipped = (~grad_norm.isfinite()).float()
+        for optimizer in optimizers:
+            optimizer.found_inf = skipped
+            optimizer.step()
+            optimizer.zero_grad()
+        vae.restore_where(skipped, buffers, statistics)  # BatchNorm's, of the discriminator
+        vae.update_average(ema, model, args.ema_decay, step)
+        step += 1
+        # ------------------------------------------------------------------------------------------
+        log.step(step, skipped, grad_norm, args.lr)
+        if vae.is_due(step, args.sample_every, args.steps):
+            look(args, step, log, model, ema, data, shown, grid, autocast)
+        if vae.is_due(step, args.save_every):
+            vae.save_autoencoder(args, step, log, networks, optimizers, ema)
+
+    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+        found = final_use(args, step, model, ema, data, device)
+        vae.save_autoencoder(args, step, log, networks, optimizers, ema, found)
+    vae.end_run(args, step, log)
+
+
+def count_codes(indices, n_embed):
+    """How often each code was taken, (K,). (bincount would make the host wait for a GPU.)"""
+    counts = torch.zeros(n_embed, device=indices.device)
+    ones = torch.ones(indices.numel(), device=indices.device)
+    return counts.index_add_(0, indices.flatten(), ones)
+
+
+def look(args, step, log, model, ema, data, shown, grid, autocast):
+    """vae.look()'s picture and errors, and a line of the log with the codebook's use."""
+    vae.look(args, step, log, model.features, model.decode_features, shown, grid, autocast)
+    if vae.MAIN and not args.bench and args.sample_every:
+        used = averaged_model(model, ema, shown.device)
+        log.write(dict(step=step, **codebook_use(used, data.centred())))
+
+
+def final_use(args, step, model, ema, data, device):
+    """The codebook's use that a finished run keeps; None where it was stopped."""
+    if step < args.steps or not vae.MAIN or args.bench:
+        return None
+    found = codebook_use(averaged_model(model, ema, device), data.centred())
+    vae.say(
+        f"codebook: {found['dead']} of {model.config['n_embed']} codes are used by none of "
+        f"{found['images']} images"
+    )
+    return found
+
+
+def averaged_model(model, ema, device):
+    """The network that is used: with the average of the weights where there is one."""
+    used = VQGAN(**model.config).to(device)
+    used.load_state_dict(ema or model.state_dict())
+    return used
+
+
+# ==================================================================================================
+# Files in and out: our own checkpoints and taming's
 
 
 def load_vqgan(path, model=None):
-    """The VQ-GAN in a file that read_vqgan() knows, strictly, on the CPU, for inference."""
-    config, weights, _ = read_vqgan(path, model)
-    return vae.load_weights(VQGAN(**config), weights, path).eval().requires_grad_(False)
+    """The VQ-GAN in a file or folder, loaded strictly, on the CPU, for inference.
+
+    path   our checkpoint (its average where it has one), taming's .ckpt, what --export wrote
+    model  the preset of CONFIGS that it must be of
+    """
+    found = read_vqgan(path, model)
+    network = vae.build(VQGAN, found).eval().requires_grad_(False)
+    network.image_size = found.image_size
+    return network
+
+
+def read_vqgan(path, model=None):
+    """-> vae.Stored: the VQ-GAN in a file that load_vqgan() knows. The codebook tells taming's
+    presets apart."""
+    file = vae.find_file(path)
+    checkpoint = vae.read_file(file)
+    if "arch" in checkpoint:
+        found = vae.read_ours(file, checkpoint, "VQGAN")
+    else:
+        found = read_taming(file, checkpoint, model)
+    codes = len(found.weights["quantize.embedding.weight"])
+    fits = found.config["n_embed"] == codes
+    if not fits or (model and model not in vae.presets(found.config, CONFIGS)):
+        raise InputError(
+            f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
+        )
+    return found
+
+
+def read_taming(path, checkpoint, model):
+    weights = vae.find_weights(checkpoint, "quantize.embedding.weight")
+    if weights is None:
+        raise InputError(f"{path}: no VQ-GAN in it, neither in our layout nor in taming's")
+    disc = vae.weights_under(weights, "loss.discriminator.")
+    known = ("encoder.", "decoder.", "quant", "post_quant_")
+    weights = {name: value for name, value in weights.items() if name.startswith(known)}
+    codes = len(weights["quantize.embedding.weight"])
+    config = CONFIGS.get(model or f"f16-{codes}")
+    if config is None:
+        config = dict(CONFIGS["f16-1024"], n_embed=codes)
+    return vae.Stored(path, config, weights, disc or None)
 
 
 def load_model(path, model=None):
-    """The VQ-GAN or the KL autoencoder in a file or folder, for what takes either."""
-    held = {} if os.path.isdir(path) else vae.load(path)
-    vq = "quantize.embedding.weight" in held.get("state_dict", held.get("model", held))
-    return (load_vqgan if vq else vae.load_autoencoder)(path, model)
-
-
-def encode(model, x):
-    """Images (B, 3, H, W) -> means and standard deviations of the latents; of a VQ-GAN the features and 0."""
-    if isinstance(model, VQGAN):
-        return model.features(x), 0
-    posterior = model.encode(x)
-    return posterior.mean, posterior.std
-
-
-def decode(model, z):
-    """Latents, of a VQ-GAN features, which are quantised first -> images (B, 3, H, W)."""
-    return model.decode(model.quantize(z)[0] if isinstance(model, VQGAN) else z)
+    """The VQ-GAN or the KL autoencoder in a file or folder."""
+    checkpoint = vae.read_file(vae.find_file(path))
+    if vae.find_weights(checkpoint, "quantize.embedding.weight") is None:
+        return vae.load_autoencoder(path, model)
+    return load_vqgan(path, model)
 
 
 def export(args):
-    """Writes what --init holds to a new folder, as taming's logs and Maskgit-pytorch's --vqgan-folder have it; they
-    take the networks from it and pass over the discriminator's weights, if there are any."""
-    config, weights, disc = read_vqgan(args.init, args.model)
-    config, folder, part = VQGAN(**config).config, Path(args.export), Path(f"{args.export}.tmp")
-    if folder.exists():
-        raise InputError(f"--export {folder}: already there; give a new folder")
+    """Writes what --init holds to a new folder, as taming's logs have it and Maskgit-pytorch's
+    --vqgan-folder wants it. Both take the network's weights and pass over the discriminator's."""
+    if args.init == "scratch":
+        raise InputError("--export: give the file to export with --init")
+    found = read_vqgan(args.init, args.model)
+    model = vae.build(VQGAN, found)
+    config = model.config
     if config["norm_groups"] != 32:
         raise InputError(
-            f"--export {args.init}: its norms have {config['norm_groups']} groups, taming's always 32"
+            f"--export {args.init}: its norms have {config['norm_groups']} groups, taming's have 32"
         )
+    vae.write_folder(args.export, lambda folder: write_taming(folder, model, found))
+    vae.say(f"{args.export}: taming's layout, {config['n_embed']:,} codes")
+    if not config["legacy_beta"]:
+        vae.say("taming trains on with its legacy beta; these weights were trained without")
+
+
+def write_taming(folder, model, found):
+    """ckpts/last.ckpt and configs/model.yaml, in taming's words (JSON is YAML)."""
+    config = model.config
+    weights = dict(model.state_dict())
+    for name, value in (found.disc or {}).items():
+        weights[f"loss.discriminator.{name}"] = value
     network = dict(
         double_z=False,
+        z_channels=config["z_channels"],
         resolution=256,
         in_channels=3,
         out_ch=3,
-        dropout=0.0,
+        ch=config["ch"],
+        ch_mult=config["ch_mult"],
+        num_res_blocks=config["num_res_blocks"],
         attn_resolutions=[256 >> level for level in config["attn_levels"]],
-        **{name: config[name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")},
+        dropout=0.0,
     )
     told = dict(
         target="taming.models.vqgan.VQModel",
@@ -270,93 +488,36 @@ def export(args):
             lossconfig=dict(target="taming.modules.losses.DummyLoss"),
         ),
     )
-    try:
-        for name in ("ckpts", "configs"):
-            (part / name).mkdir(parents=True)
-        disc = {f"loss.discriminator.{name}": value for name, value in (disc or {}).items()}
-        torch.save(dict(state_dict=weights | disc), part / "ckpts" / "last.ckpt")
-        (part / "configs" / "model.yaml").write_text(
-            json.dumps(dict(model=told), indent=2)
-        )  # JSON is YAML
-        os.replace(part, folder)
-    except OSError as error:
-        raise InputError(f"--export {folder}: cannot be written ({error})") from None
-    vae.say(
-        f"{folder}: taming's layout, {config['n_embed']:,} codes"
-        + "; taming trains on with --legacy-beta, these weights were not"
-        * (not config["legacy_beta"])
-    )
+    (folder / "ckpts").mkdir()
+    (folder / "configs").mkdir()
+    torch.save(dict(state_dict=weights), folder / "ckpts" / "last.ckpt")
+    text = json.dumps(dict(model=told), indent=2)
+    (folder / "configs" / "model.yaml").write_text(text + "\n")
 
 
-# ======================================================================================================================
-# Training: Eq. 1 with probability p_alpha, else Eq. 5                                                           (Eq. 7)
-
-
-def train(args, rank, world, device):
-    run = vae.Tuning(
-        args, rank, world, device, VQGAN, CONFIGS, read_vqgan, "mean", legacy_beta=args.legacy_beta
-    )
-    model, features, reconstruct = (
-        run.model,
-        run.autocast(run.model.features),
-        run.autocast(run.model.decode),
-    )
-
-    def measure():
-        used = vae.load_weights(VQGAN(**model.config), run.ema or model.state_dict(), run.out).to(
-            device
-        )
-        found = codebook_use(used, run.centred)
-        vae.say(
-            f"codebook: {found['dead']} of {model.config['n_embed']} codes unused by {found['images']} images"
-        )
-        return found
-
-    def look():
-        run.look(features, lambda h: reconstruct(model.quantize(h)[0]), **measure())
-
-    while run.goes_on(look, measure):
-        # --------------------------------------------------------------------------------------------------------------
-        # TRAINING STEP
-        for x, _, tau in run.micro_batches():
-            h = features(x)  # (b, e, h, w)
-            # tau on the features, before they are quantised. (taming's 1x1 quant_conv lies before it; they commute.)
-            target, h = tau(x), tau(h)  # (b, 3, f h2, f w2), (b, e, h2, w2)
-            quantised, indices, codebook_loss = model.quantize(h)
-            reconstruction = reconstruct(quantised)  # (b, 3, f h2, f w2)
-            nll, gan = run.criterion(target, reconstruction)
-            run.backward(nll, gan, args.codebook_weight * codebook_loss, target, reconstruction)
-            counts = torch.zeros(model.config["n_embed"], device=device)
-            usage, perplexity = use(
-                counts.index_add_(0, indices.flatten(), counts.new_ones(indices.numel()))
-            )
-            # Codebook and commitment terms differ in their gradients, not in value: each is codebook / (1 + beta)
-            run.meter.add(codebook=codebook_loss, usage=usage, perplexity=perplexity)
-        run.update()
-        # --------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# The command line
 
 
 def main():
-    parser = vae.arguments(__doc__, CONFIGS, "data/vqgan_imagenet_f16_1024.ckpt")
-    parser.add_argument("--codebook-weight", type=float, default=1.0)
-    parser.add_argument(
+    init = "data/vqgan_imagenet_f16_1024.ckpt"
+    parser, group = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
+    group.add_argument("--codebook-weight", type=vae.non_negative, default=1.0)
+    group.add_argument(
         "--legacy-beta",
         action=argparse.BooleanOptionalAction,
-        help="beta on the codebook term, as in "
-        "all released VQ-GANs, or on the commitment (default: --init's; from scratch, legacy)",
+        help="beta on the codebook's term, as in all released VQ-GANs, or on the commitment "
+        "(None: as --init has it; from scratch, legacy)",
     )
-    parser.set_defaults(gan_weight=0.8)  # taming's imagenet_vqgan.yaml
-    with vae.launch(
-        parser,
-        data="data/openimages",
-        out="eqvqgan.pt",
-        steps=50_000,
-        batch_size=160,
-        lr=4.5e-5,
-        save_every=1000,
-        sample_every=1000,
-    ) as (args, rank, world, device):
-        export(args) if args.export else train(args, rank, world, device)
+    parser.set_defaults(gan_weight=0.8)  # of taming's imagenet_vqgan.yaml
+    vae.launch(parser, run)
+
+
+def run(args, rank, world, device):
+    if args.export:
+        export(args)
+    else:
+        train(args, rank, world, device)
 
 
 if __name__ == "__main__":
