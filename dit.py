@@ -390,10 +390,9 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 def train(args, rank, world, device):
     import vae
 
-    torch.manual_seed(args.seed)
-
     # The latents, and the run to go on with
-    resumed = vae.load_run(args, "DiT", CONFIGS)
+    resumed = vae.load_run(args, "DiT", CONFIGS, ("vae", "latent", "ema", "classes"))
+    torch.manual_seed(args.seed)
     autoencoder, about = load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)
@@ -467,7 +466,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every):
             save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         save(args, step, log, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 
@@ -501,8 +500,6 @@ def load_latent_space(args, resumed, device):
     autoencoder.image_size = (args.image_size, args.image_size)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
     if resumed is not None:
-        check_keys = ("vae", "latent", "ema", "classes")
-        vae.check_keys(args.out, resumed, check_keys)
         if resumed["vae"]["sha256"] != about["sha256"]:
             raise vae.InputError(
                 f"{args.out}: trained on the latents of another autoencoder "
@@ -847,7 +844,7 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, settin
 
         def noise_like(x):
             rows = [torch.randn(shape, generator=source) for source in sources]
-            return torch.stack(rows).to(x)
+            return vae.to_device(torch.stack(rows), device)
 
         def predict_and_tell(x, t, y, level):
             tick()

@@ -319,10 +319,9 @@ def guided_logits(model, tokens, labels, scale):
 def train(args, rank, world, device):
     import vae
 
-    torch.manual_seed(args.seed)
-
     # The tokens, and the run to go on with
-    resumed = vae.load_run(args, "MaskGIT", CONFIGS)
+    resumed = vae.load_run(args, "MaskGIT", CONFIGS, ("vqgan", "classes"))
+    torch.manual_seed(args.seed)
     tokenizer, about = load_tokenizer(args, resumed, device)
     images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)
@@ -395,7 +394,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every):
             save(args, step, log, model, optimizer, about, images)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         save(args, step, log, model, optimizer, about, images)
     vae.end_run(args, step, log)
 
@@ -426,7 +425,6 @@ def load_tokenizer(args, resumed, device):
     tokenizer.image_size = (args.image_size, args.image_size)
     tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
     if resumed is not None:
-        vae.check_keys(args.out, resumed, ("vqgan", "classes"))
         if resumed["vqgan"]["sha256"] != about["sha256"]:
             raise vae.InputError(
                 f"{args.out}: trained on the tokens of another VQ-GAN "
@@ -605,7 +603,7 @@ def sample(args, rank, world, device):
         hooks = model.register_forward_pre_hook(lambda *_: tick())
         sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
         uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
-        uniform = torch.stack(uniform).to(device)
+        uniform = vae.to_device(torch.stack(uniform), device)
         try:
             with autocast:
                 y = torch.from_numpy(labels).to(device)

@@ -262,10 +262,9 @@ def load_encoder(name, path, device):
 def train(args, rank, world, device):
     import vae
 
-    torch.manual_seed(args.seed)
-
     # The latents, the encoder, and the run to go on with
-    resumed = vae.load_run(args, "REPA", CONFIGS)
+    resumed = vae.load_run(args, "REPA", CONFIGS, ("vae", "latent", "ema", "classes"))
+    torch.manual_seed(args.seed)
     autoencoder, about = dit.load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)
@@ -353,7 +352,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every):
             dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 

@@ -212,10 +212,9 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 def train(args, rank, world, device):
     import vae
 
-    torch.manual_seed(args.seed)
-
     # The latents, and the run to go on with
-    resumed = vae.load_run(args, "SiT", CONFIGS)
+    resumed = vae.load_run(args, "SiT", CONFIGS, ("vae", "latent", "ema", "classes"))
+    torch.manual_seed(args.seed)
     autoencoder, about = dit.load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)
@@ -292,7 +291,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every):
             dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 

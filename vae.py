@@ -3,7 +3,8 @@
 EQ-VAE (https://arxiv.org/abs/2502.09509) fine-tunes a pretrained autoencoder until scaling or
 rotating a latent does to the decoded image what scaling or rotating the image would have done.
 Half of the steps train plain reconstruction (Eq. 1). The other half decode a transformed latent
-and ask for the transformed image (Eq. 5). Generators learn faster on such latents.
+and ask for the transformed image (Eq. 5). Generators learn faster on such latents. The transform,
+tau, is drawn and applied by eqloss.py.
 
     python data/emoji/prepare.py                                    # pictures for a first try
     python vae.py --data data/emoji/train --model tiny --init scratch --image-size 32 \\
@@ -11,28 +12,32 @@ and ask for the transformed image (Eq. 5). Generators learn faster on such laten
                                                                     # one minute on a CPU
     python vae.py --init kl-f8.ckpt --data photos/ --batch-size 16  # one GPU
     torchrun --nproc_per_node=8 vae.py                              # eight GPUs: the paper's recipe
-    python vae.py --init eqvae.pt --export eq-vae                   # a folder for diffusers
+    python vae.py --init eqvae.pt --export for-diffusers            # writes a folder
 
 The torchrun line fine-tunes SD-VAE into EQ-VAE. It reads data/openimages/ and data/kl-f8.ckpt
 (https://ommer-lab.com/files/latent-diffusion/kl-f8.zip) and takes 50,000 steps of 160 images. It
 writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures). The same command again goes on where
-the run stopped. Expect on ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82,
-R .93 -> .49, S .80 -> .15, PSNR 25.8 -> 26.0.
+the run stopped. Expect on ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82, error
+under rotation R .93 -> .49, error under scaling S .80 -> .15, PSNR 25.8 -> 26.0 dB.
 
-The file reads in this order: networks, losses, training, arguments; then files in and out; then
-the run kit, small functions that every script of this repository shares.
+Read this file from the top. Networks, losses and training are its first third. Then come the
+command line, the reading and writing of other people's files, and the run kit: functions that all
+scripts of this repository use, and no paper speaks of.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -46,16 +51,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its all_reduce has gradients
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from PIL import Image
 from tqdm import tqdm
 
 import eqloss
 from eqloss import identity_transform, released_transform, sample_transform, scale_transform
 
-# name -> arguments of AutoencoderKL. To add a preset, add a line. Scale and shift belong to the
-# published weights; a fine-tune measures its own.
+# name -> arguments of AutoencoderKL. To add a preset, add a line: n numbers in ch_mult make latents
+# that are 2^(n - 1) times smaller than the image. Scale and shift belong to published weights;
+# leave them out where there are none. A finished run measures its own.
 CONFIGS = {
     # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
     "sd": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),
@@ -79,7 +87,24 @@ CONFIGS = {
 
 # ==================================================================================================
 # The networks. Module names are LDM's, so that its checkpoints load strictly.
-#     B batch   C channels   H, W image   h, w latent (H / f, W / f)   c latent channels
+#     B batch (b: a micro-batch)   C channels   H, W image   h, w latent (H / f, W / f)
+#     c latent channels
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that takes bf16 as it comes, and adds up in float32 inside.
+
+    Under autocast torch's runs in float32: then a third of all that is kept for the backward pass
+    are float32 copies of these layers' inputs.
+    """
+
+    def forward(self, x):
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -87,9 +112,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Identity()
         if c_in != c_out:
@@ -106,7 +131,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.q = nn.Conv2d(c, c, 1)
         self.k = nn.Conv2d(c, c, 1)
         self.v = nn.Conv2d(c, c, 1)
@@ -166,7 +191,10 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images -> what quant_conv turns into moments. `down` is indexed by resolution, 0 = image."""
+    """Images -> features, from which quant_conv computes the posterior's mean and log variance.
+
+    `down` has one entry per resolution; entry 0 works at the size of the image.
+    """
 
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, out_channels, norm_groups):
         super().__init__()
@@ -180,21 +208,22 @@ class Encoder(nn.Module):
             level.downsample = nn.Identity() if is_last else downsample(width)
             self.down.append(level)
         self.mid = middle(width, norm_groups)
-        self.norm_out = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.norm_out = GroupNorm(norm_groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x):  # (B, 3, H, W)
         h = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
-            h = level.downsample(level(h))  # (B, ch_mult[i] ch, ...), sides halved but by the last
+            h = level.downsample(level(h))  # sides halved; the last level keeps its size
         h = self.mid(h)  # (B, ch_mult[-1] ch, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, h, w)
 
 
 class Decoder(nn.Module):
-    """The encoder turned round, with one block more a level.
+    """The encoder in reverse, with one more residual block per level.
 
-    `up` is indexed by resolution as in LDM's files, 0 = image, and is used from its end.
+    `up` has one entry per resolution, as in LDM's files: entry 0 works at the size of the image, so
+    forward() runs through it backwards.
     """
 
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, in_channels, norm_groups):
@@ -204,18 +233,18 @@ class Decoder(nn.Module):
         self.mid = middle(widths[-1], norm_groups)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            width_below = widths[min(i + 1, len(widths) - 1)]
+            coarser_width = widths[min(i + 1, len(widths) - 1)]
             blocks = num_res_blocks + 1
-            level = Level(width_below, width, blocks, i in attn_levels, norm_groups)
+            level = Level(coarser_width, width, blocks, i in attn_levels, norm_groups)
             level.upsample = nn.Identity() if i == 0 else upsample(width)
             self.up.append(level)
-        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):  # (B, in_channels, h, w)
         h = self.mid(self.conv_in(z))  # (B, ch_mult[-1] ch, h, w)
         for level in reversed(self.up):
-            h = level.upsample(level(h))  # (B, ch_mult[i] ch, ...), sides doubled but by the last
+            h = level.upsample(level(h))  # sides doubled; the last level keeps its size
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
@@ -301,19 +330,26 @@ class AutoencoderKL(nn.Module):
 
         ValueError while the scale is unknown.
         """
+        self.check_scale()
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def check_scale(self):
         if self.scaling_factor is None:
             raise ValueError(
                 "this autoencoder's latent scale is unknown: measure it with vae.measure_latents()"
             )
-        return (z - self.shift_factor) * self.scaling_factor
 
     def denormalize(self, z):
-        """What normalize() gave -> latents for decode()."""
+        """What normalize() gave -> latents for decode(). ValueError while the scale is unknown."""
+        self.check_scale()
         return z / self.scaling_factor + self.shift_factor
 
 
 def constructor_arguments(names):
-    """locals() of a constructor -> its arguments: what builds the network once more."""
+    """The locals() of a constructor -> its arguments, with which to build the same network again.
+
+    (Python adds __class__ to the locals of a method that calls super().)
+    """
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
@@ -327,6 +363,33 @@ def latent_grid(image_size, factor):
             f"the nearest are {lower} and {upper}"
         )
     return (height // factor, width // factor)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d that takes its statistics over the images of all processes.
+
+    nn.SyncBatchNorm does the same on GPUs alone, and makes the host wait in every layer.
+    """
+
+    def forward(self, x):  # (b, C, H, W)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        full = x.float()
+        mean = self.over_processes(full.mean(dim=(0, 2, 3)))
+        centred = full - mean[:, None, None]
+        variance = self.over_processes(centred.square().mean(dim=(0, 2, 3)))
+        with torch.no_grad():
+            n = dist.get_world_size() * full.numel() // full.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @staticmethod
+    def over_processes(values):
+        """The mean over processes, with gradients."""
+        return torch.distributed.nn.functional.all_reduce(values) / dist.get_world_size()
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -344,7 +407,7 @@ class PatchDiscriminator(nn.Sequential):
             c_out = ch * min(2**i, 8)
             stride = 2 if i < num_layers else 1
             layers.append(nn.Conv2d(width, c_out, 4, stride=stride, padding=1, bias=False))
-            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(BatchNorm(c_out))
             layers.append(nn.LeakyReLU(0.2))
             width = c_out
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
@@ -360,24 +423,27 @@ class PatchDiscriminator(nn.Sequential):
 # Losses: the GAN's adaptive weight, the discriminator's own loss, LPIPS
 
 
-def adversarial_gradient(nll, gan_loss, reconstruction, last_layer, gan_weight):
-    """d (nll + weight * gan_loss) / d reconstruction, and the adaptive weight of VQ-GAN.
+def adversarial_gradients(nll, gan_loss, reconstruction, last_layer, gan_weight):
+    """The gradients of both losses at the reconstruction, and VQ-GAN's adaptive weight.
 
-    The weight makes the GAN term pull `gan_weight` times as hard as the other terms where both
-    arrive at the decoder's last layer W (VQ-GAN, Eq. 7; LDM's LPIPSWithDiscriminator):
+    The weight makes the GAN's gradient `gan_weight` times as long as that of the reconstruction
+    loss at the decoder's last layer W (Eq. 7 of https://arxiv.org/abs/2012.09841):
 
         weight = gan_weight * |d nll / d W| / (|d gan_loss / d W| + 1e-4), the ratio at most 10^4
 
-    Written down like that, it costs two more backward passes through LPIPS and discriminator. But
-    both losses see the autoencoder only through the reconstruction. So each is walked back to the
-    reconstruction, once. From there, d / d W is one convolution's gradient for each of the two,
-    and the caller sends their weighted sum through decoder and encoder in a single pass.
+    Computed directly, as LDM does, the two norms cost two more backward passes through LPIPS and
+    the discriminator. But both losses depend on the autoencoder through the reconstruction alone.
+    So each loss is differentiated down to the reconstruction, once. From there to W is a single
+    convolution, for each of the two. The caller then adds the two gradients with the weight, and
+    sends the sum through decoder and encoder in one pass. The discriminator's own gradients stay
+    untouched, because autograd.grad computes nothing but what it is asked for.
 
     nll, gan_loss   scalars that depend on `reconstruction` (b, 3, H, W)
     last_layer      the weight of the convolution that made the reconstruction
 
-    -> (gradient of nll, gradient of gan_loss, weight, share of clamped weights), the gradients
-       (b, 3, H, W). With several processes the norms are those of the averaged gradients.
+    -> (gradient of nll, gradient of gan_loss, weight, whether the ratio was cut off). The first two
+       are (b, 3, H, W), the others scalars. With several processes the norms are those of the
+       gradients' mean, so all of them get the same weight.
     """
     (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
     (gan_gradient,) = torch.autograd.grad(gan_loss, reconstruction)
@@ -407,8 +473,9 @@ def load_lpips(vgg=None):
          torch hub's cache, else downloaded. InputError says which file to put where.
     """
     lpips = import_lpips()
-    with warnings.catch_warnings():  # it calls torchvision by names of long ago
+    with warnings.catch_warnings():  # it uses names that torchvision has deprecated
         warnings.simplefilter("ignore")
+        # pnet_rand: VGG16's weights are loaded below; the linear layers come with the package
         network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     network = network.eval().requires_grad_(False)
     if vgg == "random":
@@ -427,8 +494,9 @@ def load_lpips(vgg=None):
 
 
 def import_lpips():
-    """The lpips package. PyPI's torchvision, which it imports, is built for CUDA: beside a CPU
-    torch its import misses two operators, of which LPIPS uses neither."""
+    """The lpips package, which imports torchvision. PyPI's torchvision is built for CUDA: beside a
+    CPU torch its import fails because two operators are missing. LPIPS needs neither, so empty ones
+    are defined."""
     try:
         import lpips
     except RuntimeError:
@@ -439,7 +507,11 @@ def import_lpips():
 
 
 def load_perceptual(args, device):
-    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)."""
+    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
+
+    --perceptual MODULE:FUNCTION names a function of (path, device) that returns such a distance;
+    path is --vgg.
+    """
     if not args.lpips_weight:
         return no_distance
     if args.perceptual == "lpips":
@@ -456,18 +528,18 @@ def no_distance(x, y):
 
 
 def train(args, rank, world, device):
+    # The networks: of the run to go on with, of --init, or new ones. (kl-f8.ckpt, the default of
+    # --init, does not say that it is an SD-VAE)
+    resumed = load_run(args, "AutoencoderKL", CONFIGS, ("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
-
-    # The networks: of the run to go on with, of --init, or new ones
-    resumed = load_run(args, "AutoencoderKL", CONFIGS)
     read = functools.partial(read_autoencoder, default="sd")
-    found = starting_point(args, resumed, CONFIGS, read)
+    found = starting_point(args, resumed, CONFIGS, AutoencoderKL, read)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
-    discriminator = make_discriminator(args, found, step, world, device)
+    discriminator = make_discriminator(args, found, step)
     perceptual = load_perceptual(args, device)
 
-    # The pictures. What can be wrong with the arguments is found before anything is written
+    # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
     smallest = smallest_cells(args, grid, model.factor)
     micro_batch = images_per_pass(args, world)
@@ -495,31 +567,33 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = found = None  # or their tensors would stay in memory
 
     while step < args.steps and not stop_requested():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
-        # batch; this process takes its share. One tau for all of the batch, so in all processes.
+        # TRAINING STEP. All that is random in it is a function of (seed, step) and is drawn for the
+        # whole batch; this process takes its share. The batch has one tau, in all processes.
+        # `before` is the identity, but for the low-resolution images of --recipe release
         host, rng = generators(args.seed, step, device)
         before, tau, explicit_tau = draw_transform(args, grid, smallest, host)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        latents = (args.batch_size, model.config["z_channels"], *before.size)
-        noise = share(torch.randn(latents, generator=rng, device=device), rank, world)
+        shape = (args.batch_size, model.config["z_channels"], *before.size)
+        noise = share(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
-        statistics = [buffer.clone() for buffer in buffers]
+        statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         for images_part, noise_part in parts:
-            # The paper's two lines: Eq. 5, or Eq. 1 where tau is the identity
+            # Target and reconstruction of Eq. 5; those of Eq. 1 where tau is the identity
             x = before(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
-                target = tau(x)  # (b, 3, f h2, f w2), or turned
-                reconstruction = model.decode(tau(z))  # the same shape
+                target = tau(x)  # smaller and turned, or x
+                reconstruction = model.decode(tau(z))  # the target's shape
 
-            # L_rec and L_reg, summed over pixels and over latents, averaged over images, as in LDM
+            # L_rec (LDM calls it nll) and L_reg: sums over an image's values, means over images.
+            # LPIPS is one number an image, which LDM adds to every value before it sums
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
@@ -534,30 +608,30 @@ def train(args, rank, world, device):
                 log.add(explicit=explicit)
             log.add(l1=l1, lpips=lpips, nll=nll, kl=kl)
 
-            # L_gan, and the discriminator's loss on the same pair (LDM encodes and decodes the
-            # batch once more for it). The gradients of the losses end at the reconstruction here
+            # L_gan, and the discriminator's loss on the same pair. (LDM encodes and decodes the
+            # batch once more for it.) So far all gradients stop at the reconstruction
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
                 with autocast:
                     g_loss = -discriminator(reconstruction).float().mean()
-                gradient, gan_gradient, gan_weight, clamped = adversarial_gradient(
+                gradient, gan_gradient, weight, clamped = adversarial_gradients(
                     nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
                 )
                 if step >= args.disc_start:
-                    gradient = gradient + gan_weight * gan_gradient
+                    gradient = gradient + weight * gan_gradient
                 with autocast:
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
-                log.add(g_loss=g_loss, d_weight=gan_weight, clamped=clamped)
+                log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # and one pass through decoder and encoder carries all of them
-            torch.autograd.backward(
-                (reconstruction, regularizer / len(parts)), (gradient / len(parts), None)
-            )
+            # One pass through decoder and encoder carries the gradient on: it is the derivative of
+            # this total with respect to the reconstruction
+            total = (gradient * reconstruction).sum() + regularizer
+            (total / len(parts)).backward()
 
         # The step. A gradient that is not finite skips it, in all processes and without a host
         # sync: the fused optimisers read found_inf and then change nothing, as under AMP
@@ -578,33 +652,34 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every):
             save_autoencoder(args, step, log, networks, optimizers, ema)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, log, networks, optimizers, ema, latent)
     end_run(args, step, log)
 
 
 def draw_transform(args, grid, smallest, generator):
-    """-> (before, tau, explicit tau): what is done to the images before they are encoded, then to
-    images and latents alike; and in Table 7's ablation, whose tau is Eq. 4's alone, that one."""
-    draw = (grid, args.p_alpha, args.tau, 0.25, smallest, generator)
+    """-> (before, tau, explicit tau), three transforms.
+
+    before        of the images, before they are encoded: only the released code has one
+    tau           of images and latents alike (Eq. 5)
+    explicit tau  the one of Eq. 4, in Table 7's ablation, else None. There Eq. 4 takes the place of
+                  Eq. 5: the drawn transform is Eq. 4's, and `tau` is the identity
+    """
+    options = dict(p_alpha=args.p_alpha, kind=args.tau, smallest=smallest, generator=generator)
     if args.recipe == "release":
-        before, tau = released_transform(*draw)
+        before, tau = released_transform(grid, **options)
     else:
         before = identity_transform(grid)
-        tau = sample_transform(*draw)
-    if not getattr(args, "explicit_weight", 0):
-        return before, tau, None
-    if tau.is_identity:
+        tau = sample_transform(grid, **options)
+    if tau.is_identity or not getattr(args, "explicit_weight", 0):  # vqgan.py has no such flag
         return before, tau, None
     return before, identity_transform(tau.grid), tau
 
 
 def smallest_cells(args, grid, factor):
-    """The least side of tau's result in latent cells: what the networks of the loss have room for.
-
-    InputError if images of this size leave tau no smaller size.
-    """
+    """The smallest side, in latent cells, that tau may leave: LPIPS needs images of 16 pixels, the
+    discriminator of 24. InputError if images of this size leave tau nothing to draw from."""
     pixels = 1
     if args.lpips_weight:
         pixels = 16
@@ -615,17 +690,17 @@ def smallest_cells(args, grid, factor):
     needed = cells + 1 if tau_scales else cells
     if min(grid) < needed:
         raise InputError(
-            f"--image-size: at least {needed * factor} pixels a side are needed here, so that tau "
-            f"leaves the networks of the loss {pixels}; or take --tau r"
+            f"--image-size: give at least {needed * factor} pixels a side, since tau shrinks the "
+            f"images and the losses need {pixels}; or take --tau r, which only turns them"
         )
     return cells
 
 
-def make_discriminator(args, found, step, world, device):
-    """The discriminator with the weights that came along, if any; None without the GAN.
+def make_discriminator(args, found, step):
+    """The discriminator, with the weights that came with the autoencoder, if any; None without GAN.
 
-    Decides --disc-start where it was not given: a discriminator that comes with its weights acts
-    at once, a new one trains for 1,000 steps before the autoencoder hears of it.
+    Also sets --disc-start where it was not given. A discriminator with weights enters the loss at
+    once. A new one is trained for 1,000 steps first.
     """
     if not args.gan_weight:
         return None
@@ -634,13 +709,11 @@ def make_discriminator(args, found, step, world, device):
         load_weights(discriminator, found.disc, found.path)
     if args.disc_start is None:
         args.disc_start = 0 if found.disc else step + 1000
-    if world > 1 and device.type == "cuda":
-        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
     return discriminator
 
 
 def freeze_encoder(model, frozen):
-    """With --train decoder the latents stay what they are."""
+    """With --train decoder the encoder is fixed, so the latents stay what they are."""
     for name, parameter in model.named_parameters():
         is_decoder = name.startswith(("decoder.", "post_quant_conv."))
         parameter.requires_grad = is_decoder or not frozen
@@ -684,11 +757,14 @@ def final_scale(args, step, model, ema, data, device):
 
 @torch.no_grad()
 def measure_latents(model, images, n=1024):
-    """The unit of an autoencoder's latents, over n of `images` (an ImageFolder), evenly spaced.
+    """Scale and shift of an autoencoder's latents, over n evenly spaced images of an ImageFolder.
 
-    -> dict with scale, 1 / std of all values of posterior samples (LDM's scale_by_std); shift,
-    their mean where the family has one (SD3), else 0, since pipelines of the others subtract
-    none; mean and std, lists of each channel's; images, how many were measured.
+    -> dict of
+    scale      1 / std of all values of posterior samples (LDM's scale_by_std)
+    shift      their mean in the families that have one (SD3), else 0: what uses the others
+               subtracts nothing
+    mean, std  of each channel, lists
+    images     how many were measured
     """
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
@@ -705,7 +781,7 @@ def measure_latents(model, images, n=1024):
 
 
 def save_autoencoder(args, step, log, networks, optimizers, ema, latent=None):
-    """Writes args.out: a dictionary of plain data, all that going on and using it needs.
+    """Writes args.out, a dictionary of plain data.
 
     arch, config    class and arguments of the network
     model, ema      its weights, and their average or None
@@ -714,20 +790,22 @@ def save_autoencoder(args, step, log, networks, optimizers, ema, latent=None):
     step, args      steps taken, the command's arguments
     latent          scale and shift of the latents, and how they were measured; None until the end
     """
-    states = [net.state_dict() for net in networks] + [None]
-    optimizer_states = [optimizer.state_dict() for optimizer in optimizers] + [None]
+    model = networks[0]
     checkpoint = dict(
-        arch=type(networks[0]).__name__,
-        config=networks[0].config,
-        model=states[0],
+        arch=type(model).__name__,
+        config=model.config,
+        model=model.state_dict(),
         ema=ema,
-        opt=optimizer_states[0],
-        disc=states[1],
-        opt_disc=optimizer_states[1],
+        opt=optimizers[0].state_dict(),
+        disc=None,
+        opt_disc=None,
         step=step,
         args=saved_arguments(args),
         latent=latent,
     )
+    if len(networks) == 2:
+        checkpoint["disc"] = networks[1].state_dict()
+        checkpoint["opt_disc"] = optimizers[1].state_dict()
     save_run(args, log, checkpoint)
 
 
@@ -741,25 +819,34 @@ def arguments(description, configs, init, out):
     group = parser.add_argument_group("autoencoder")
     group.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
     group.add_argument("--init", default=init, help="file to fine-tune or to export, or scratch")
-    group.add_argument("--model", choices=configs, help="preset, where --init does not say it")
-    group.add_argument("--export", metavar="DIR", help="do not train: write --init to a new folder")
-    group.add_argument("--train", choices=("all", "decoder"), default="all", help="what is trained")
     group.add_argument(
-        "--ema-decay", type=probability, default=0.0, help="of a weight average; 0: none"
+        "--model", choices=configs, help="preset; needed if the file of --init does not tell it"
+    )
+    group.add_argument("--export", metavar="DIR", help="do not train: write --init to a new folder")
+    group.add_argument(
+        "--train", choices=("all", "decoder"), default="all", help="the part to train"
+    )
+    group.add_argument(
+        "--ema-decay", type=probability, default=0.0, help="keep an average of the weights; 0: none"
     )
     group = parser.add_argument_group("objective")
     group.add_argument(
         "--p-alpha", type=probability, default=0.5, help="probability of tau = identity"
     )
-    group.add_argument("--tau", choices=eqloss.KINDS, default="rs", help="transforms (Table 5)")
     group.add_argument(
-        "--recipe", choices=("paper", "release"), default="paper", help="whose draw of tau"
+        "--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)"
+    )
+    group.add_argument(
+        "--recipe",
+        choices=("paper", "release"),
+        default="paper",
+        help="draw tau as the paper says, or as the released code does",
     )
     group.add_argument("--lpips-weight", type=non_negative, default=1.0)
     group.add_argument(
         "--perceptual",
         default="lpips",
-        help="distance that --lpips-weight weighs: lpips, or MODULE:FUNCTION of yours",
+        help="the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()",
     )
     group.add_argument("--vgg", help="VGG16's weights for LPIPS (None: torch hub's), or random")
     group.add_argument("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
@@ -788,17 +875,20 @@ def main():
         "--explicit-weight",
         type=non_negative,
         default=0.0,
-        help="Eq. 4 in the place of Eq. 5, with this weight (Table 7: 0.1)",
+        help="train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)",
     )
-    group.add_argument("--stop-gradient", action="store_true", help="through E(tau o x) in Eq. 4")
+    group.add_argument(
+        "--stop-gradient", action="store_true", help="Eq. 4: take E(tau o x) as a fixed target"
+    )
+    group = parser.add_argument_group("result")
     group.add_argument(
         "--latent-scale",
         choices=("measured", "published"),
         default="measured",
-        help="the scale that a finished run keeps",
+        help="what a finished run stores as the scale of its latents",
     )
     group.add_argument(
-        "--layout", choices=("diffusers", "ldm"), default="diffusers", help="of --export"
+        "--layout", choices=("diffusers", "ldm"), default="diffusers", help="--export's format"
     )
     launch(parser, run)
 
@@ -825,8 +915,8 @@ class Stored:
     image_size: tuple | None = None  # (H, W) that it was trained at, where the file tells
 
 
-def starting_point(args, resumed, configs, read):
-    """-> Stored: what training begins with."""
+def starting_point(args, resumed, configs, network, read):
+    """-> Stored: what training begins with. Sets --model where it was not given."""
     if resumed is not None:
         found = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
     elif args.init == "scratch":
@@ -838,18 +928,18 @@ def starting_point(args, resumed, configs, read):
             f"--init {args.init}: no such file; give one (--help names its source), or scratch"
         )
     if args.model is None:
-        args.model = next(iter(presets(found.config, configs)), None)
+        args.model = next(iter(presets(found.config, configs, network)), None)
     return found
 
 
 def build(network, found):
-    """The network of a Stored, on the CPU. InputError where its configuration is none of it."""
+    """The network of a Stored, on the CPU. InputError if its configuration describes no network."""
     try:
         model = network(**found.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{found.path}: its configuration is none of {network.__name__} ({reason})"
+            f"{found.path}: its configuration does not describe a {network.__name__} ({reason})"
         ) from None
     if found.weights is not None:
         load_weights(model, found.weights, found.path)
@@ -882,9 +972,13 @@ def read_autoencoder(path, model=None, default=None, flag="--model"):
         found = read_ours(file, checkpoint, "AutoencoderKL")
     else:
         found = read_foreign(file, checkpoint, model or default, flag)
-    if model and model not in presets(found.config):
-        fitting = " or ".join(presets(found.config)) or "none of the presets"
-        raise InputError(f"{path}: holds another autoencoder than {flag} {model}: {fitting}")
+    if model and model not in presets(found.config, CONFIGS, AutoencoderKL):
+        fitting = (
+            " or ".join(presets(found.config, CONFIGS, AutoencoderKL)) or "none of the presets"
+        )
+        raise InputError(
+            f"{path}: holds another autoencoder than {flag} {model}; its networks fit {fitting}"
+        )
     return found
 
 
@@ -896,10 +990,10 @@ def find_file(path):
     for folder in (Path(path), Path(path, "vae")):
         for ending in ("safetensors", "bin"):
             # The plain name first, then variants, as diffusion_pytorch_model.fp16.safetensors
-            found = [folder / f"{stem}.{ending}", *sorted(folder.glob(f"{stem}.*.{ending}"))]
-            found = [file for file in found if file.is_file()]
-            if found:
-                return found[0]
+            variants = sorted(folder.glob(f"{stem}.*.{ending}"))
+            for file in (folder / f"{stem}.{ending}", *variants):
+                if file.is_file():
+                    return file
     for name in ("model.ckpt", "ckpts/last.ckpt"):  # what --export --layout ldm and vqgan.py write
         if Path(path, name).is_file():
             return Path(path, name)
@@ -942,13 +1036,14 @@ def read_foreign(path, checkpoint, preset, flag):
         )
     weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
     is_diffusers = any(name.startswith("encoder.mid_block.") for name in weights)
-    told = told_config(path, is_diffusers)
-    if told is None and preset not in CONFIGS:
-        raise InputError(
-            f"{path}: does not say which autoencoder it is; {flag} {'|'.join(CONFIGS)} does"
-        )
-    config = told or CONFIGS[preset]
-    if told is None:
+    config = config_beside(path, is_diffusers)
+    if config is None:
+        if preset not in CONFIGS:
+            raise InputError(
+                f"{path}: does not say which autoencoder it is; say it with "
+                f"{flag} {'|'.join(CONFIGS)}"
+            )
+        config = CONFIGS[preset]
         say_assumption(path, preset)
     disc = weights_under(weights, "loss.discriminator.")
     weights = averaged(path, weights)
@@ -965,12 +1060,12 @@ def read_foreign(path, checkpoint, preset, flag):
 
 
 def say_assumption(path, preset):
-    """The scale of a file that tells none is taken from a preset: that must be seen."""
+    """Says that the scale of the latents comes from a preset, since the file has none."""
     scale = CONFIGS[preset].get("scaling_factor")
     shift = CONFIGS[preset].get("shift_factor", 0.0)
     say(
-        f"{path}: does not tell its configuration; taken for {preset}, so latents of scale {scale} "
-        f"and shift {shift} are assumed"
+        f"{path}: does not tell its configuration; {preset} is assumed, with latents of scale "
+        f"{scale} and shift {shift}"
     )
 
 
@@ -1020,11 +1115,19 @@ def weights_under(weights, prefix):
     }
 
 
-def presets(config, configs=CONFIGS):
-    """Names in configs whose networks are this config's; one of equal scale and shift is first."""
+def presets(config, configs=CONFIGS, network=None):
+    """Names in configs that describe this network; one of equal scale and shift comes first.
+
+    network  its class. Then arguments that a preset leaves out must have their defaults; else they
+             may have any value
+    """
+    defaults = {}
+    if network is not None:
+        arguments = inspect.signature(network).parameters
+        defaults = {name: argument.default for name, argument in arguments.items()}
 
     def is_same(preset):
-        for key, value in preset.items():
+        for key, value in (defaults | preset).items():
             if key.endswith("_factor"):
                 continue
             if config.get(key, value) != value:
@@ -1100,16 +1203,17 @@ def diffusers_names(config):
     return {name: rename(name, table) for name in names}
 
 
-def told_config(path, is_diffusers):
-    """The configuration that stands beside the weights; None where none does."""
+def config_beside(path, is_diffusers):
+    """AutoencoderKL's arguments from the file beside the weights, config.json of diffusers or the
+    config.yaml that --export writes; None if there is none."""
     beside = Path(path).with_name("config.json" if is_diffusers else "config.yaml")
     if not beside.is_file():
         return None
     try:
-        told = json.loads(beside.read_text())
+        given = json.loads(beside.read_text())
         if is_diffusers:
-            return diffusers_config(told)
-        return told["eqvae"]
+            return diffusers_config(given)
+        return {name: as_tuple(value) for name, value in given["eqvae"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         if not is_diffusers:
             return None  # LDM's own YAML, or somebody's: --model tells what it is
@@ -1117,23 +1221,27 @@ def told_config(path, is_diffusers):
         raise InputError(f"{beside}: no config of diffusers' AutoencoderKL ({reason})") from None
 
 
-def diffusers_config(told):
-    """config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null is as good as
-    missing. ValueError for what would change numbers and is unknown here."""
-    told = {key: value for key, value in told.items() if value is not None}
-    if told["_class_name"] != "AutoencoderKL":
-        raise ValueError(f"of {told['_class_name']}")
-    widths = told["block_out_channels"]
-    kinds = told["down_block_types"]
-    quant = told.get("use_quant_conv", True)
-    only = ONLY_VALUES | dict(use_post_quant_conv=quant)
-    for key, value in told.items():
+def as_tuple(value):
+    """JSON has lists where our configurations have tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def diffusers_config(given):
+    """config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null counts as missing.
+    ValueError for a key that changes numbers in a way that is not implemented here."""
+    given = {key: value for key, value in given.items() if value is not None}
+    if given["_class_name"] != "AutoencoderKL":
+        raise ValueError(f"of {given['_class_name']}")
+    widths = given["block_out_channels"]
+    kinds = given["down_block_types"]
+    only = ONLY_VALUES | dict(use_post_quant_conv=given.get("use_quant_conv", True))
+    known = {*only, *NO_EFFECT, *ARGUMENTS.values(), "block_out_channels"}
+    for key, value in given.items():
         if key in only and value != only[key]:
             raise ValueError(f"{key} = {str(value)[:60]}, where only {only[key]} is known here")
-        known = {*only, *NO_EFFECT, *ARGUMENTS.values(), "block_out_channels"}
         if key not in known and not key.startswith("_"):
             raise ValueError(f"{key} is unknown here")
-    config = {name: told[theirs] for name, theirs in ARGUMENTS.items() if theirs in told}
+    config = {name: given[theirs] for name, theirs in ARGUMENTS.items() if theirs in given}
     config.setdefault("scaling_factor", 0.18215)  # diffusers' default
     config["ch"] = widths[0]
     config["ch_mult"] = tuple(width // widths[0] for width in widths)
@@ -1152,6 +1260,8 @@ def export(args):
     else:
         write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
     scale = model.config["scaling_factor"]
+    if scale is None:
+        scale = "unknown"
     say(f"{args.export}: {args.layout} layout, scale {scale}, shift {model.config['shift_factor']}")
 
 
@@ -1407,13 +1517,13 @@ def weights_hash(module):
 
 
 # ==================================================================================================
-# The run kit: what every script here needs and no paper speaks of. The other scripts import it
-# inside train() and sample(), so that their networks can be copied without it.
+# The run kit: what every script here needs besides its paper. The generators' scripts and
+# evaluate.py import it inside their functions, so that one can copy their networks alone.
 
 
 class InputError(ValueError):
-    """What the user gave wrong, in one line that names it and the mend. launch() prints it and
-    ends the process with exit code 2."""
+    """What the user gave wrong, in one line that names it and says what to do. launch() prints it
+    and ends the process with exit code 2."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1529,6 +1639,9 @@ def launch(parser, run):
             run(args, rank, world, device)
     except SystemExit as end:
         code = end.code
+    except torch.OutOfMemoryError:
+        print(f"{parser.prog}: {out_of_memory(args, world)}", file=sys.stderr)
+        code = 2
     except ValueError as error:
         if not is_input_error(error):
             fail(world)
@@ -1544,13 +1657,25 @@ def launch(parser, run):
 
 
 def is_input_error(error):
-    """Also one that a script run as __main__ raised, or a data loader's process."""
+    """By name: a script that runs as __main__ has a class of its own, beside that of the module vae
+    that others import. Data loaders' processes raise either."""
     return type(error).__name__ == "InputError"
 
 
 def last_line(error):
     """An error's message, without the traceback that a data loader's process puts before it."""
     return str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+
+
+def out_of_memory(args, world):
+    """The GPU's memory was not enough: what to give instead."""
+    if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
+        return f"out of the GPU's memory: give --batch-size {max(1, args.batch_size // 2)}"
+    micro_batch = args.micro_batch or args.batch_size // world
+    smaller = max(1, micro_batch // 2)
+    while micro_batch % smaller:
+        smaller -= 1
+    return f"out of the GPU's memory with {micro_batch} images a pass: give --micro-batch {smaller}"
 
 
 def fail(world):
@@ -1613,7 +1738,8 @@ def has_bf16_units(device):
 
 @contextlib.contextmanager
 def full_precision():
-    """float32 without TF32, in which a GPU would take other tokens, and other scores."""
+    """A context in which a GPU computes in full float32. With TF32, its default, tokens and scores
+    would come out differently."""
     matmul = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -1708,7 +1834,14 @@ def share(tensor, rank, world):
 def sample_noise(shape, seed, indices, device):
     """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
     rows = [torch.randn(shape, generator=seeded(seed, "noise", int(i))) for i in indices]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)
+
+
+def to_device(tensor, device):
+    """A host's tensor on the device; a GPU need not wait for it."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1817,10 +1950,10 @@ class ImageFolder(torch.utils.data.Dataset):
     mirror  half of the items are mirrored
 
     Items are (image, label, index, readable): uint8 (3, H, W), a number, the number of the file,
-    and whether it could be read. One that cannot is named, once a process; the next one stands in
-    for it. An item is asked for as `index`, or as (epoch, index): crop and mirror image are a
-    function of (seed, epoch, index). The set holds paths and numbers alone, so data loaders can be
-    started in any way.
+    and whether it could be read. A file that cannot is reported once per process, and the next one
+    takes its place. An item is asked for as `index` or as (epoch, index), because crop and mirror
+    image are a function of (seed, epoch, index). The object holds paths and numbers alone, so it
+    can be sent to data loaders however they are started.
     """
 
     def __init__(self, root, size, crop="center", seed=0, mirror=False):
@@ -1833,9 +1966,10 @@ class ImageFolder(torch.utils.data.Dataset):
         self.named = set()
 
     def centred(self):
-        """The same pictures with the centre crop, as they are."""
-        other = object.__new__(ImageFolder)
-        other.__dict__.update(self.__dict__, crop="center", mirror=False)
+        """The same pictures with the centre crop, none of them mirrored."""
+        other = copy.copy(self)
+        other.crop = "center"
+        other.mirror = False
         return other
 
     def __len__(self):
@@ -1907,10 +2041,10 @@ def random_crop(image, size, rng):
 
 
 def endless_batches(data, args, step, rank, world):
-    """This process's share of the batches from `step` on, without end, in batches of items.
+    """Yields this process's share of the batch of each step, from `step` on, without end.
 
-    Every epoch is a permutation of its own, a function of (seed, epoch), and goes on in the same
-    batch where the last one ends. `data` is asked for items as (epoch, index).
+    Every epoch is a permutation of its own, a function of (seed, epoch). Where an epoch ends amid a
+    batch, the next one fills it up. `data` is asked for items as (epoch, index).
     """
 
     @functools.lru_cache(maxsize=2)
@@ -2033,7 +2167,8 @@ def distribute(model, device, world):
 
 
 def averaging(network, is_last):
-    """A context for a forward and backward pass: processes average gradients in a step's last."""
+    """A context for a forward and backward pass. Only in the last pass of a step do processes
+    average their gradients."""
     if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return network.no_sync()
@@ -2075,9 +2210,11 @@ def start_average(model, decay, resumed, device):
 @torch.no_grad()
 def update_average(ema, model, decay, step):
     """average <- average + (1 - d) (weights - average), in place, with the decay warmed up:
-    d = min(decay, (1 + step) / (10 + step)). The official codes have no warm-up, and an average
-    that is mostly the random start for 1 / (1 - decay) steps; after ten times as many the two
-    agree."""
+    d = min(decay, (1 + step) / (10 + step)).
+
+    The official codes have no warm-up. Their average is mostly the random start during the first
+    1 / (1 - decay) steps. After some ten times as many steps the two averages agree.
+    """
     if ema is None:
         return
     decay = min(decay, (1 + step) / (10 + step))
@@ -2088,11 +2225,12 @@ def update_average(ema, model, decay, step):
 # Runs: going on, log, checkpoints
 
 
-def load_run(args, arch, configs):
-    """The checkpoint at args.out to go on with, or None.
+def load_run(args, arch, configs, keys=()):
+    """The checkpoint at args.out to go on with, or None. InputError if it holds another network or
+    lacks one of `keys`.
 
-    Flags that were not given take the values that it was made with. Those that were given win, and
-    are said where they differ. What the run began from (--init) stays.
+    Flags that were not given take the values that the checkpoint was made with. Those that were
+    given win, and are reported where they differ. What the run began from (--init) stays.
     """
     if args.bench or not os.path.exists(args.out):
         return None
@@ -2100,7 +2238,7 @@ def load_run(args, arch, configs):
     if checkpoint.get("arch") != arch:
         held = checkpoint.get("arch", "something else")
         raise InputError(f"{args.out}: holds {held}, not a {arch}; give another --out")
-    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args"))
+    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args", *keys))
     stored = checkpoint["args"]
     if "model" in args.given and args.model not in presets(checkpoint["config"], configs):
         raise InputError(
@@ -2142,9 +2280,10 @@ def is_due(step, every, last=None):
 class Log:
     """OUT.jsonl, a line of JSON every --log-every steps, and what the terminal shows of it.
 
-    On a terminal that is a progress bar; in a file a line for each line of OUT.jsonl, from step 10
-    on. Values that are added are logged as means over the steps since the last line and over
-    processes; those that are counted, as sums. The host waits for a GPU only where it writes.
+    On a terminal that is a progress bar. In a file it is a line of text for each line of OUT.jsonl;
+    the first comes ten steps after the start. Values that are added are logged as means over the
+    steps since the last line and over processes, those that are counted as sums. The host waits for
+    a GPU only when a line is written.
     """
 
     def __init__(self, args, step, world, device):
@@ -2181,7 +2320,7 @@ class Log:
     def step(self, step, skipped, grad_norm, lr):
         """After every step. InputError after 20 steps in a row whose gradients were not finite."""
         self.skipped = self.skipped + skipped
-        self.streak = (self.streak + 1) * skipped
+        self.streak = (self.streak + 1) * skipped  # 0 again after a good step
         self.longest = torch.maximum(self.longest, self.streak)
         self.bar.update()
         if step % self.args.log_every and step not in (self.first + 10, self.args.steps):
@@ -2216,7 +2355,8 @@ class Log:
 
     def write(self, record):
         """Appends a line. JSON has no NaN: it becomes null."""
-        self.last = record
+        if self.args.bench:
+            BENCH_RECORDS.append(record)
         if self.writes:
             finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
             with open(Path(self.args.out).with_suffix(".jsonl"), "a") as file:
@@ -2323,7 +2463,7 @@ def save_run(args, log, checkpoint):
     if not MAIN or args.bench:
         return
     values = [*checkpoint["model"].values(), *(checkpoint.get("ema") or {}).values()]
-    finite = all(value.isfinite().all() for value in values)
+    finite = torch.stack([value.isfinite().all() for value in values]).all()
     if not finite or not log.is_healthy():
         say(f"step {checkpoint['step']}: not saved, its weights or gradients are not finite")
         return
@@ -2349,12 +2489,81 @@ def write_file(path, write):
 
 
 def benchmark(args, rank, world, device, run):
-    """--bench: thirty steps for their speed. Nothing is written, but for caches of latents."""
+    """--bench: prints a line of JSON with the speed of thirty steps, of which ten warm up. Nothing
+    else is written, apart from caches of latents or tokens.
+
+    tflops counts what the networks' matrix products and convolutions take. `share` is its part of
+    the ceiling, the speed of one large matrix product on the same device, in the same precision.
+    """
     args.sample_every = 0
     args.save_every = 2**31
     args.log_every = 10
+    args.steps = 1
+    run(args, rank, world, device)  # fills the caches
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        run(args, rank, world, device)
     args.steps = 30
+    BENCH_RECORDS.clear()
     run(args, rank, world, device)
+    records = BENCH_RECORDS[1:]
+    seconds = sum(record["seconds"] for record in records) / 20
+    rate = counter.get_total_flops() / seconds
+    ceiling = matmul_speed(device, args.precision)
+    result = dict(
+        script=Path(sys.argv[0]).name,
+        model=args.model,
+        device=device_name(device),
+        processes=world,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        seconds_per_step=round(seconds, 5),
+        images_per_second=round(args.batch_size / seconds, 2),
+        tflops=round(rate / 1e12, 4),
+        ceiling_tflops=round(ceiling / 1e12, 4),
+        share=round(rate / ceiling, 3),
+        memory_gb=round(peak_memory(device) / 2**30, 3),
+        torch=torch.__version__,
+    )
+    if MAIN:
+        print(json.dumps(result))
+
+
+BENCH_RECORDS = []  # what Log would have written
+
+
+def matmul_speed(device, precision):
+    """FLOP/s of a process's device at a large square matrix product; the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(10):
+        wait_for(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """Bytes: a GPU's allocated by torch, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2368,7 +2577,7 @@ UNREADABLE = 2
 
 
 class Rows:
-    """An array (N, ...) on disk that processes fill row by row, and a later run goes on filling.
+    """An array (N, ...) on disk, which several processes fill row by row, over several runs.
 
     FOLDER/rows.npy      the array
     FOLDER/status.npy    a byte for each row: MISSING, THERE or UNREADABLE

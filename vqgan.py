@@ -231,19 +231,18 @@ def codebook_use(model, images, n=1024):
 
 
 def train(args, rank, world, device):
-    torch.manual_seed(args.seed)
-
     # The networks: of the run to go on with, of --init, or new ones
-    resumed = vae.load_run(args, "VQGAN", CONFIGS)
-    found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
+    resumed = vae.load_run(args, "VQGAN", CONFIGS, ("disc", "opt_disc", "ema"))
+    torch.manual_seed(args.seed)
+    found = vae.starting_point(args, resumed, CONFIGS, VQGAN, read_vqgan)
     if args.legacy_beta is not None:
         found.config = dict(found.config, legacy_beta=args.legacy_beta)
     step = resumed["step"] if resumed else 0
     model = vae.build(VQGAN, found)
-    discriminator = vae.make_discriminator(args, found, step, world, device)
+    discriminator = vae.make_discriminator(args, found, step)
     perceptual = vae.load_perceptual(args, device)
 
-    # The pictures. What can be wrong with the arguments is found before anything is written
+    # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
     smallest = vae.smallest_cells(args, grid, model.factor)
     micro_batch = vae.images_per_pass(args, world)
@@ -271,30 +270,31 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         look(args, step, log, model, ema, data, shown, grid, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = found = None  # or their tensors would stay in memory
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. One tau, a function of (seed, step), for all of the batch
+        # TRAINING STEP. The batch has one tau, in all processes: a function of (seed, step).
+        # `before` is the identity, but for the low-resolution images of --recipe release
         host, _ = vae.generators(args.seed, step, device)
         before, tau, _ = vae.draw_transform(args, grid, smallest, host)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
-        statistics = [buffer.clone() for buffer in buffers]
+        statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
 
         parts = images.split(micro_batch)
         for images_part in parts:
-            # The paper's two lines: Eq. 5, or Eq. 1 where tau is the identity. tau acts on the
-            # features before they are quantised. (taming's 1x1 quant_conv comes before it here;
-            # the two commute.)
+            # Target and reconstruction of Eq. 5; those of Eq. 1 where tau is the identity. tau acts
+            # on the features before they are quantised. (taming's 1x1 quant_conv comes before tau
+            # here; the two commute.)
             x = before(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
-                target = tau(x)  # (b, 3, f h2, f w2), or turned
+                target = tau(x)  # smaller and turned, or x
                 quantised, indices, codebook_loss = model.quantize(tau(h))  # (b, e, h2, w2)
                 reconstruction = model.decode(quantised)  # target's shape
 
-            # L_rec, a mean over pixels, where LDM's KL autoencoders have sums
+            # L_rec (taming calls it nll), a mean over pixels where LDM's KL autoencoders have sums
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             nll = l1 + args.lpips_weight * lpips
@@ -303,30 +303,30 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, nll=nll, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, and the discriminator's loss on the same pair. The gradients of the losses end
-            # at the reconstruction here
+            # L_gan, and the discriminator's loss on the same pair. So far all gradients stop at the
+            # reconstruction
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
                 with autocast:
                     g_loss = -discriminator(reconstruction).float().mean()
-                gradient, gan_gradient, gan_weight, clamped = vae.adversarial_gradient(
+                gradient, gan_gradient, weight, clamped = vae.adversarial_gradients(
                     nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
                 )
                 if step >= args.disc_start:
-                    gradient = gradient + gan_weight * gan_gradient
+                    gradient = gradient + weight * gan_gradient
                 with autocast:
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
-                log.add(g_loss=g_loss, d_weight=gan_weight, clamped=clamped)
+                log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # and one pass through decoder and encoder carries all of them
-            torch.autograd.backward(
-                (reconstruction, regularizer / len(parts)), (gradient / len(parts), None)
-            )
+            # One pass through decoder and encoder carries the gradient on: it is the derivative of
+            # this total with respect to the reconstruction
+            total = (gradient * reconstruction).sum() + regularizer
+            (total / len(parts)).backward()
 
         # The step. A gradient that is not finite skips it, in all processes and without a host
         # sync: the fused optimisers read found_inf and then change nothing, as under AMP
@@ -347,7 +347,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every):
             vae.save_autoencoder(args, step, log, networks, optimizers, ema)
 
-    if step > began or not os.path.exists(args.out):  # a run that was over stays as it is
+    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
         found = final_use(args, step, model, ema, data, device)
         vae.save_autoencoder(args, step, log, networks, optimizers, ema, found)
     vae.end_run(args, step, log)
@@ -414,7 +414,7 @@ def read_vqgan(path, model=None):
         found = read_taming(file, checkpoint, model)
     codes = len(found.weights["quantize.embedding.weight"])
     fits = found.config["n_embed"] == codes
-    if not fits or (model and model not in vae.presets(found.config, CONFIGS)):
+    if not fits or (model and model not in vae.presets(found.config, CONFIGS, VQGAN)):
         raise InputError(
             f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
         )
