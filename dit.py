@@ -43,7 +43,7 @@ for size, (width, depth, heads) in SIZES.items():
         CONFIGS[f"DiT-{size}/{patch}"] = dict(
             patch_size=patch, hidden_size=width, depth=depth, num_heads=heads
         )
-LABEL_DROP = 0.1  # share of the labels that are trained as the null class
+LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 
 
 # ==================================================================================================
@@ -390,7 +390,7 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 def train(args, rank, world, device):
     import vae
 
-    # The latents, and the run to go on with
+    # The latents, and the run to go on with, if there is one
     resumed = vae.load_run(args, "DiT", CONFIGS, ("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
     autoencoder, about = load_latent_space(args, resumed, device)
@@ -400,7 +400,7 @@ def train(args, rank, world, device):
 
     # The network, its optimiser and the average of its weights
     config = network_config(args, CONFIGS[args.model], autoencoder, images)
-    model = start_network(DiT, config, args, resumed, about).to(device)
+    model = start_network(DiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
@@ -427,10 +427,10 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
-        noise = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.share(uniform, rank, world)
+        uniform = vae.rank_slice(uniform, rank, world)
         t = (1000 * uniform[:, 0]).long()  # 0 .. 999
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
@@ -442,7 +442,7 @@ def train(args, rank, world, device):
             mean, std = moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
             x0 = autoencoder.normalize(mean + std * fresh[rows])
             x = diffusion.add_noise(x0, t[rows], noise[rows])
-            with vae.averaging(network, is_last=k == passes - 1):
+            with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     output = network(x, t[rows], y[rows])  # (b, 2C, h, w)
                 mse, vb = diffusion.losses(output, x0, x, t[rows], noise[rows])
@@ -463,7 +463,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
-        if vae.is_due(step, args.save_every):
+        if vae.is_due(step, args.save_every) and step < args.steps:
             save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
@@ -483,7 +483,7 @@ def draw_ddim(predict, noise, labels):
 def load_latent_space(args, resumed, device):
     """-> (autoencoder, about): --vae's, on the device, and its file and hash for the checkpoint.
 
-    The autoencoder has two attributes more: image_size (H, W), --image-size, else what it was
+    The autoencoder gets two attributes: image_size (H, W), which is --image-size, else what it was
     trained at, and latent_size (h, w).
     """
     import vae
@@ -494,10 +494,7 @@ def load_latent_space(args, resumed, device):
         )
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
     about = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
-    if args.image_size is None:
-        args.image_size = max(autoencoder.image_size or (256, 256))
-        vae.say(f"--image-size {args.image_size}, the autoencoder's")
-    autoencoder.image_size = (args.image_size, args.image_size)
+    autoencoder.image_size = vae.training_size(args, autoencoder)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
     if resumed is not None:
         if resumed["vae"]["sha256"] != about["sha256"]:
@@ -529,18 +526,14 @@ def network_config(args, preset, autoencoder, images, **options):
     )
 
 
-def start_network(network, config, args, resumed, about):
-    """A new network, or that of the run to go on with, which must be the same."""
+def start_network(network, config, args, resumed, images):
+    """A new network, or that of the run to go on with. InputError if its settings are others."""
     import vae
 
     model = network(**config)
     if resumed is None:
         return model
-    if resumed["config"] != model.config:
-        changed = [key for key in model.config if resumed["config"].get(key) != model.config[key]]
-        raise vae.InputError(
-            f"{args.out}: was trained with another {', '.join(changed)}; give another --out"
-        )
+    vae.check_same_network(args, resumed, model.config, images)
     return vae.load_weights(model, resumed["model"], args.out)
 
 
@@ -606,12 +599,12 @@ class Latents(torch.utils.data.Dataset):
     """The cached moments of pictures.
 
     path    rows.npy of a cache: float16 (N, 2, 2C, h, w), of each picture and its mirror image
-    places  rows that are data: those of unreadable pictures are not
+    places  numbers of the rows whose picture could be read
     labels  of these rows
 
-    Items are (moments (2C, h, w), label, index, True), asked for as (epoch, index). Half of them
-    are the mirror image's, as in vae.ImageFolder. The set holds paths and numbers alone: every
-    data loader opens the file itself.
+    Items are (moments (2C, h, w), label, index, True), as those of vae.ImageFolder, and asked for
+    in the same way, as (epoch, index). Half of them are the mirror image's. The object holds paths
+    and numbers alone: every data loader opens the file itself.
     """
 
     def __init__(self, path, places, labels, seed, mirror):
@@ -730,9 +723,9 @@ def check_sampling(args):
 def load_generator(args, network, device):
     """--sample-from -> (model, our checkpoint's other entries or {}).
 
-    Reads our own files and the official ones, bare or as {model, ema, opt, args}; the average of
-    the weights where there is one. Weights keep requires_grad: autocast keeps its bf16 copies of
-    those alone, and would else make them anew at every call.
+    Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
+    average of the weights where there is one. The weights keep requires_grad, because autocast
+    caches the bf16 copies of such weights alone. Others it would cast again at every call.
     """
     import vae
 
@@ -761,7 +754,7 @@ def read_official(path, checkpoint, network):
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(
-            f"{path}: no {network.__name__} in it, neither in our layout nor in the official one"
+            f"{path}: no {network.__name__} checkpoint, neither ours nor an official one"
         )
     try:
         return network.config_of(weights), weights
@@ -809,7 +802,7 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, settin
     """
     import vae
 
-    # What can be wrong with the arguments is found before anything is written
+    # All arguments are checked before anything is written
     config = model.config
     out = vae.samples_path(args, world)
     vae.check_guidance(args.cfg_scale, config["num_classes"])
@@ -880,14 +873,14 @@ def arguments(description, models, out):
 
     parser = vae.make_parser(description)
     group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="None: the autoencoder's")
-    group.add_argument("--model", choices=models, default=next(iter(models)))
+    group.add_argument("--image-size", type=vae.pixels, help="pixels (None: the autoencoder's)")
+    group.add_argument("--model", choices=models, default=next(iter(models)), help="its size")
     group.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
     group.add_argument("--vae-model", help="preset of a file that does not say it: sd, sdxl, ...")
     group.add_argument("--cache", help="folder of the latents (None: NAME-latents beside --vae)")
     group.add_argument("--no-cache", action="store_true", help="encode every image in every step")
     group.add_argument("--ema-decay", type=vae.probability, default=0.9999, help="of the average")
-    group.add_argument("--compile", action="store_true", help="the transformer's blocks")
+    group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     add_mirror(group)
     group = vae.add_sampling_arguments(parser)
     group.add_argument("--sampling-steps", type=vae.positive_int, default=250)
@@ -922,7 +915,7 @@ def add_mirror(group):
         "--mirror",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the images",
+        help="mirror half of the images, at random",
     )
 
 

@@ -2,9 +2,9 @@
 
 MaskGIT (https://arxiv.org/abs/2202.04200) learns to fill in the masked tokens of an image, all at
 once. It draws a new image from masks alone in a few steps, and each step keeps the tokens that it
-is surest of. The network is that of its PyTorch reproduction (https://arxiv.org/abs/2310.14400,
-Maskgit-pytorch v1.0), which the paper trains on the tokens of VQ-GANs with and without EQ-VAE's
-fine-tuning (Table 3).
+is surest of. The network is that of Maskgit-pytorch v1.0 (https://arxiv.org/abs/2310.14400). The
+EQ-VAE paper (https://arxiv.org/abs/2502.09509) trains it on the tokens of a VQ-GAN with and without
+its fine-tuning (Table 3).
 
     python maskgit.py --vqgan tiny-vq.pt --data data/emoji/train --model MaskGIT-Ti \\
         --batch-size 64 --steps 800 --lr 1e-3 --warmup 100 --out tiny-maskgit.pt
@@ -13,13 +13,15 @@ fine-tuning (Table 3).
     torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt       # eight: the paper's recipe
     torchrun --nproc_per_node=8 maskgit.py --sample-from maskgit.pt --vqgan eqvqgan.pt
 
-The third line caches the tokens of data/imagenet/train and of its mirror images in eqvqgan-tokens/
-(1.3 GB), takes 1,500,000 steps of 256 (300 epochs), and writes maskgit.pt, maskgit.jsonl (losses)
-and maskgit/ (pictures). The same command again goes on where the run stopped. The fourth line
-draws 50,000 pictures into maskgit.npz. Expect (Tables 3 and 11): gFID 5.9 and IS 229 on EQ-VAE's
-tokens, 6.8 and 214 on the VQ-GAN's own.
+The first torchrun line caches the tokens of data/imagenet/train and of its mirror images in
+eqvqgan-tokens/ (1.3 GB; give --cache for a second data set), trains for 1,500,000 steps of 256
+images (300 epochs), and writes maskgit.pt, maskgit.jsonl (losses) and maskgit/ (pictures). The same
+command again goes on where the run stopped. The last line draws 50,000 pictures into maskgit.npz.
+Expect the paper's gFID of 5.9 and IS of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own
+(Tables 3 and 11).
 
-Dropout differs between one process and several, because each draws its own. All else is equal.
+A run does not depend on the number of processes or on --micro-batch, except through dropout, which
+every forward pass draws for itself.
 """
 
 import argparse
@@ -39,7 +41,8 @@ CONFIGS = {
     # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# Published settings of sampling. v1.0's guidance weight w is cfg_scale - 1.
+# Settings of sampling: v1.0's for images of 256 and of 512 pixels and for its README's pictures, and
+# those of the original MaskGIT. v1.0's guidance weight w is cfg_scale - 1.
 PRESETS = {
     "256": dict(
         sampling_steps=8,
@@ -70,7 +73,7 @@ PRESETS = {
         decoding="cosine",
     ),
 }
-LABEL_DROP = 0.1  # share of the labels that are trained as the null class
+LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 LABEL_SMOOTHING = 0.1
 
 
@@ -97,7 +100,7 @@ class Attention(nn.Module):
         self.mha = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
 
     def forward(self, x):
-        # v1.0 asks for the weights too, which would keep it from the fused attention
+        # v1.0 also asks for the attention weights, which rules out the fused attention
         return self.mha(x, x, x, need_weights=False)[0]
 
 
@@ -138,7 +141,10 @@ class MaskGIT(nn.Module):
     codebook_size  K; the mask is token K, in the embedding and in the logits
     num_classes    class c is row K + 1 + c of the embedding, the null class its last row
     hidden_dim     D
-    depth, heads, mlp_dim, dropout   blocks, attention heads, width inside the MLPs, share
+    depth          blocks
+    heads          attention heads
+    mlp_dim        width inside the MLPs
+    dropout        probability
     """
 
     def __init__(
@@ -159,7 +165,7 @@ class MaskGIT(nn.Module):
         self.config = config  # what a checkpoint keeps
         tokens = input_size**2
         rows = codebook_size + 1 + num_classes + 1
-        self.tok_emb = nn.Embedding(rows, hidden_dim)  # N(0, 1), and no scale to the logits
+        self.tok_emb = nn.Embedding(rows, hidden_dim)  # N(0, 1); the tied logits are not rescaled
         positions = torch.empty(1, tokens + 1, hidden_dim)
         self.pos_emb = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
         self.first_layer = nn.Sequential(
@@ -179,7 +185,7 @@ class MaskGIT(nn.Module):
             nn.GELU(),
             nn.LayerNorm(hidden_dim, eps=1e-12),
         )
-        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # of each place and row
+        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # for each place and row
 
     def forward(self, tokens, labels):
         """Tokens (B, N) of 0 .. K, labels (B,) of 0 .. num_classes -> logits (B, N, K + 1)."""
@@ -188,8 +194,8 @@ class MaskGIT(nn.Module):
         sequence = torch.cat([tokens, classes], dim=1)  # (B, N + 1)
         h = self.first_layer(self.tok_emb(sequence) + self.pos_emb)  # (B, N + 1, D)
         h = self.last_layer(self.transformer(h))[:, :-1]  # (B, N, D)
-        # The logits are tied to the embedding. v1.0 computes those of the classes and of the last
-        # place as well, and cuts them off
+        # The logits are tied to the embedding. v1.0 also computes those of the class rows and the
+        # class's place, and then discards them
         return F.linear(h, self.tok_emb.weight[:known]) + self.bias[:-1, :known]
 
 
@@ -198,7 +204,7 @@ class MaskGIT(nn.Module):
 
 
 def mask_ratio(r, schedule="arccos"):
-    """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi in the mean.
+    """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi on average.
 
     "arccos" is v1.0's, "cosine" the original's.
     """
@@ -211,8 +217,8 @@ def token_losses(logits, tokens, mask=None):
     """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing.
 
     It is the mean over an image's tokens, as in v1.0. With a mask it is taken over the masked ones,
-    as in the original, and divided by their expected number: so images with few of them do not
-    count for more, and processes and micro-batches need not know of each other's.
+    as in the original, and divided by their expected number. Thus images with few masked tokens get
+    no extra weight, and processes need not exchange counts.
     """
     losses = F.cross_entropy(
         logits.float().transpose(1, 2),
@@ -230,7 +236,7 @@ def token_losses(logits, tokens, mask=None):
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """-> (how many tokens each step decides, together `tokens`; each step's ramp from 0 to 1).
+    """-> (how many tokens each step decides, adding up to `tokens`; each step's ramp, up to 1).
 
     arccos  v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, and the rest
             in the last step
@@ -244,7 +250,7 @@ def decoding_schedule(steps, tokens, kind="arccos"):
         return [tokens], [1.0]
     shares = torch.arccos(torch.linspace(1, 0, steps))
     counts = (shares / shares.sum() * tokens).round().clamp(min=1).int()
-    while int(counts[:-1].sum()) >= tokens:  # with many steps, those of one token fill the grid
+    while int(counts[:-1].sum()) >= tokens:  # rounding up to 1 can exceed the total
         counts[counts[:-1].argmax()] -= 1
     counts[-1] = tokens - counts[:-1].sum()
     return counts.tolist(), [i / (steps - 1) for i in range(steps)]
@@ -276,9 +282,9 @@ def parallel_decoding(
     """Labels (B,) -> tokens (B, N). Each step draws all unknown tokens, and keeps the counts[i]
     that it is surest of.
 
-    model               logits (B, N, K + 1) = model(tokens, labels); label model.config's
-                        num_classes is the null class
-    uniform             (B, steps, 2, N) in [0, 1): all that is random
+    model               logits (B, N, K + 1) = model(tokens, labels); the null class is label
+                        model.config["num_classes"]
+    uniform             (B, steps, 2, N) in [0, 1): the only source of randomness
     counts, ramps       of decoding_schedule()
     cfg_scale           guidance: u + s (c - u), with s from 1 to cfg_scale over the steps; 1: none
     choice_temperature  of the Gumbel noise on the confidence; it goes to 0 over the steps
@@ -288,12 +294,13 @@ def parallel_decoding(
     tokens = torch.full((len(labels), uniform.shape[3]), mask, device=labels.device)
     for i, (count, ramp) in enumerate(zip(counts, ramps)):
         logits = guided_logits(model, tokens, labels, 1 + (cfg_scale - 1) * ramp)
-        # Without the mask's logit. v1.0 may draw the mask, leave it in the sequence, and take the
-        # code K - 1 for it at the end
+        # The mask token cannot be drawn here. v1.0 allows it, and takes the code K - 1 for masks
+        # that are left at the end
         probabilities = (logits[..., :mask].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
         draw = uniform[:, i, 0, :, None]  # (B, N, 1)
         drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2).clamp(max=mask - 1)  # (B, N)
-        confidence = probabilities.gather(2, drawn[..., None])[..., 0].log()
+        confidence = probabilities.gather(2, drawn[..., None])[..., 0]
+        confidence = confidence.clamp(min=1e-37).log()  # -inf is for the tokens that are known
         gumbel = -torch.log(-torch.log(uniform[:, i, 1].clamp(min=1e-20)))
         confidence = confidence + choice_temperature * (1 - ramp) * gumbel
         confidence = confidence.masked_fill(tokens != mask, -math.inf)
@@ -303,7 +310,7 @@ def parallel_decoding(
 
 
 def guided_logits(model, tokens, labels, scale):
-    """Classifier-free guidance of the logits, u + scale (c - u). Scale 1 asks for no null class."""
+    """Classifier-free guidance of the logits, u + scale (c - u). Scale 1 skips the null class."""
     if scale == 1:
         return model(tokens, labels)
     null = torch.full_like(labels, model.config["num_classes"])
@@ -319,20 +326,20 @@ def guided_logits(model, tokens, labels, scale):
 def train(args, rank, world, device):
     import vae
 
-    # The tokens, and the run to go on with
+    # The tokenizer, and the run to go on with, if there is one
     resumed = vae.load_run(args, "MaskGIT", CONFIGS, ("vqgan", "classes"))
     torch.manual_seed(args.seed)
     tokenizer, about = load_tokenizer(args, resumed, device)
     images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)
-    codes = tokenizer.config["n_embed"]  # and the mask's token
+    codes = tokenizer.config["n_embed"]  # their number; it is also the mask token
     micro_batch = vae.images_per_pass(args, world)
 
     # The network and its optimiser. MaskGIT keeps no average of its weights
     side = tokenizer.grid(tokenizer.image_size)[0]
     config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
     config["dropout"] = args.dropout
-    model = start_network(args, config, resumed).to(device).train()
+    model = start_network(args, config, resumed, images).to(device).train()
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
@@ -357,7 +364,7 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
         shape = (args.batch_size, 2 + side**2)
-        uniform = vae.share(torch.rand(shape, generator=rng, device=device), rank, world)
+        uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         tokens = tokens.to(device, non_blocking=True).long()
         mask = uniform[:, 2:] < mask_ratio(uniform[:, :1], args.mask_schedule)  # (B / world, N)
         y = labels.to(device, non_blocking=True)
@@ -370,7 +377,7 @@ def train(args, rank, world, device):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
             visible = tokens[rows].masked_fill(mask[rows], codes)
-            with vae.averaging(network, is_last=k == passes - 1):
+            with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
                 counted = mask[rows] if args.masked_only else None
@@ -391,7 +398,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, lr)
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, tokenizer, autocast)
-        if vae.is_due(step, args.save_every):
+        if vae.is_due(step, args.save_every) and step < args.steps:
             save(args, step, log, model, optimizer, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
@@ -400,8 +407,8 @@ def train(args, rank, world, device):
 
 
 def accuracies(logits, tokens, mask):
-    """What the log tells: the share of right tokens, of all and of an image's masked ones, and the
-    share that is masked."""
+    """Logged values: the share of right tokens, among all and among an image's masked ones, and the
+    share of masked tokens."""
     right = logits.argmax(dim=2) == tokens  # (b, N)
     right_masked = (right & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return dict(accuracy=right, accuracy_masked=right_masked, masked=mask)
@@ -419,10 +426,11 @@ def load_tokenizer(args, resumed, device):
         )
     tokenizer = vqgan.load_vqgan(args.vqgan)
     about = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
-    if args.image_size is None:
-        args.image_size = max(tokenizer.image_size or (256, 256))
-        vae.say(f"--image-size {args.image_size}, the VQ-GAN's")
-    tokenizer.image_size = (args.image_size, args.image_size)
+    if tokenizer.config["n_embed"] > 2**15:
+        raise vae.InputError(
+            f"--vqgan {args.vqgan}: tokens are kept in 16 bits, up to 32,768 codes"
+        )
+    tokenizer.image_size = vae.training_size(args, tokenizer)
     tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
     if resumed is not None:
         if resumed["vqgan"]["sha256"] != about["sha256"]:
@@ -433,23 +441,19 @@ def load_tokenizer(args, resumed, device):
     return tokenizer.to(device), about
 
 
-def start_network(args, config, resumed):
-    """A new network, or that of the run to go on with, which must be the same."""
+def start_network(args, config, resumed, images):
+    """A new network, or that of the run to go on with. InputError if its settings are others."""
     import vae
 
     model = MaskGIT(**config)
     if resumed is None:
         return model
-    changed = [key for key in config if resumed["config"].get(key) != config[key]]
-    if changed:
-        raise vae.InputError(
-            f"{args.out}: was trained with another {', '.join(changed)}; give another --out"
-        )
+    vae.check_same_network(args, resumed, model.config, images)
     return vae.load_weights(model, resumed["model"], args.out)
 
 
 def compile_blocks(args, model):
-    """torch.compile for each block: two graphs, which all of them share."""
+    """torch.compile for each block, so that all layers share the graphs of attention and MLP."""
     if args.compile:
         for layer in model.transformer.layers:
             for block in layer:
@@ -458,7 +462,8 @@ def compile_blocks(args, model):
 
 @torch.no_grad()
 def look(args, step, log, model, tokenizer, autocast):
-    """Writes OUT/0001000.png: samples of the same random numbers and labels each time."""
+    """Writes OUT/0001000.png: 16 samples without guidance, of the same random numbers and labels
+    each time."""
     import vae
 
     if not vae.MAIN or args.bench or not args.sample_every:
@@ -477,8 +482,14 @@ def look(args, step, log, model, tokenizer, autocast):
 
 
 def save(args, step, log, model, optimizer, about, images):
-    """Writes args.out: vae.save_autoencoder()'s entries, and `vqgan`, the tokenizer's file and
-    hash."""
+    """Writes args.out, a dictionary of plain data.
+
+    arch, config   class and arguments of the network
+    model, opt     its weights, and the optimiser's state
+    step, args     steps taken, the command's arguments
+    vqgan          file and hash of the tokenizer
+    classes        names of the classes
+    """
     import vae
 
     checkpoint = dict(
@@ -502,12 +513,12 @@ class Tokens(torch.utils.data.Dataset):
     """The cached tokens of pictures.
 
     path    rows.npy of a cache: int16 (N, 2, tokens), of each picture and its mirror image
-    places  rows that are data: those of unreadable pictures are not
+    places  numbers of the rows whose picture could be read
     labels  of these rows
 
-    Items are (tokens, label, index, True), asked for as (epoch, index). Half of them are the
-    mirror image's, as in vae.ImageFolder. The set holds paths and numbers alone: every data loader
-    opens the file itself.
+    Items are (tokens, label, index, True), as those of vae.ImageFolder, and asked for in the same
+    way, as (epoch, index). Half of them are the mirror image's. The object holds paths and numbers
+    alone: every data loader opens the file itself.
     """
 
     def __init__(self, path, places, labels, seed, mirror):
@@ -547,7 +558,7 @@ def token_data(args, rank, world, device, tokenizer, about, images):
 
     @torch.no_grad()
     def compute(batch):
-        with vae.full_precision():  # codes are what is learned from
+        with vae.full_precision():  # other codes would be other training data
             views = [tokenizer.encode(vae.to_float(v, device)) for v in (batch, batch.flip(3))]
         return torch.stack(views, dim=1).short()
 
@@ -557,7 +568,7 @@ def token_data(args, rank, world, device, tokenizer, about, images):
     if tokens.min() < 0 or tokens.max() >= codes:
         raise vae.InputError(
             f"{folder}: holds tokens {tokens.min()} to {tokens.max()}, but the codebook of "
-            f"{args.vqgan} has {codes} codes; delete it"
+            f"{args.vqgan} has {codes} codes; delete the folder"
         )
     labels = np.array(images.labels)[places]
     return Tokens(rows.path, places, labels, args.seed, args.mirror)
@@ -569,11 +580,11 @@ def token_data(args, rank, world, device, tokenizer, about, images):
 
 @torch.no_grad()
 def sample(args, rank, world, device):
-    """Fills --samples. Sample i depends on (seed, i) alone, to rounding. What is decoded is clamped
-    to [-1, 1], and never stretched by its own minimum and maximum, as v1.0 does."""
+    """Fills --samples. Sample i depends on (seed, i) alone, to rounding. Pictures are clamped to
+    [-1, 1]. (v1.0 stretches each by its own minimum and maximum.)"""
     import vae
 
-    # What can be wrong with the arguments is found before anything is written
+    # All arguments are checked before anything is written
     out = vae.samples_path(args, world)
     tokenizer, digest = load_sampling_tokenizer(args, device)
     model, kept = load_generator(args, tokenizer, digest, device)
@@ -600,7 +611,10 @@ def sample(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     def draw(indices, labels, tick):
-        hooks = model.register_forward_pre_hook(lambda *_: tick())
+        def before_call(module, inputs):
+            tick()
+
+        hook = model.register_forward_pre_hook(before_call)
         sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
         uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
         uniform = vae.to_device(torch.stack(uniform), device)
@@ -609,7 +623,7 @@ def sample(args, rank, world, device):
                 y = torch.from_numpy(labels).to(device)
                 tokens = parallel_decoding(model, y, uniform, counts, ramps, **strength)
         finally:
-            hooks.remove()
+            hook.remove()
         return vae.decode_pictures(tokenizer.decode, tokens, args.sample_from)
 
     size = config["input_size"] * tokenizer.factor
@@ -627,8 +641,11 @@ def load_sampling_tokenizer(args, device):
 
 
 def load_generator(args, tokenizer, digest, device):
-    """--sample-from -> (model, our checkpoint's other entries or {}). Weights keep requires_grad:
-    autocast keeps its bf16 copies of those alone, and would else make them anew at every call."""
+    """--sample-from -> (model, our checkpoint's other entries or {}).
+
+    The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
+    Others it would cast again at every call.
+    """
     import vae
 
     config, weights, kept = read_maskgit(args.sample_from, tokenizer.config["n_embed"])
@@ -643,8 +660,12 @@ def load_generator(args, tokenizer, digest, device):
 
 
 def read_maskgit(path, codes):
-    """-> (MaskGIT's arguments, weights, our checkpoint's other entries or {}) of a file of ours or
-    of Maskgit-pytorch's, for a VQ-GAN of so many codes: theirs do not tell codes from classes."""
+    """A file of ours or of Maskgit-pytorch's -> (MaskGIT's arguments, weights, our checkpoint's
+    other entries or {}).
+
+    codes  size of the VQ-GAN's codebook: Maskgit-pytorch's files do not say where the codes end and
+           the classes begin
+    """
     import vae
 
     checkpoint = vae.read_file(path)
@@ -659,7 +680,7 @@ def read_maskgit(path, codes):
         weights = vae.find_weights(checkpoint, "tok_emb.weight")
         if weights is None or "bias" not in weights:
             raise vae.InputError(
-                f"{path}: no MaskGIT in it, neither in our layout nor in Maskgit-pytorch's v1.0"
+                f"{path}: no MaskGIT checkpoint, neither ours nor one of Maskgit-pytorch v1.0"
             )
         config = official_config(path, weights, codes)
         kept = {}
@@ -671,7 +692,7 @@ def read_maskgit(path, codes):
 
 
 def official_config(path, weights, codes):
-    """The arguments that the shapes in Maskgit-pytorch's file tell."""
+    """MaskGIT's arguments from the shapes in a file of Maskgit-pytorch's."""
     import vae
 
     places, rows = weights["bias"].shape
@@ -686,13 +707,13 @@ def official_config(path, weights, codes):
                 num_classes=rows - codes - 2,
             )
     raise vae.InputError(
-        f"{path}: {depth} blocks of width {width} and {rows} rows: of no preset "
-        f"({', '.join(CONFIGS)}), or for another codebook than one of {codes}"
+        f"{path}: {depth} blocks of width {width} and {rows} rows: matches no --model "
+        f"({', '.join(CONFIGS)}), or is for another codebook than one of {codes} codes"
     )
 
 
 def sampling_settings(args, config):
-    """The preset's settings, where no flag says otherwise."""
+    """The settings of --preset, overridden by the flags that were given."""
     import vae
 
     settings = dict(PRESETS[args.preset])
@@ -727,25 +748,27 @@ def main():
 
     parser = vae.make_parser(__doc__)
     group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="None: the VQ-GAN's")
-    group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B")
+    group.add_argument("--image-size", type=vae.pixels, help="pixels (None: the VQ-GAN's)")
+    group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
     group.add_argument("--vqgan", help="the VQ-GAN: vqgan.py's or taming's")
     group.add_argument("--cache", help="folder of the tokens (None: NAME-tokens beside --vqgan)")
     group.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mirror half of the images",
+        help="mirror half of the images, at random",
     )
-    group.add_argument("--warmup", type=vae.count, default=2500, help="steps")
+    group.add_argument("--warmup", type=vae.count, default=2500, help="steps until --lr is reached")
     group.add_argument("--dropout", type=vae.probability, default=0.1)
-    group.add_argument("--mask-schedule", choices=("arccos", "cosine"), default="arccos")
+    group.add_argument(
+        "--mask-schedule", choices=("arccos", "cosine"), default="arccos", help="see mask_ratio()"
+    )
     group.add_argument("--masked-only", action="store_true", help="loss on masked tokens alone")
-    group.add_argument("--compile", action="store_true", help="the transformer's blocks")
+    group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group = vae.add_sampling_arguments(parser)
-    group.add_argument("--preset", choices=PRESETS, default="256", help="the settings below")
+    group.add_argument("--preset", choices=PRESETS, default="256", help="sets the five flags below")
     group.add_argument("--sampling-steps", type=vae.positive_int, help="None: the preset's")
-    group.add_argument("--cfg-scale", type=vae.non_negative, help="1: no guidance")
+    group.add_argument("--cfg-scale", type=vae.non_negative, help="at the last step; 1: none")
     group.add_argument("--choice-temperature", type=vae.non_negative, help="None: the preset's")
     group.add_argument("--softmax-scale", type=vae.positive_number, help="None: the preset's")
     group.add_argument("--decoding", choices=("arccos", "cosine"), help="None: the preset's")

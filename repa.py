@@ -262,7 +262,7 @@ def load_encoder(name, path, device):
 def train(args, rank, world, device):
     import vae
 
-    # The latents, the encoder, and the run to go on with
+    # The latents, the encoder, and the run to go on with, if there is one
     resumed = vae.load_run(args, "REPA", CONFIGS, ("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
     autoencoder, about = dit.load_latent_space(args, resumed, device)
@@ -277,7 +277,7 @@ def train(args, rank, world, device):
     # The network, its optimiser and the average of its weights
     options = dict(path=args.path, z_dims=(width,))
     config = dit.network_config(args, preset, autoencoder, images, **options)
-    model = dit.start_network(REPA, config, args, resumed, about).to(device)
+    model = dit.start_network(REPA, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
@@ -307,10 +307,10 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, pictures, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
-        noise = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.share(uniform, rank, world)
+        uniform = vae.rank_slice(uniform, rank, world)
         t = uniform[:, 0]  # in [0, 1): 0 data, 1 noise
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
@@ -327,7 +327,7 @@ def train(args, rank, world, device):
             x = alpha * x1 + sigma * x0
             target = -(d_alpha * x1 + d_sigma * x0)  # towards the noise
             tokens = target_tokens(pictures[rows], encode, side, device)  # (b, N, width)
-            with vae.averaging(network, is_last=k == passes - 1):
+            with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
                 loss = (velocity - target).square().mean()
@@ -349,7 +349,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
             dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
-        if vae.is_due(step, args.save_every):
+        if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again

@@ -212,7 +212,7 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 def train(args, rank, world, device):
     import vae
 
-    # The latents, and the run to go on with
+    # The latents, and the run to go on with, if there is one
     resumed = vae.load_run(args, "SiT", CONFIGS, ("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
     autoencoder, about = dit.load_latent_space(args, resumed, device)
@@ -223,7 +223,7 @@ def train(args, rank, world, device):
     # The network, its optimiser and the average of its weights
     preset = CONFIGS[args.model]
     config = dit.network_config(args, preset, autoencoder, images, path=args.path)
-    model = dit.start_network(SiT, config, args, resumed, about).to(device)
+    model = dit.start_network(SiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
@@ -249,10 +249,10 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
-        noise = vae.share(torch.randn(shape, generator=rng, device=device), rank, world)
+        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.share(uniform, rank, world)
+        uniform = vae.rank_slice(uniform, rank, world)
         t = uniform[:, 0]  # in [0, 1): 0 noise, 1 data
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
@@ -268,7 +268,7 @@ def train(args, rank, world, device):
             alpha, sigma, d_alpha, d_sigma = coefficients(times, args.path)
             x = alpha * x1 + sigma * x0
             target = d_alpha * x1 + d_sigma * x0
-            with vae.averaging(network, is_last=k == passes - 1):
+            with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity = network(x, t[rows], y[rows])  # (b, C, h, w)
                 loss = (velocity - target).square().mean()
@@ -288,7 +288,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
             dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
-        if vae.is_due(step, args.save_every):
+        if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again

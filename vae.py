@@ -578,7 +578,7 @@ def train(args, rank, world, device):
         before, tau, explicit_tau = draw_transform(args, grid, smallest, host)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *before.size)
-        noise = share(torch.randn(shape, generator=rng, device=device), rank, world)
+        noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
         statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
 
@@ -649,7 +649,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, args.lr)
         if is_due(step, args.sample_every, args.steps):
             look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-        if is_due(step, args.save_every):
+        if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, log, networks, optimizers, ema)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
@@ -1689,6 +1689,8 @@ def fail(world):
 
 def tidy():
     """Ends the data loaders, which would outlive an exception and keep this process waiting."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()
     while LOCKS:
@@ -1818,15 +1820,15 @@ def generators(seed, step, device):
     """-> (host, device generator) for all that is random in a training step.
 
     The host's is for what Python must know (tau's sizes), the other for tensors. Each process
-    draws for the whole batch, in the same order, and keeps its share(): so a run does not depend
-    on the number of processes, and going on with it needs no stored state.
+    draws for the whole batch, in the same order, and keeps its rank_slice(). So a run does not
+    depend on the number of processes, and going on with it needs no stored state.
     """
     host = seeded(seed, "host", step)
     on_device = torch.Generator(device).manual_seed(seeded(seed, "device", step).initial_seed())
     return host, on_device
 
 
-def share(tensor, rank, world):
+def rank_slice(tensor, rank, world):
     """This process's rows of what was drawn for the whole batch."""
     return tensor.chunk(world)[rank]
 
@@ -2166,7 +2168,7 @@ def distribute(model, device, world):
     return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-def averaging(network, is_last):
+def sync_gradients(network, is_last):
     """A context for a forward and backward pass. Only in the last pass of a step do processes
     average their gradients."""
     if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
@@ -2255,6 +2257,28 @@ def load_run(args, arch, configs, keys=()):
             changes.append(f"--{name.replace('_', '-')} {value} -> {given}")
     say(" ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
+
+
+def check_same_network(args, resumed, config, images):
+    """InputError if the run to go on with has another network than config's, or other classes."""
+    kept = resumed["config"]
+    changed = [
+        f"{key} {kept.get(key)}, now {config[key]}"
+        for key in config
+        if kept.get(key) != config[key]
+    ]
+    if not changed and resumed["classes"] != images.classes:
+        changed = [f"other classes ({', '.join(resumed['classes'][:5])})"]
+    if changed:
+        raise InputError(f"{args.out}: was trained with {'; '.join(changed)}; give another --out")
+
+
+def training_size(args, autoencoder):
+    """(H, W) for a generator's pictures: --image-size, else what the autoencoder was trained at."""
+    if args.image_size is None:
+        args.image_size = max(autoencoder.image_size or (256, 256))
+        say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
+    return (args.image_size, args.image_size)
 
 
 def saved_arguments(args):
@@ -2462,7 +2486,9 @@ def save_run(args, log, checkpoint):
     """Writes args.out. A state that is not finite is never saved over a good one."""
     if not MAIN or args.bench:
         return
-    values = [*checkpoint["model"].values(), *(checkpoint.get("ema") or {}).values()]
+    values = []
+    for name in ("model", "ema", "disc"):
+        values += (checkpoint.get(name) or {}).values()
     finite = torch.stack([value.isfinite().all() for value in values]).all()
     if not finite or not log.is_healthy():
         say(f"step {checkpoint['step']}: not saved, its weights or gradients are not finite")

@@ -344,7 +344,7 @@ def train(args, rank, world, device):
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, ema, data, shown, grid, autocast)
-        if vae.is_due(step, args.save_every):
+        if vae.is_due(step, args.save_every) and step < args.steps:
             vae.save_autoencoder(args, step, log, networks, optimizers, ema)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
