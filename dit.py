@@ -418,7 +418,7 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
@@ -450,8 +450,8 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
+        # fused optimisers read found_inf (as AMP sets it) and change nothing
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -464,10 +464,10 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+            save(args, step, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+        save(args, step, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 
 
@@ -569,7 +569,7 @@ def look(args, step, log, model, ema, draw, autoencoder, null, autocast):
     log.picture(step, vae.image_grid(pictures.split(8)))
 
 
-def save(args, step, log, model, ema, optimizer, autoencoder, about, images):
+def save(args, step, model, ema, optimizer, autoencoder, about, images):
     """Writes args.out: vae.save_autoencoder()'s entries, and of the latents `vae`, the file and
     hash of their autoencoder, and `latent`, the scale and shift they were trained with."""
     import vae
@@ -587,7 +587,7 @@ def save(args, step, log, model, ema, optimizer, autoencoder, about, images):
         vae=about,
         classes=images.classes,
     )
-    vae.save_run(args, log, checkpoint)
+    vae.save_run(args, checkpoint)
 
 
 # ==================================================================================================
@@ -731,7 +731,7 @@ def load_generator(args, network, device):
 
     path = args.sample_from
     checkpoint = vae.read_file(path)
-    if "arch" in checkpoint:
+    if vae.is_ours(checkpoint):
         if checkpoint["arch"] != network.__name__:
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {network.__name__}")
         keys = ("config", "model", "ema", "step", "args", "latent", "vae", "classes")
@@ -873,11 +873,11 @@ def arguments(description, models, out):
 
     parser = vae.make_parser(description)
     group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="pixels (None: the autoencoder's)")
+    group.add_argument("--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)")
     group.add_argument("--model", choices=models, default=next(iter(models)), help="its size")
     group.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
     group.add_argument("--vae-model", help="preset of a file that does not say it: sd, sdxl, ...")
-    group.add_argument("--cache", help="folder of the latents (None: NAME-latents beside --vae)")
+    group.add_argument("--cache", help="folder of the latents (default: NAME-latents beside --vae)")
     group.add_argument("--no-cache", action="store_true", help="encode every image in every step")
     group.add_argument("--ema-decay", type=vae.probability, default=0.9999, help="of the average")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")

@@ -41,8 +41,8 @@ CONFIGS = {
     # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# Settings of sampling: v1.0's for images of 256 and of 512 pixels and for its README's pictures, and
-# those of the original MaskGIT. v1.0's guidance weight w is cfg_scale - 1.
+# Settings of sampling: v1.0's for images of 256 and of 512 pixels, v1.0's for the pictures in its
+# README, and those of the original MaskGIT. v1.0's guidance weight w is cfg_scale - 1.
 PRESETS = {
     "256": dict(
         sampling_steps=8,
@@ -355,7 +355,7 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         look(args, step, log, model, tokenizer, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
@@ -385,8 +385,8 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
+        # fused optimisers read found_inf (as AMP sets it) and change nothing
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
         skipped = (~grad_norm.isfinite()).float()
@@ -399,10 +399,10 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, tokenizer, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, log, model, optimizer, about, images)
+            save(args, step, model, optimizer, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        save(args, step, log, model, optimizer, about, images)
+        save(args, step, model, optimizer, about, images)
     vae.end_run(args, step, log)
 
 
@@ -481,7 +481,7 @@ def look(args, step, log, model, tokenizer, autocast):
     log.picture(step, vae.image_grid(tokenizer.decode(tokens).split(8)))
 
 
-def save(args, step, log, model, optimizer, about, images):
+def save(args, step, model, optimizer, about, images):
     """Writes args.out, a dictionary of plain data.
 
     arch, config   class and arguments of the network
@@ -502,7 +502,7 @@ def save(args, step, log, model, optimizer, about, images):
         vqgan=about,
         classes=images.classes,
     )
-    vae.save_run(args, log, checkpoint)
+    vae.save_run(args, checkpoint)
 
 
 # ==================================================================================================
@@ -669,7 +669,7 @@ def read_maskgit(path, codes):
     import vae
 
     checkpoint = vae.read_file(path)
-    if "arch" in checkpoint:
+    if vae.is_ours(checkpoint):
         if checkpoint["arch"] != "MaskGIT":
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
         vae.check_keys(path, checkpoint, ("config", "model", "step", "vqgan", "classes"))
@@ -748,10 +748,10 @@ def main():
 
     parser = vae.make_parser(__doc__)
     group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="pixels (None: the VQ-GAN's)")
+    group.add_argument("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
     group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
     group.add_argument("--vqgan", help="the VQ-GAN: vqgan.py's or taming's")
-    group.add_argument("--cache", help="folder of the tokens (None: NAME-tokens beside --vqgan)")
+    group.add_argument("--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan)")
     group.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
@@ -767,11 +767,11 @@ def main():
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group = vae.add_sampling_arguments(parser)
     group.add_argument("--preset", choices=PRESETS, default="256", help="sets the five flags below")
-    group.add_argument("--sampling-steps", type=vae.positive_int, help="None: the preset's")
+    group.add_argument("--sampling-steps", type=vae.positive_int, help="default: the preset's")
     group.add_argument("--cfg-scale", type=vae.non_negative, help="at the last step; 1: none")
-    group.add_argument("--choice-temperature", type=vae.non_negative, help="None: the preset's")
-    group.add_argument("--softmax-scale", type=vae.positive_number, help="None: the preset's")
-    group.add_argument("--decoding", choices=("arccos", "cosine"), help="None: the preset's")
+    group.add_argument("--choice-temperature", type=vae.non_negative, help="default: the preset's")
+    group.add_argument("--softmax-scale", type=vae.positive_number, help="default: the preset's")
+    group.add_argument("--decoding", choices=("arccos", "cosine"), help="default: the preset's")
     vae.add_run_arguments(
         parser,
         data="data/imagenet/train",

@@ -298,7 +298,7 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ def train(args, rank, world, device):
                 ((loss - args.align_weight * cosine) / passes).backward()
             log.add(mse=loss, alignment=cosine)
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
+        # fused optimisers read found_inf (as AMP sets it) and change nothing
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
         skipped = (~grad_norm.isfinite()).float()
@@ -350,10 +350,10 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+            dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+        dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 
 
@@ -449,7 +449,7 @@ def main():
     group.add_argument(
         "--encoder", default="dinov2_vitb14", help="whose tokens; or MODULE:FUNCTION"
     )
-    group.add_argument("--encoder-weights", help="its file (None: torch hub's, or its own)")
+    group.add_argument("--encoder-weights", help="its file (default: torch hub's, or its own)")
     group.add_argument("--align-weight", type=vae.non_negative, default=0.5)
     group.add_argument(
         "--cache-features", action="store_true", help="keep its tokens on disk: large"

@@ -240,7 +240,7 @@ def train(args, rank, world, device):
     began = step
     if resumed is None:
         dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
-    resumed = None  # or its tensors would stay in memory
+    resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=loss)
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimiser reads found_inf and then changes nothing, as under AMP
+        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
+        # fused optimisers read found_inf (as AMP sets it) and change nothing
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -289,10 +289,10 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+            dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
 
     if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        dit.save(args, step, log, model, ema, optimizer, autoencoder, about, images)
+        dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
     vae.end_run(args, step, log)
 
 

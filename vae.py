@@ -14,15 +14,16 @@ tau, is drawn and applied by eqloss.py.
     torchrun --nproc_per_node=8 vae.py                              # eight GPUs: the paper's recipe
     python vae.py --init eqvae.pt --export for-diffusers            # writes a folder
 
-The torchrun line fine-tunes SD-VAE into EQ-VAE. It reads data/openimages/ and data/kl-f8.ckpt
-(https://ommer-lab.com/files/latent-diffusion/kl-f8.zip) and takes 50,000 steps of 160 images. It
-writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures). The same command again goes on where
-the run stopped. Expect on ImageNet's validation set (Tables 7 and 12): rFID .90 -> .82, error
-under rotation R .93 -> .49, error under scaling S .80 -> .15, PSNR 25.8 -> 26.0 dB.
+The torchrun line fine-tunes SD-VAE into EQ-VAE. It reads data/openimages/ and data/kl-f8.ckpt,
+which is model.ckpt in https://ommer-lab.com/files/latent-diffusion/kl-f8.zip, and takes 50,000
+steps of 160 images. It writes eqvae.pt, eqvae.jsonl (losses) and eqvae/ (pictures). The same
+command again goes on where the run stopped. Expect on ImageNet's validation set (Tables 7 and 12):
+rFID .90 -> .82, error under rotation R .93 -> .49, error under scaling S .80 -> .15, PSNR 25.8 ->
+26.0 dB.
 
 Read this file from the top. Networks, losses and training are its first third. Then come the
-command line, the reading and writing of other people's files, and the run kit: functions that all
-scripts of this repository use, and no paper speaks of.
+command line, the reading and writing of other people's files, and the run kit: helper functions
+that all scripts here share.
 """
 
 import argparse
@@ -61,9 +62,9 @@ from tqdm import tqdm
 import eqloss
 from eqloss import identity_transform, released_transform, sample_transform, scale_transform
 
-# name -> arguments of AutoencoderKL. To add a preset, add a line: n numbers in ch_mult make latents
-# that are 2^(n - 1) times smaller than the image. Scale and shift belong to published weights;
-# leave them out where there are none. A finished run measures its own.
+# name -> arguments of AutoencoderKL, which explains them. To add a preset, add a line: n numbers in
+# ch_mult make latents that are 2^(n - 1) times smaller than the image. Scale and shift belong to
+# published weights; leave them out where there are none, since a finished run measures its own.
 CONFIGS = {
     # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
     "sd": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),
@@ -92,10 +93,10 @@ CONFIGS = {
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that takes bf16 as it comes, and adds up in float32 inside.
+    """nn.GroupNorm that keeps bf16 inputs in bf16; its sums are float32 all the same.
 
-    Under autocast torch's runs in float32: then a third of all that is kept for the backward pass
-    are float32 copies of these layers' inputs.
+    Under autocast nn.GroupNorm converts its input to float32. Those copies would be a third of all
+    memory that is kept for the backward pass.
     """
 
     def forward(self, x):
@@ -358,9 +359,9 @@ def latent_grid(image_size, factor):
     if height % factor or width % factor or min(height, width) < factor:
         lower = "x".join(str(max(1, side // factor) * factor) for side in image_size)
         upper = "x".join(str(math.ceil(side / factor) * factor) for side in image_size)
+        near = lower if lower == upper else f"{lower} and {upper}"
         raise InputError(
-            f"--image-size {height}x{width}: not a multiple of {factor}; "
-            f"the nearest are {lower} and {upper}"
+            f"--image-size {height}x{width}: not a multiple of {factor}; nearest: {near}"
         )
     return (height // factor, width // factor)
 
@@ -368,7 +369,7 @@ def latent_grid(image_size, factor):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d that takes its statistics over the images of all processes.
 
-    nn.SyncBatchNorm does the same on GPUs alone, and makes the host wait in every layer.
+    nn.SyncBatchNorm does so on GPUs alone, and makes the host wait in every layer.
     """
 
     def forward(self, x):  # (b, C, H, W)
@@ -433,17 +434,17 @@ def adversarial_gradients(nll, gan_loss, reconstruction, last_layer, gan_weight)
 
     Computed directly, as LDM does, the two norms cost two more backward passes through LPIPS and
     the discriminator. But both losses depend on the autoencoder through the reconstruction alone.
-    So each loss is differentiated down to the reconstruction, once. From there to W is a single
-    convolution, for each of the two. The caller then adds the two gradients with the weight, and
-    sends the sum through decoder and encoder in one pass. The discriminator's own gradients stay
-    untouched, because autograd.grad computes nothing but what it is asked for.
+    So each loss is differentiated down to the reconstruction, once. Going on from there to W costs
+    one convolution per loss. The caller then adds the two gradients with the weight, and sends the
+    sum through decoder and encoder in one pass. The discriminator's own gradients stay untouched,
+    because autograd.grad computes only what it is asked for.
 
     nll, gan_loss   scalars that depend on `reconstruction` (b, 3, H, W)
     last_layer      the weight of the convolution that made the reconstruction
 
-    -> (gradient of nll, gradient of gan_loss, weight, whether the ratio was cut off). The first two
-       are (b, 3, H, W), the others scalars. With several processes the norms are those of the
-       gradients' mean, so all of them get the same weight.
+    -> (gradient of nll, gradient of gan_loss, weight, 1 if the ratio was clamped else 0). The first
+       two are (b, 3, H, W), the others scalars. With several processes the norms are those of the
+       gradients' mean, so all processes get the same weight.
     """
     (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
     (gan_gradient,) = torch.autograd.grad(gan_loss, reconstruction)
@@ -469,8 +470,8 @@ def load_lpips(vgg=None):
     """The frozen LPIPS network (VGG16, v0.1) of the lpips package.
 
     Two images (B, 3, H, W) in [-1, 1], of at least 16 pixels -> distances (B, 1, 1, 1).
-    vgg  a file of torchvision's VGG16; "random" for random weights, which is no LPIPS; None: from
-         torch hub's cache, else downloaded. InputError says which file to put where.
+    vgg  a file of torchvision's VGG16; None: from torch hub's cache, else downloaded; "random":
+         untrained weights, for tests. InputError says which file to put where.
     """
     lpips = import_lpips()
     with warnings.catch_warnings():  # it uses names that torchvision has deprecated
@@ -528,8 +529,8 @@ def no_distance(x, y):
 
 
 def train(args, rank, world, device):
-    # The networks: of the run to go on with, of --init, or new ones. (kl-f8.ckpt, the default of
-    # --init, does not say that it is an SD-VAE)
+    # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
+    # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
     resumed = load_run(args, "AutoencoderKL", CONFIGS, ("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
@@ -564,18 +565,18 @@ def train(args, rank, world, device):
     log = Log(args, step, world, device)
     say_start(args, model, data, world, micro_batch, device)
     batches = endless_batches(data, args, step, rank, world)
-    began = step
     if resumed is None:
         look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    resumed = found = None  # or their tensors would stay in memory
+    was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    resumed = found = None  # frees the loaded tensors
 
     while step < args.steps and not stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step) and is drawn for the
         # whole batch; this process takes its share. The batch has one tau, in all processes.
         # `before` is the identity, but for the low-resolution images of --recipe release
-        host, rng = generators(args.seed, step, device)
-        before, tau, explicit_tau = draw_transform(args, grid, smallest, host)
+        host_rng, rng = generators(args.seed, step, device)
+        before, tau, explicit_tau = draw_transform(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *before.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -593,7 +594,7 @@ def train(args, rank, world, device):
                 reconstruction = model.decode(tau(z))  # the target's shape
 
             # L_rec (LDM calls it nll) and L_reg: sums over an image's values, means over images.
-            # LPIPS is one number an image, which LDM adds to every value before it sums
+            # LDM adds an image's LPIPS to the L1 of each value before it sums: so both are scaled
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
@@ -608,8 +609,8 @@ def train(args, rank, world, device):
                 log.add(explicit=explicit)
             log.add(l1=l1, lpips=lpips, nll=nll, kl=kl)
 
-            # L_gan, and the discriminator's loss on the same pair. (LDM encodes and decodes the
-            # batch once more for it.) So far all gradients stop at the reconstruction
+            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. (LDM
+            # runs the autoencoder once more for it.) All gradients stop at the reconstruction here
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
@@ -628,13 +629,13 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # One pass through decoder and encoder carries the gradient on: it is the derivative of
-            # this total with respect to the reconstruction
+            # The derivative of `total` at the reconstruction is `gradient`: so one backward pass
+            # trains the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimisers read found_inf and then change nothing, as under AMP
+        # The step. If a gradient of either network is not finite, all processes skip it, without a
+        # host sync: torch's fused optimisers read found_inf (as AMP sets it) and change nothing
         average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -650,11 +651,11 @@ def train(args, rank, world, device):
         if is_due(step, args.sample_every, args.steps):
             look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
         if is_due(step, args.save_every) and step < args.steps:
-            save_autoencoder(args, step, log, networks, optimizers, ema)
+            save_autoencoder(args, step, networks, optimizers, ema)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
+    if not was_finished:
         latent = final_scale(args, step, model, ema, data, device)
-        save_autoencoder(args, step, log, networks, optimizers, ema, latent)
+        save_autoencoder(args, step, networks, optimizers, ema, latent)
     end_run(args, step, log)
 
 
@@ -678,8 +679,8 @@ def draw_transform(args, grid, smallest, generator):
 
 
 def smallest_cells(args, grid, factor):
-    """The smallest side, in latent cells, that tau may leave: LPIPS needs images of 16 pixels, the
-    discriminator of 24. InputError if images of this size leave tau nothing to draw from."""
+    """The smallest side, in latent cells, to which tau may shrink: LPIPS needs images of 16 pixels,
+    the discriminator of 24. InputError if images of this size leave tau nothing to draw from."""
     pixels = 1
     if args.lpips_weight:
         pixels = 16
@@ -699,8 +700,8 @@ def smallest_cells(args, grid, factor):
 def make_discriminator(args, found, step):
     """The discriminator, with the weights that came with the autoencoder, if any; None without GAN.
 
-    Also sets --disc-start where it was not given. A discriminator with weights enters the loss at
-    once. A new one is trained for 1,000 steps first.
+    Also sets args.disc_start where it was not given: a discriminator with weights enters the loss
+    at once, a new one is trained for 1,000 steps first.
     """
     if not args.gan_weight:
         return None
@@ -741,7 +742,7 @@ def look(args, step, log, encode, decode, images, grid, autocast):
 
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
-    """The latents' scale and shift that a finished run keeps; None where it was stopped."""
+    """The latents' scale and shift for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps:
         return None
     if args.latent_scale == "published":
@@ -761,8 +762,7 @@ def measure_latents(model, images, n=1024):
 
     -> dict of
     scale      1 / std of all values of posterior samples (LDM's scale_by_std)
-    shift      their mean in the families that have one (SD3), else 0: what uses the others
-               subtracts nothing
+    shift      their mean if the configuration has a shift (SD3), else 0
     mean, std  of each channel, lists
     images     how many were measured
     """
@@ -780,7 +780,7 @@ def measure_latents(model, images, n=1024):
     )
 
 
-def save_autoencoder(args, step, log, networks, optimizers, ema, latent=None):
+def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
     """Writes args.out, a dictionary of plain data.
 
     arch, config    class and arguments of the network
@@ -806,7 +806,7 @@ def save_autoencoder(args, step, log, networks, optimizers, ema, latent=None):
     if len(networks) == 2:
         checkpoint["disc"] = networks[1].state_dict()
         checkpoint["opt_disc"] = optimizers[1].state_dict()
-    save_run(args, log, checkpoint)
+    save_run(args, checkpoint)
 
 
 # ==================================================================================================
@@ -818,11 +818,15 @@ def arguments(description, configs, init, out):
     parser = make_parser(description)
     group = parser.add_argument_group("autoencoder")
     group.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
-    group.add_argument("--init", default=init, help="file to fine-tune or to export, or scratch")
     group.add_argument(
-        "--model", choices=configs, help="preset; needed if the file of --init does not tell it"
+        "--init", default=init, help="file or folder to start from or export, or scratch"
     )
-    group.add_argument("--export", metavar="DIR", help="do not train: write --init to a new folder")
+    group.add_argument(
+        "--model", choices=configs, help="preset, if --init is scratch or a file that names none"
+    )
+    group.add_argument(
+        "--export", metavar="DIR", help="convert --init to this new folder, do not train"
+    )
     group.add_argument(
         "--train", choices=("all", "decoder"), default="all", help="the part to train"
     )
@@ -848,12 +852,12 @@ def arguments(description, configs, init, out):
         default="lpips",
         help="the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()",
     )
-    group.add_argument("--vgg", help="VGG16's weights for LPIPS (None: torch hub's), or random")
+    group.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
     group.add_argument("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
     group.add_argument(
         "--disc-start",
         type=count,
-        help="first step of the GAN term (None: 0 if --init has a discriminator, else 1000)",
+        help="first step of the GAN term (default: 0 if --init has a discriminator, else 1000)",
     )
     add_run_arguments(
         parser,
@@ -925,7 +929,7 @@ def starting_point(args, resumed, configs, network, read):
         found = read(args.init, args.model)
     else:
         raise InputError(
-            f"--init {args.init}: no such file; give one (--help names its source), or scratch"
+            f"--init {args.init}: no such file; download it (--help has the URL), or give scratch"
         )
     if args.model is None:
         args.model = next(iter(presets(found.config, configs, network)), None)
@@ -968,7 +972,7 @@ def read_autoencoder(path, model=None, default=None, flag="--model"):
     """
     file = find_file(path)
     checkpoint = read_file(file)
-    if "arch" in checkpoint:
+    if is_ours(checkpoint):
         found = read_ours(file, checkpoint, "AutoencoderKL")
     else:
         found = read_foreign(file, checkpoint, model or default, flag)
@@ -976,9 +980,7 @@ def read_autoencoder(path, model=None, default=None, flag="--model"):
         fitting = (
             " or ".join(presets(found.config, CONFIGS, AutoencoderKL)) or "none of the presets"
         )
-        raise InputError(
-            f"{path}: holds another autoencoder than {flag} {model}; its networks fit {fitting}"
-        )
+        raise InputError(f"{path}: does not match {flag} {model}; it matches {fitting}")
     return found
 
 
@@ -998,11 +1000,17 @@ def find_file(path):
         if Path(path, name).is_file():
             return Path(path, name)
     raise InputError(
-        f"{path}: no {stem}.safetensors, no {stem}.bin and no model.ckpt in this folder"
+        f"{path}: no weights in this folder ({stem}.safetensors or .bin, or model.ckpt)"
     )
 
 
 OUR_KEYS = ("arch", "config", "model", "ema", "disc", "step", "args", "latent")
+
+
+def is_ours(checkpoint):
+    """Whether one of our scripts wrote it."""
+    archs = ("AutoencoderKL", "VQGAN", "DiT", "SiT", "REPA", "MaskGIT")
+    return checkpoint.get("arch") in archs
 
 
 def read_ours(path, checkpoint, arch):
@@ -1024,7 +1032,7 @@ def read_ours(path, checkpoint, arch):
 def check_keys(path, checkpoint, keys):
     missing = [key for key in keys if key not in checkpoint]
     if missing:
-        raise InputError(f"{path}: a checkpoint without {', '.join(missing)}; it is not whole")
+        raise InputError(f"{path}: an incomplete checkpoint: {', '.join(missing)} is missing")
 
 
 def read_foreign(path, checkpoint, preset, flag):
@@ -1040,7 +1048,7 @@ def read_foreign(path, checkpoint, preset, flag):
     if config is None:
         if preset not in CONFIGS:
             raise InputError(
-                f"{path}: does not say which autoencoder it is; say it with "
+                f"{path}: has no configuration; name the autoencoder with "
                 f"{flag} {'|'.join(CONFIGS)}"
             )
         config = CONFIGS[preset]
@@ -1048,7 +1056,7 @@ def read_foreign(path, checkpoint, preset, flag):
     disc = weights_under(weights, "loss.discriminator.")
     weights = averaged(path, weights)
     if is_diffusers:
-        names = {theirs: name for name, theirs in diffusers_names(config).items()}
+        names = {theirs: name for name, theirs in diffusers_names(config, path).items()}
         weights = {names.get(name, name): value for name, value in weights.items()}
     else:
         known = ("encoder.", "decoder.", "quant_", "post_quant_")
@@ -1064,20 +1072,21 @@ def say_assumption(path, preset):
     scale = CONFIGS[preset].get("scaling_factor")
     shift = CONFIGS[preset].get("shift_factor", 0.0)
     say(
-        f"{path}: does not tell its configuration; {preset} is assumed, with latents of scale "
-        f"{scale} and shift {shift}"
+        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale} and "
+        f"shift {shift}"
     )
 
 
 def averaged(path, weights):
-    """The average that LDM's LitEma keeps as model_ema.NAME without dots, where it is whole."""
+    """Takes the average of the weights, which LDM's LitEma keeps as model_ema.NAME without dots, if
+    it is complete."""
     averages = {}
     for name in weights:
-        key = "model_ema." + name.replace(".", "")
-        if key in weights:
-            averages[name] = weights[key]
-    if averages:
-        say(f"{path}: holds an average of the weights (model_ema); it is taken")
+        if not name.startswith(("model_ema.", "loss.")):
+            averages[name] = weights.get("model_ema." + name.replace(".", ""))
+    if any(value is None for value in averages.values()):
+        return weights
+    say(f"{path}: holds an average of the weights (model_ema), which is taken")
     return weights | averages
 
 
@@ -1116,7 +1125,7 @@ def weights_under(weights, prefix):
 
 
 def presets(config, configs=CONFIGS, network=None):
-    """Names in configs that describe this network; one of equal scale and shift comes first.
+    """Names in configs that describe this network; those of equal scale come first.
 
     network  its class. Then arguments that a preset leaves out must have their defaults; else they
              may have any value
@@ -1192,15 +1201,15 @@ def rename(name, table):
     return name
 
 
-def diffusers_names(config):
+def diffusers_names(config, path="the configuration"):
     """Each tensor's name in LDM -> in diffusers."""
     levels = len(config["ch_mult"])
     table = dict(DIFFUSERS)
     for i in range(levels):
         table[f"decoder.up.{i}."] = f"decoder.up_blocks.{levels - 1 - i}."
     with torch.device("meta"):
-        names = AutoencoderKL(**config).state_dict()
-    return {name: rename(name, table) for name in names}
+        network = build(AutoencoderKL, Stored(path, config, None))
+    return {name: rename(name, table) for name in network.state_dict()}
 
 
 def config_beside(path, is_diffusers):
@@ -1218,7 +1227,7 @@ def config_beside(path, is_diffusers):
         if not is_diffusers:
             return None  # LDM's own YAML, or somebody's: --model tells what it is
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{beside}: no config of diffusers' AutoencoderKL ({reason})") from None
+        raise InputError(f"{beside}: cannot be used as an AutoencoderKL's ({reason})") from None
 
 
 def as_tuple(value):
@@ -1227,11 +1236,15 @@ def as_tuple(value):
 
 
 def diffusers_config(given):
-    """config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments. null counts as missing.
-    ValueError for a key that changes numbers in a way that is not implemented here."""
+    """config.json of diffusers' AutoencoderKL -> AutoencoderKL's arguments.
+
+    null counts as missing, but for the scale, which is then unknown. ValueError for a key that
+    changes numbers in a way that is not implemented here.
+    """
+    scale = given.get("scaling_factor", 0.18215)  # diffusers' default
     given = {key: value for key, value in given.items() if value is not None}
     if given["_class_name"] != "AutoencoderKL":
-        raise ValueError(f"of {given['_class_name']}")
+        raise ValueError(f"it describes a {given['_class_name']}")
     widths = given["block_out_channels"]
     kinds = given["down_block_types"]
     only = ONLY_VALUES | dict(use_post_quant_conv=given.get("use_quant_conv", True))
@@ -1242,7 +1255,10 @@ def diffusers_config(given):
         if key not in known and not key.startswith("_"):
             raise ValueError(f"{key} is unknown here")
     config = {name: given[theirs] for name, theirs in ARGUMENTS.items() if theirs in given}
-    config.setdefault("scaling_factor", 0.18215)  # diffusers' default
+    config["scaling_factor"] = scale
+    config.setdefault("num_res_blocks", 1)  # diffusers' default
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"block_out_channels {widths} are no multiples of the first")
     config["ch"] = widths[0]
     config["ch_mult"] = tuple(width // widths[0] for width in widths)
     config["attn_levels"] = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn"))
@@ -1253,9 +1269,13 @@ def export(args):
     """Writes what --init holds, its average where it has one, to a new folder."""
     if args.init == "scratch":
         raise InputError("--export: give the file to export with --init")
+    if not MAIN:
+        return
     found = read_autoencoder(args.init, args.model)
     model = build(AutoencoderKL, found)
     if args.layout == "ldm":
+        if not model.config["use_quant_conv"] or model.config["norm_groups"] != 32:
+            say("LDM's own code cannot build this network; load_autoencoder() can")
         write_folder(args.export, lambda folder: write_ldm(folder, model, found))
     else:
         write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
@@ -1360,7 +1380,7 @@ class Inert:
 
 
 # Classes of the standard library and of configuration packages that trainers leave in checkpoints.
-# They are loaded as Inert. A file that names anything else is refused, since it holds code.
+# They are loaded as Inert. A file that names anything else is refused, since it could run code.
 HARMLESS = (
     "argparse.Namespace",
     "collections.",
@@ -1399,10 +1419,10 @@ def is_harmless(name):
 
 
 def read_file(path):
-    """A checkpoint of anybody's as plain data, on the CPU, mapped from disk where torch can.
+    """Loads any checkpoint as plain data, on the CPU, mapped from disk where torch can.
 
-    InputError for what is no checkpoint, is cut short, or holds code; it says what the file looks
-    like.
+    InputError for what is no checkpoint, is truncated, or could run code; it says what the file
+    looks like.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -1417,7 +1437,7 @@ def read_file(path):
     except Exception as error:  # torch and safetensors raise a dozen kinds
         raise InputError(
             f"{path}: no checkpoint that can be read safely ({type(error).__name__}); "
-            "it may be cut short: fetch it again"
+            "it may be truncated: download it again"
         ) from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
@@ -1429,7 +1449,7 @@ def check_head(path):
     with open(path, "rb") as file:
         head = file.read(200).lstrip().lower()
     if not head:
-        raise InputError(f"{path}: an empty file; fetch it again")
+        raise InputError(f"{path}: an empty file; download it again")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -1484,7 +1504,7 @@ def download(url, why, hint):
         torch.hub.download_url_to_file(url, os.fspath(path), hashed)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{why} ({type(error).__name__} downloading them): put {url} at {path}, {hint}"
+            f"{why} ({type(error).__name__} downloading them): put {url} at {path} yourself, {hint}"
         ) from None
     return path
 
@@ -1495,7 +1515,9 @@ def load_function(name, flag):
         module, function = name.split(":")
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{flag} {name}: cannot be had as MODULE:FUNCTION ({error})") from None
+        raise InputError(
+            f"{flag} {name}: cannot be imported as MODULE:FUNCTION ({error})"
+        ) from None
 
 
 def file_hash(path):
@@ -1522,8 +1544,8 @@ def weights_hash(module):
 
 
 class InputError(ValueError):
-    """What the user gave wrong, in one line that names it and says what to do. launch() prints it
-    and ends the process with exit code 2."""
+    """An error of the user's. The message is one line that names the wrong input and says what to
+    do. launch() prints it and ends the process with exit code 2."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1538,9 +1560,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and shows the default of every flag."""
+    """Keeps the lines of the description, and shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
         action.help = action.help or " "  # flags without words have a default, too
         return super()._get_help_string(action)
 
@@ -1589,12 +1613,17 @@ def add_run_arguments(parser, **defaults):
     group.add_argument("--steps", type=count, help="steps in all")
     group.add_argument("--batch-size", type=positive_int, help="images a step, over all processes")
     group.add_argument(
-        "--micro-batch", type=positive_int, help="images a forward pass of a process (None: all)"
+        "--micro-batch",
+        type=positive_int,
+        help="images per forward pass (default: all of a process's)",
     )
-    group.add_argument("--lr", type=positive_number, help="learning rate, never scaled")
+    group.add_argument("--lr", type=positive_number, help="not scaled by batch or processes")
     group.add_argument("--seed", type=seed_number, default=0)
     group.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster"
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 where it is fast",
     )
     group.add_argument(
         "--workers", type=count, default=8 if torch.cuda.is_available() else 0, help="data loaders"
@@ -1672,7 +1701,11 @@ def out_of_memory(args, world):
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
         return f"out of the GPU's memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
-    smaller = max(1, micro_batch // 2)
+    if micro_batch == 1:
+        return (
+            "out of the GPU's memory with one image a pass: take a smaller --model or --image-size"
+        )
+    smaller = micro_batch // 2
     while micro_batch % smaller:
         smaller -= 1
     return f"out of the GPU's memory with {micro_batch} images a pass: give --micro-batch {smaller}"
@@ -1699,7 +1732,7 @@ def tidy():
 
 def end_process(world, code):
     if world > 1:
-        if code in (0, *(128 + number for number in SIGNALS)):
+        if code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
             dist.destroy_process_group()  # it waits for the others, which come here too
         sys.stdout.flush()
         sys.stderr.flush()
@@ -1754,8 +1787,9 @@ def full_precision():
 
 
 def remember_signal(number, frame):
-    """The loop hears of it after its step. A second signal is obeyed at once."""
+    """Loops look at SIGNALS after every step. A second signal ends the process at once."""
     SIGNALS.append(number)
+    print("stopping after this step; a second signal ends at once", file=sys.stderr)
     signal.signal(number, signal.SIG_DFL)
 
 
@@ -1780,14 +1814,14 @@ def end_run(args, step, log):
     """Says how the run ended and where its results are; after a signal, leaves with its code."""
     log.close()
     stopped = stop_signal()  # the other processes wait here until all is saved
-    how = "stopped; the same command goes on" if stopped else "finished"
     if not args.bench:
         stem = Path(args.out).with_suffix("")
         say(
-            f"{how} at step {step} of {args.steps}: {args.out}, losses in {stem}.jsonl, "
-            f"pictures in {stem}/"
+            f"{'stopped' if stopped else 'finished'} at step {step} of {args.steps}: {args.out}, "
+            f"losses in {stem}.jsonl, pictures in {stem}/"
         )
     if stopped:
+        say("run the same command to go on")
         raise SystemExit(128 + stopped)
 
 
@@ -1859,7 +1893,8 @@ ENDINGS = {
 
 def open_image(path):
     """The one opener of pictures: -> PIL image, RGB. What is transparent is white, 16 bits are
-    scaled to 8. ValueError or OSError for what cannot be shown rightly or in bounded memory."""
+    scaled to 8. ValueError or OSError for what cannot be converted rightly, or would be too large.
+    (EXIF rotation is not applied, as in ADM's and LDM's code.)"""
     with Image.open(path, formats=FORMATS) as image:
         if max(image.size) > 32 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} is too long and thin")
@@ -2027,7 +2062,8 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, rng):
-    """LDM's crop: a box of 0.5 to 1 of the largest that fits, anywhere, resized to (height, width).
+    """LDM's crop: a box with sides of 0.5 to 1 times the largest that fits, anywhere, resized to
+    (height, width).
 
     LDM shrinks with OpenCV's INTER_AREA. Of Pillow's filters HAMMING comes nearest to it, within
     0.1 to 0.6 of 255 levels.
@@ -2190,7 +2226,7 @@ def restore_optimizers(optimizers, resumed, lr):
         try:
             optimizer.load_state_dict(resumed[key])
         except (ValueError, KeyError) as error:
-            raise InputError(f"--out: its optimiser's state does not fit ({error})") from None
+            raise InputError(f"--out: the optimiser's state in it does not fit ({error})") from None
         for group in optimizer.param_groups:
             group["lr"] = lr
         # A fused step wants its moments in the layout of their weights
@@ -2253,9 +2289,10 @@ def load_run(args, arch, configs, keys=()):
         given = getattr(args, name)
         if name not in args.given or name == "init":
             setattr(args, name, value)
-        elif given != value:
-            changes.append(f"--{name.replace('_', '-')} {value} -> {given}")
-    say(" ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
+        if name in args.given and given != value:
+            note = "is not read, since the run has begun" if name == "init" else f"was {value}"
+            changes.append(f"--{name.replace('_', '-')} {given} {note}")
+    say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
 
 
@@ -2290,9 +2327,9 @@ def say_start(args, model, data, world, micro_batch, device):
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     passes = args.batch_size // (world * micro_batch)
     say(
-        f"{type(model).__name__}, {count:,} parameters in training; {len(data):,} images; "
-        f"to step {args.steps} of {args.batch_size} images ({world} processes x {passes} passes x "
-        f"{micro_batch}), lr {args.lr:g}; {device.type}, {args.precision}"
+        f"{type(model).__name__}, {count:,} parameters in training; {len(data):,} images; training "
+        f"to step {args.steps} with {args.batch_size} images a step ({world} processes x {passes} "
+        f"passes x {micro_batch}), lr {args.lr:g}; {device.type}, {args.precision}"
     )
 
 
@@ -2362,8 +2399,8 @@ class Log:
         self.show(step, record)
         if self.longest >= 20:
             raise InputError(
-                f"20 steps in a row without a finite gradient (step {step}): lower --lr; "
-                f"{self.args.out} is the last good state"
+                f"20 steps in a row without a finite gradient (step {step}): lower --lr and go on "
+                f"from {self.args.out}"
             )
         self.begin(step)
 
@@ -2402,10 +2439,6 @@ class Log:
             folder = Path(self.args.out).with_suffix("")
             write_file(folder / f"{step:07d}.png", lambda path: image.save(path, "PNG"))
 
-    def is_healthy(self):
-        """Whether the last step's gradients were finite."""
-        return not self.streak > 0
-
     def close(self):
         self.bar.close()
 
@@ -2417,7 +2450,7 @@ def duration(seconds):
 
 
 class Progress:
-    """A bar on a terminal; in a file, where a bar is one line of carriage returns, a line a minute.
+    """A bar on a terminal; where stderr is a file, a line of text every minute.
 
     With lines=False a file gets nothing: the log has lines of its own.
     """
@@ -2482,16 +2515,16 @@ def lock_folder(folder, what):
     LOCKS.append(descriptor)
 
 
-def save_run(args, log, checkpoint):
-    """Writes args.out. A state that is not finite is never saved over a good one."""
+def save_run(args, checkpoint):
+    """Writes args.out. Weights that are not finite are never saved over good ones."""
     if not MAIN or args.bench:
         return
     values = []
     for name in ("model", "ema", "disc"):
         values += (checkpoint.get(name) or {}).values()
     finite = torch.stack([value.isfinite().all() for value in values]).all()
-    if not finite or not log.is_healthy():
-        say(f"step {checkpoint['step']}: not saved, its weights or gradients are not finite")
+    if not finite:
+        say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
     save_checkpoint(args.out, checkpoint)
 
@@ -2515,8 +2548,8 @@ def write_file(path, write):
 
 
 def benchmark(args, rank, world, device, run):
-    """--bench: prints a line of JSON with the speed of thirty steps, of which ten warm up. Nothing
-    else is written, apart from caches of latents or tokens.
+    """--bench: prints a line of JSON with the speed of twenty steps. Nothing else is written, apart
+    from caches of latents or tokens.
 
     tflops counts what the networks' matrix products and convolutions take. `share` is its part of
     the ceiling, the speed of one large matrix product on the same device, in the same precision.
@@ -2524,16 +2557,13 @@ def benchmark(args, rank, world, device, run):
     args.sample_every = 0
     args.save_every = 2**31
     args.log_every = 10
-    args.steps = 1
-    run(args, rank, world, device)  # fills the caches
+    args.steps = 20
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        run(args, rank, world, device)
-    args.steps = 30
+        run(args, rank, world, device)  # counts, warms up, and fills the caches
     BENCH_RECORDS.clear()
     run(args, rank, world, device)
-    records = BENCH_RECORDS[1:]
-    seconds = sum(record["seconds"] for record in records) / 20
-    rate = counter.get_total_flops() / seconds
+    seconds = sum(record["seconds"] for record in BENCH_RECORDS) / args.steps
+    rate = counter.get_total_flops() / args.steps / seconds
     ceiling = matmul_speed(device, args.precision)
     result = dict(
         script=Path(sys.argv[0]).name,
@@ -2639,7 +2669,6 @@ class Rows:
     def prepare(self, manifest):
         path = self.folder / "manifest.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(self.folder, f"{self.flag} {self.folder}")
         if path.exists():
             try:
                 kept = json.loads(path.read_text())
@@ -2649,8 +2678,13 @@ class Rows:
             if wrong:
                 raise InputError(
                     f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; "
-                    f"delete it, or give another {self.flag}"
+                    f"delete the folder, or give another {self.flag}"
                 )
+            self.check_sizes()
+            if (np.load(self.folder / "status.npy") != MISSING).all():
+                return  # no lock: any number of runs may read what is complete
+        lock_folder(self.folder, f"{self.flag} {self.folder}")
+        if path.exists():
             return
         size = math.prod(self.shape) * self.dtype.itemsize
         say(f"{self.folder}: {size / 1e9:.3g} GB")
@@ -2789,7 +2823,7 @@ def add_sampling_arguments(parser):
     """The flags of sampling that all generators share; -> their group."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample-from", help="checkpoint, ours or official, to sample from")
-    group.add_argument("--samples", help="FILE.npz to write or go on with (None: beside it)")
+    group.add_argument("--samples", help="FILE.npz to write or go on with (default: beside it)")
     group.add_argument("--num-samples", type=positive_int, default=50_000)
     group.add_argument(
         "--labels",
@@ -2889,7 +2923,7 @@ def already_there(out, record):
         return False
     beside = out.with_suffix(".json")
     if not beside.exists() or json.loads(beside.read_text()) != json.loads(json.dumps(record)):
-        raise InputError(f"--samples {out}: already there, with other settings; give another name")
+        raise InputError(f"--samples {out}: exists and was made with other settings")
     return True
 
 
@@ -2912,7 +2946,7 @@ def finish_samples(out, rows, labels, record):
 
 @torch.no_grad()
 def decode_pictures(decode, latents, source):
-    """Latents or tokens (B, ...) -> uint8 pictures (B, H, W, 3), decoded 32 at a time in fp32.
+    """Latents or tokens (B, ...) -> uint8 pictures (B, H, W, 3), decoded 32 at a time.
 
     InputError if a picture is not finite; `source` is the generator's file, to be named.
     """

@@ -23,7 +23,6 @@ and 12): rFID 7.94 -> 7.54, R 1.35 -> .64, S 1.22 -> .55.
 
 import argparse
 import json
-import os
 
 import torch
 import torch.nn as nn
@@ -267,17 +266,17 @@ def train(args, rank, world, device):
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
-    began = step
     if resumed is None:
         look(args, step, log, model, ema, data, shown, grid, autocast)
-    resumed = found = None  # or their tensors would stay in memory
+    was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    resumed = found = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. The batch has one tau, in all processes: a function of (seed, step).
         # `before` is the identity, but for the low-resolution images of --recipe release
-        host, _ = vae.generators(args.seed, step, device)
-        before, tau, _ = vae.draw_transform(args, grid, smallest, host)
+        host_rng, _ = vae.generators(args.seed, step, device)
+        before, tau, _ = vae.draw_transform(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
         statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
@@ -303,8 +302,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, nll=nll, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, and the discriminator's loss on the same pair. So far all gradients stop at the
-            # reconstruction
+            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. All
+            # gradients stop at the reconstruction here
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
@@ -323,13 +322,13 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # One pass through decoder and encoder carries the gradient on: it is the derivative of
-            # this total with respect to the reconstruction
+            # The derivative of `total` at the reconstruction is `gradient`: so one backward pass
+            # trains the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
-        # The step. A gradient that is not finite skips it, in all processes and without a host
-        # sync: the fused optimisers read found_inf and then change nothing, as under AMP
+        # The step. If a gradient of either network is not finite, all processes skip it, without a
+        # host sync: torch's fused optimisers read found_inf (as AMP sets it) and change nothing
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -345,11 +344,11 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             look(args, step, log, model, ema, data, shown, grid, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            vae.save_autoencoder(args, step, log, networks, optimizers, ema)
+            vae.save_autoencoder(args, step, networks, optimizers, ema)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
+    if not was_finished:
         found = final_use(args, step, model, ema, data, device)
-        vae.save_autoencoder(args, step, log, networks, optimizers, ema, found)
+        vae.save_autoencoder(args, step, networks, optimizers, ema, found)
     vae.end_run(args, step, log)
 
 
@@ -369,7 +368,7 @@ def look(args, step, log, model, ema, data, shown, grid, autocast):
 
 
 def final_use(args, step, model, ema, data, device):
-    """The codebook's use that a finished run keeps; None where it was stopped."""
+    """The codebook's use for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps or not vae.MAIN or args.bench:
         return None
     found = codebook_use(averaged_model(model, ema, device), data.centred())
@@ -408,7 +407,7 @@ def read_vqgan(path, model=None):
     presets apart."""
     file = vae.find_file(path)
     checkpoint = vae.read_file(file)
-    if "arch" in checkpoint:
+    if vae.is_ours(checkpoint):
         found = vae.read_ours(file, checkpoint, "VQGAN")
     else:
         found = read_taming(file, checkpoint, model)
@@ -448,6 +447,8 @@ def export(args):
     --vqgan-folder wants it. Both take the network's weights and pass over the discriminator's."""
     if args.init == "scratch":
         raise InputError("--export: give the file to export with --init")
+    if not vae.MAIN:
+        return
     found = read_vqgan(args.init, args.model)
     model = vae.build(VQGAN, found)
     config = model.config
@@ -507,7 +508,7 @@ def main():
         "--legacy-beta",
         action=argparse.BooleanOptionalAction,
         help="beta on the codebook's term, as in all released VQ-GANs, or on the commitment "
-        "(None: as --init has it; from scratch, legacy)",
+        "(default: as --init has it; from scratch, legacy)",
     )
     parser.set_defaults(gan_weight=0.8)  # of taming's imagenet_vqgan.yaml
     vae.launch(parser, run)

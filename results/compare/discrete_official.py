@@ -286,7 +286,7 @@ def our_backward(model, discriminator, x):
     nll = l1 + Squares()(x, reconstruction).mean()
     g_loss = -discriminator(reconstruction).mean()
     last_layer = model.decoder.conv_out.weight
-    gradient, gan_gradient, weight, _ = vae.adversarial_gradient(
+    gradient, gan_gradient, weight, _ = vae.adversarial_gradients(
         nll, g_loss, reconstruction, last_layer, GAN_WEIGHT
     )
     gradient = gradient + weight * gan_gradient
