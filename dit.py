@@ -814,6 +814,7 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, settin
         generator=vae.weights_hash(model),
         autoencoder=digest,
         step=kept.get("step"),
+        args=kept.get("args"),
         seed=args.seed,
         num_samples=args.num_samples,
         labels=args.labels,

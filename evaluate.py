@@ -1154,7 +1154,7 @@ def open_folder(path, note, size):
     import vae
 
     lossy = (".jpg", ".jpeg", ".webp")
-    pictures = vae.ImageFolder(path, size or (1, 1))
+    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     if any(str(file).lower().endswith(lossy) for file in pictures.files):
         if size is None:
             raise vae.InputError(f"{path}: JPEG loses what the metrics see; {WANTED}")

@@ -596,6 +596,7 @@ def sample(args, rank, world, device):
         generator=vae.weights_hash(model),
         autoencoder=digest,
         step=kept.get("step"),
+        args=kept.get("args"),
         seed=args.seed,
         num_samples=args.num_samples,
         labels=args.labels,
@@ -672,10 +673,10 @@ def read_maskgit(path, codes):
     if vae.is_ours(checkpoint):
         if checkpoint["arch"] != "MaskGIT":
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
-        vae.check_keys(path, checkpoint, ("config", "model", "step", "vqgan", "classes"))
+        vae.check_keys(path, checkpoint, ("config", "model", "step", "args", "vqgan", "classes"))
         config = checkpoint["config"]
         weights = checkpoint["model"]
-        kept = {key: checkpoint[key] for key in ("step", "vqgan", "classes")}
+        kept = {key: checkpoint[key] for key in ("step", "args", "vqgan", "classes")}
     else:
         weights = vae.find_weights(checkpoint, "tok_emb.weight")
         if weights is None or "bias" not in weights:

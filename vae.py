@@ -1985,6 +1985,7 @@ class ImageFolder(torch.utils.data.Dataset):
     size    (H, W) of the items
     crop    "center": ADM's, for generators and for all scoring; "random": LDM's, for autoencoders
     mirror  half of the items are mirrored
+    flag    what the command line calls `root`, for messages
 
     Items are (image, label, index, readable): uint8 (3, H, W), a number, the number of the file,
     and whether it could be read. A file that cannot is reported once per process, and the next one
@@ -1993,13 +1994,13 @@ class ImageFolder(torch.utils.data.Dataset):
     can be sent to data loaders however they are started.
     """
 
-    def __init__(self, root, size, crop="center", seed=0, mirror=False):
+    def __init__(self, root, size, crop="center", seed=0, mirror=False, flag="--data"):
         self.root = os.fspath(root)
         self.size = tuple(size)
         self.crop = crop
         self.seed = seed
         self.mirror = mirror
-        self.files, self.labels, self.classes = find_images(root)
+        self.files, self.labels, self.classes = find_images(root, flag)
         self.named = set()
 
     def centred(self):

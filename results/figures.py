@@ -1,0 +1,347 @@
+"""Draws the paper's figures, as far as what is given goes.
+
+    python results/figures.py standard.pt eq.pt --data data/imagenet/val --records out/*.json
+
+Of checkpoints: fig1-latents.png, the latents as colours (Fig. 1, left); fig2-scale.png and
+fig2-rotation.png, what transformed latents decode to (Fig. 2 and 6). Of records of evaluate.py:
+fig1-curves.png, the distance over the generators' steps (Fig. 1, right); fig3-transforms.png, under
+transforms (Fig. 3, recon --transforms); fig4-samples.png (Fig. 4); fig5-fine-tuning.png, over the
+autoencoder's steps (Fig. 5).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from report import distance_of, made_alike, read_records, seeds_of  # noqa: E402
+
+import vae  # noqa: E402
+import vqgan  # noqa: E402
+from eqloss import scale_transform  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------
+# Of checkpoints: Fig. 1 (left), 2 and 6
+
+
+@torch.no_grad()
+def latent_figures(args, device):
+    """Draws what latents look like, and what they decode to when they are transformed."""
+    data = vae.ImageFolder(args.data, args.image_size)
+    x = torch.cat(list(vae.evenly(data, args.num_images, device)))  # (N, 3, H, W), shown
+    many = list(vae.evenly(data, 256, device))  # what the principal components are fitted to
+    latents = [("images", pictures_of(vae.to_uint8(x)))]
+    scaled = []
+    turned = []
+    for path in args.checkpoints:
+        model = vqgan.load_model(path, args.model).to(device)
+        name = Path(path).stem
+        grid = model.grid(args.image_size)
+        z, _ = vqgan.encode(model, x)  # (N, c, h, w)
+        sample = torch.cat([vqgan.encode(model, part)[0] for part in many])
+        latents.append((f"{name}: latents", pictures_of(principal_colours(z, sample), x.shape[2])))
+        for rows, tau in (
+            (scaled, scale_transform(0.5, grid)),
+            (turned, scale_transform(1, grid, quarter_turns=2)),
+        ):
+            of_image, _ = vqgan.encode(model, tau(x))
+            if not rows:
+                rows.append(("tau o x", pictures_of(vae.to_uint8(tau(x)))))
+            for label, decoded in (
+                ("D(E(tau o x))", vqgan.decode(model, of_image)),
+                ("D(tau o E(x))", vqgan.decode(model, tau(z))),
+            ):
+                rows.append((f"{name}: {label}", pictures_of(vae.to_uint8(decoded))))
+
+    panels = {
+        "fig1-latents": ("Three principal components of the latents as colours (Fig. 1)", latents),
+        "fig2-scale": ("Images and latents scaled to half the size (Fig. 2)", scaled),
+        "fig2-rotation": ("Images and latents turned by 180 degrees (Fig. 2)", turned),
+    }
+    for name, (title, rows) in panels.items():
+        save(panel(title, rows).save, args.out / f"{name}.png")
+    return list(panels)
+
+
+def principal_colours(z, sample):
+    """Latents z (N, c, h, w) -> uint8 (N, 3, h, w): projections on `sample`'s principal axes.
+
+    The 1st to 99th percentile of the sample's projections become 0 to 255. Axes and range are
+    fitted to each autoencoder, so colours mean nothing from one autoencoder to another.
+    """
+    points = sample.transpose(0, 1).flatten(1).double()  # (c, N h w)
+    centre = points.mean(dim=1, keepdim=True)
+    axes = torch.linalg.eigh(torch.cov(points)).eigenvectors.flip(1)[:, :3].T  # (3, c)
+    strongest = axes.abs().argmax(dim=1, keepdim=True)
+    axes = axes * axes.gather(1, strongest).sign()  # an eigenvector's sign is not determined
+    projections = (axes @ (points - centre)).cpu().numpy()
+    low, high = np.percentile(projections, (1, 99), axis=1)[:, :, None, None]
+    colours = torch.einsum("kc,nchw->nkhw", axes, z.double() - centre[..., None]).cpu().numpy()
+    colours = ((colours - low) / (high - low) * 255).round().clip(0, 255)
+    return torch.from_numpy(colours.astype(np.uint8))
+
+
+# --------------------------------------------------------------------------------------------------
+# Of records: Fig. 1 (right), 3, 4 and 5
+
+
+def record_figures(arms, runs, out):
+    """Draws the figures that the records have something for; -> their names."""
+    made = []
+    bars = transform_bars(arms)
+    if bars:
+        figure, axes = new_plot("Fig. 3: distance under transforms", "", distance_name(arms))
+        draw_bars(axes, bars)
+        save(figure.savefig, out / "fig3-transforms.png")
+        made.append("fig3-transforms")
+
+    curves = curves_of(runs, "step")
+    if curves:
+        title = "Fig. 1: distance over the generator's steps"
+        if len(curves) == 2:
+            base, other = curves.values()
+            factor = speed_up(base, other)
+            if factor is not None:
+                title += f"\n{list(curves)[1]}: {factor:.2g} times as fast"
+        figure, axes = new_plot(title, "generator's step", distance_name(runs))
+        draw_curves(axes, curves)
+        save(figure.savefig, out / "fig1-curves.png")
+        made.append("fig1-curves")
+
+    curves = curves_of(runs, "autoencoder's step")
+    if curves:
+        title = "Fig. 5: distance over the autoencoder's steps"
+        figure, axes = new_plot(title, "autoencoder's step", distance_name(runs))
+        draw_curves(axes, curves)
+        save(figure.savefig, out / "fig5-fine-tuning.png")
+        made.append("fig5-fine-tuning")
+
+    rows = sample_rows(runs)
+    if rows:
+        title = "Samples of each generator, of equal noise and labels (Fig. 4)"
+        save(panel(title, rows).save, out / "fig4-samples.png")
+        made.append("fig4-samples")
+    return made
+
+
+TRANSFORMS = {"S0.75": "s = .75", "S0.50": "s = .50", "S0.25": "s = .25", "R": "rotations"}
+
+
+def transform_bars(arms):
+    """{autoencoder: its four distances}, of those that were scored with --transforms."""
+    bars = {}
+    for arm in arms:
+        keys = [f"{distance_of(arm['scores'])} {kind}" for kind in TRANSFORMS]
+        if all(key in arm["scores"] for key in keys):
+            bars[arm["stem"]] = [arm["scores"][key] for key in keys]
+    return bars
+
+
+def curves_of(runs, x):
+    """{label: [(x, mean, standard deviation or 0), ...]}, sorted by x.
+
+    x  "step", the generator's, or "autoencoder's step"
+    A curve joins runs whose arguments differ in `steps` and `seed` alone; if x is the autoencoder's
+    step, those of the autoencoder may, too.
+    """
+    families = {}
+    for run in runs:
+        name = run["arm"]["name"] if run["arm"] else run["stem"]
+        if x == "step":
+            key = (f"{name}: {run['generator'].rpartition(' ')[0]}", None)
+        elif run["arm"] is None or run["arm"]["made"].get("step") is None:
+            continue
+        else:
+            key = (f"{name}: {run['generator']}", made_alike(run["arm"], "steps"))
+        families.setdefault(key, []).append(run)
+
+    passing = ("steps",)
+    place = step_of_generator
+    if x != "step":
+        passing = ("steps", "vae", "vqgan", "autoencoder")
+        place = step_of_autoencoder
+    curves = {}
+    for (label, _), members in families.items():
+        for group in seeds_of(members, *passing, x=place):
+            points = {}
+            for run in group:
+                points.setdefault(place(run), []).append(run["scores"][distance_of(run["scores"])])
+            if len(points) > 1:
+                unique = label
+                while unique in curves:
+                    unique += "'"
+                curves[unique] = [summary(at, points[at]) for at in sorted(points)]
+    return curves
+
+
+def step_of_generator(run):
+    return run["step"]
+
+
+def step_of_autoencoder(run):
+    return run["arm"]["made"]["step"]
+
+
+def summary(x, values):
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return (x, float(np.mean(values)), float(spread))
+
+
+def speed_up(base, other):
+    """How many times as fast `other` comes to a distance that both reach, or None.
+
+    The distance is the greater of their last ones; between the points of a curve [(step, distance,
+    ...), ...] it is taken as straight. None where a curve is there from its first point on.
+    """
+    goal = max(base[-1][1], other[-1][1])
+    steps = [first_step(goal, curve) for curve in (base, other)]
+    if None in steps:
+        return None
+    return steps[0] / steps[1]
+
+
+def first_step(goal, curve):
+    for (step, value, *_), (later, lower, *_) in zip(curve, curve[1:]):
+        if value > goal >= lower:
+            return step + (later - step) * (value - goal) / (value - lower)
+    return None
+
+
+def sample_rows(runs):
+    """The first samples of each generator, after its last step of which the file is still there."""
+    families = {}
+    for run in sorted(runs, key=step_of_generator, reverse=True):
+        name = run["arm"]["name"] if run["arm"] else run["stem"]
+        label = f"{name}: {run['generator'].rpartition(' ')[0]}"
+        families.setdefault(label, []).append(run)
+    rows = []
+    for label, members in families.items():
+        files = [samples_file(run) for run in members]
+        there = [file for file in files if file is not None]
+        if there:
+            with np.load(there[0]) as stored:
+                images = torch.from_numpy(stored["arr_0"][:8]).permute(0, 3, 1, 2)
+            rows.append((label, pictures_of(images)))
+        else:
+            names = ", ".join(run["about"]["samples"] for run in members)
+            print(f"Fig. 4: {label} is not shown, {names} is not here", file=sys.stderr)
+    return rows
+
+
+def samples_file(run):
+    """The npz of a run: where the command had it, or beside its record; None if it is not there."""
+    file = Path(run["about"]["samples"])
+    folder = Path(run["record"]).parent
+    for place in (file, folder / file, folder / file.name):
+        if place.is_file() and place.suffix == ".npz":
+            return place
+    return None
+
+
+def distance_name(rows):
+    """What the axis says: one name, or all where the records have several."""
+    return ", ".join(sorted({distance_of(row["scores"]) for row in rows}))
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def new_plot(title, x, y):
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise vae.InputError("curves and bars need a package: pip install matplotlib") from None
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    return figure, figure.add_subplot(title=title, xlabel=x, ylabel=y)
+
+
+def draw_curves(axes, curves):
+    for label, points in curves.items():
+        x, mean, spread = zip(*points)
+        axes.errorbar(x, mean, spread, fmt="o-", capsize=4, label=label)
+    axes.legend()
+
+
+def draw_bars(axes, bars):
+    width = 0.8 / len(bars)
+    for k, (label, values) in enumerate(bars.items()):
+        places = [i + width * (k + 0.5) - 0.4 for i in range(len(values))]
+        axes.bar(places, values, width, label=label)
+    axes.set_xticks(range(len(TRANSFORMS)), TRANSFORMS.values())
+    axes.legend()
+
+
+def pictures_of(images, height=0):
+    """uint8 (N, 3, h, w) -> PIL images, magnified by whole pixels to `height`, or to about 96."""
+    factor = max(1, max(height, 96) // max(images.shape[-2:]))
+    pictures = []
+    for array in images.permute(0, 2, 3, 1).cpu().numpy():
+        size = (array.shape[1] * factor, array.shape[0] * factor)
+        pictures.append(Image.fromarray(array).resize(size, Image.Resampling.NEAREST))
+    return pictures
+
+
+def panel(title, rows, margin=4, left=190, top=34):
+    """Rows of (label, PIL images) under a title, as one PIL image."""
+    heights = [max(picture.height for picture in row) + margin for _, row in rows]
+    widths = [sum(picture.width + margin for picture in row) for _, row in rows]
+    canvas = Image.new("RGB", (left + max(widths), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 6), title, "black", ImageFont.load_default(17))
+    for (label, row), height in zip(rows, heights):
+        words = label.replace(": ", ":\n")
+        draw.text((8, top + height // 2 - 18), words, "black", ImageFont.load_default(15))
+        x = left
+        for picture in row:
+            canvas.paste(picture, (x, top))
+            x += picture.width + margin
+        top += height
+    return canvas
+
+
+def save(write, path):
+    """write(file, format="png") to a temporary name, which then becomes `path`."""
+    vae.write_file(path, lambda part: write(part, format="png"))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="for Fig. 1, 2 and 6")
+    parser.add_argument("--records", nargs="*", default=[], help="for Fig. 1, 3, 4 and 5")
+    parser.add_argument("--data", help="folder of the images to show, with checkpoints")
+    parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="(256)")
+    parser.add_argument("--model", help="preset of files that do not tell: sd, sdxl, sd3, sd-16")
+    parser.add_argument("--num-images", type=vae.positive_int, default=8, help="to show (8)")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (figures)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        arms, runs = read_records(args.records)
+        if args.checkpoints and not args.data:
+            raise vae.InputError("--data: the folder of images to show")
+        if not args.checkpoints and not args.records:
+            raise vae.InputError("nothing to draw: give checkpoints with --data, or --records")
+        args.out.mkdir(parents=True, exist_ok=True)
+        made = record_figures(arms, runs, args.out)
+        if args.checkpoints:
+            made += latent_figures(args, device)
+        if not made:
+            raise vae.InputError("nothing to draw in these records")
+    except (vae.InputError, OSError) as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{args.out}: {', '.join(made)}")
+
+
+if __name__ == "__main__":
+    main()
