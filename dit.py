@@ -1,8 +1,9 @@
 """Diffusion transformers (DiT) on an autoencoder's latents: the paper's first generator.
 
 DiT (https://arxiv.org/abs/2212.09748) cuts a latent into patches and denoises them with a
-transformer, which timestep and class steer through adaptive layer norms. EQ-VAE changes nothing
-here: only the latents are others, and training on them is faster (Table 2).
+transformer. The timestep and the class control it through adaptive layer norms. EQ-VAE
+(https://arxiv.org/abs/2502.09509) changes nothing here: only the latents differ, and training on
+them is faster (Table 2).
 
 In this file x0 is the data, a latent, and `noise` is what is added to it: x_t is x0 at t = 0 and
 noise at t = 999. (sit.py calls the data x1 and the noise x0, as its paper does.)
@@ -10,13 +11,17 @@ noise at t = 999. (sit.py calls the data x1 and the noise x0, as its paper does.
     python dit.py --vae tiny.pt --data data/emoji/train --model DiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-dit.pt    # minutes on a CPU
     python dit.py --vae eqvae.pt --model DiT-B/2                    # one GPU
-    torchrun --nproc_per_node=8 dit.py --vae eqvae.pt               # eight: the paper's DiT-XL/2
+    torchrun --nproc_per_node=8 dit.py --vae eqvae.pt               # eight GPUs: DiT-XL/2
     torchrun --nproc_per_node=8 dit.py --sample-from dit.pt --vae eqvae.pt --samples dit.npz
 
-The third line caches the latents of data/imagenet/train in eqvae-latents/, takes 400,000 steps of
-256 images, and writes dit.pt, dit.jsonl (losses) and dit/ (pictures). The same command again goes
-on where the run stopped. The fourth line draws 50,000 pictures. Expect after 400,000 steps,
-without guidance (Tables 2 and 9): gFID 14.5 on EQ-VAE's latents, 19.5 on SD-VAE's.
+The first torchrun line caches the latents of data/imagenet/train in eqvae-latents/ (42 GB; give
+--cache for a second data set), takes 400,000 steps of 256 images, and writes dit.pt, dit.jsonl
+(losses) and dit/ (pictures). The same command again goes on where the run stopped. The last line
+draws 50,000 pictures. Expect after 400,000 steps, without guidance (Tables 2 and 9): gFID 14.5 on
+EQ-VAE's latents, 19.5 on SD-VAE's.
+
+--data is a folder of images, with a sub-folder for each class, or flat for one without classes.
+vae.py is imported inside functions, so that the networks of this file can be copied without it.
 """
 
 import math
@@ -128,8 +133,10 @@ class DiT(nn.Module):
     patch_size   p
     in_channels  C
     hidden_size, depth, num_heads, mlp_ratio   D, blocks, attention heads, the MLPs' width over D
-    num_classes  labels are 0 .. num_classes - 1, label num_classes is the null class; 0: none
-    learn_sigma  twice as many output channels: the noise, then the variance's interpolation
+    num_classes  labels are 0 .. num_classes - 1, and label num_classes is the null class; 0 means
+                 unconditional
+    learn_sigma  twice as many output channels: the noise, then the weights with which the variance
+                 is interpolated between its bounds
     """
 
     def __init__(
@@ -144,7 +151,7 @@ class DiT(nn.Module):
         num_classes=1000,
         learn_sigma=True,
     ):
-        config = dict(locals())
+        config = dict(locals())  # the arguments; Python adds __class__ where super() is used
         config.pop("self")
         config.pop("__class__")
         super().__init__()
@@ -191,12 +198,12 @@ class DiT(nn.Module):
 
     @classmethod
     def config_of(cls, weights):
-        """The arguments that the shapes in an official file tell."""
+        """The constructor's arguments, from the shapes of the weights in an official file."""
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        heads = [heads for *size, heads in SIZES.values() if size == [width, depth]]
-        if not heads:
-            raise ValueError(f"{depth} blocks of width {width} are none of {', '.join(SIZES)}")
+        heads = {(size[0], size[1]): size[2] for size in SIZES.values()}
+        if (width, depth) not in heads:
+            raise ValueError(f"{depth} blocks of width {width} match none of {', '.join(SIZES)}")
         outputs = len(weights["final_layer.linear.bias"]) // patch**2
         return dict(
             input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
@@ -204,7 +211,7 @@ class DiT(nn.Module):
             in_channels=channels,
             hidden_size=width,
             depth=depth,
-            num_heads=heads[0],
+            num_heads=heads[width, depth],
             num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=outputs == 2 * channels,
         )
@@ -212,7 +219,7 @@ class DiT(nn.Module):
     def embed(self, x, t, y):
         """-> tokens (B, N, D) and the condition c (B, D) of timestep and class."""
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
-        # In float32 also under autocast: bf16 would round features near 1 together
+        # In float32 also under autocast: bf16 cannot tell the cosines near 1 apart
         with torch.autocast(x.device.type, enabled=False):
             c = self.t_embedder(timestep_features(t))
         return h, c + self.y_embedder(y)
@@ -248,14 +255,14 @@ class GaussianDiffusion:
     """
 
     def __init__(self, steps=1000, device=None):
-        # A running sum, because DiT's rounding comes from one
+        # DiT adds the strides up one by one; the rounding of its sums decides which steps are kept
         strides = np.append(0, np.full(steps - 1, 999 / (steps - 1)))
         self.timesteps = strides.cumsum().round().astype(int)
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[self.timesteps]
         alpha_bar_next = np.append(1.0, alpha_bar[:-1])  # of the step that comes next in sampling
         beta = 1 - alpha_bar / alpha_bar_next
         variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
-        variance[0] = variance[min(1, steps - 1)]  # 0 at the last step, of which there is no log
+        variance[0] = variance[min(1, steps - 1)]  # it is 0 there, and has no logarithm
 
         def table(values):
             return torch.from_numpy(values).float().to(device)[:, None, None, None]
@@ -293,7 +300,7 @@ class GaussianDiffusion:
         """-> (mse, vb), each (B,), whose sum is DiT's hybrid loss.
 
         mse is the squared error of the noise. vb is the variational bound in bits per value, and
-        trains the variance alone. (The factor T / 1000 that is sometimes quoted is 1 here.)
+        trains the variance alone.
         """
         eps, v = output.chunk(2, dim=1)
         frozen = torch.cat([eps.detach(), v], dim=1)
@@ -356,13 +363,14 @@ def log_likelihood(x, mean, log_std):
 
 
 def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
-    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): u + cfg_scale (c - u).
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): u + cfg_scale (c - u), of the
+    outputs c with the class and u without.
 
     null       the label that stands for no class
     low, high  noise levels (0: data, 1: noise) between which it acts, both included
                (https://arxiv.org/abs/2404.07724)
-    channels   how many of the latents' it acts on; None: all. (The official code of DiT and SiT
-               guides 3 of 4.)
+    channels   how many of the latents' channels are guided; None: all. (The official code of DiT
+               and SiT guides 3 of 4.)
 
     -> predict(x, t, y, level). cfg_scale 1 is the plain model.
     """
@@ -427,7 +435,9 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        posterior_noise = vae.rank_slice(
+            torch.randn(shape, generator=rng, device=device), rank, world
+        )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         uniform = vae.rank_slice(uniform, rank, world)
@@ -440,7 +450,7 @@ def train(args, rank, world, device):
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x0 = autoencoder.normalize(mean + std * fresh[rows])
+            x0 = autoencoder.normalize(mean + std * posterior_noise[rows])
             x = diffusion.add_noise(x0, t[rows], noise[rows])
             with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
@@ -472,12 +482,12 @@ def train(args, rank, world, device):
 
 
 def draw_ddim(predict, noise, labels):
-    """The pictures of training: 50 steps of DDIM."""
+    """The sampler of the pictures during training: 50 steps of DDIM."""
     return GaussianDiffusion(50, noise.device).sample(predict, noise, labels, "ddim")
 
 
 # --------------------------------------------------------------------------------------------------
-# What SiT and REPA use of this, too: the latent space, the network, pictures, checkpoints
+# Shared with sit.py and repa.py: the latent space, the network, pictures, checkpoints
 
 
 def load_latent_space(args, resumed, device):
@@ -490,7 +500,7 @@ def load_latent_space(args, resumed, device):
 
     if not args.vae:
         raise vae.InputError(
-            "--vae: give the autoencoder on whose latents to train (vae.py makes one: eqvae.pt)"
+            "--vae: name the autoencoder whose latents to train on (vae.py makes one: eqvae.pt)"
         )
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
     about = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
@@ -515,7 +525,7 @@ def network_config(args, preset, autoencoder, images, **options):
     if side % preset["patch_size"]:
         raise vae.InputError(
             f"--model {args.model}: its patches do not divide latents of {side} x {side}; "
-            "take another, or another --image-size"
+            "choose another model, or another --image-size"
         )
     return dict(
         preset,
@@ -546,7 +556,8 @@ def compile_blocks(args, blocks):
 
 @torch.no_grad()
 def look(args, step, log, model, ema, draw, autoencoder, null, autocast):
-    """Writes OUT/0001000.png: samples of the average, of the same noise and labels each time.
+    """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
+    labels each time.
 
     draw  (predict, noise, labels) -> latents
     """
@@ -563,15 +574,28 @@ def look(args, step, log, model, ema, draw, autoencoder, null, autocast):
     def average(x, t, y):
         return torch.func.functional_call(model, weights, (x, t, y))
 
+    predict = guided(average, null, args.cfg_scale, *guidance_range(args))
     with autocast:
-        z = draw(guided(average, null, args.cfg_scale), noise, labels)
+        z = draw(predict, noise, labels)
     pictures = autoencoder.decode(autoencoder.denormalize(z.float()))
     log.picture(step, vae.image_grid(pictures.split(8)))
 
 
+def guidance_range(args):
+    """The interval of noise levels and the number of channels that are guided."""
+    return args.guidance_low, args.guidance_high, 3 if args.three_channels else None
+
+
 def save(args, step, model, ema, optimizer, autoencoder, about, images):
-    """Writes args.out: vae.save_autoencoder()'s entries, and of the latents `vae`, the file and
-    hash of their autoencoder, and `latent`, the scale and shift they were trained with."""
+    """Writes args.out, a dictionary of plain data.
+
+    arch, config   class and arguments of the network
+    model, ema     its weights, and their average
+    opt            the optimiser's state
+    step, args     steps taken, the command's arguments
+    vae, latent    file and hash of the autoencoder, scale and shift of its latents in training
+    classes        names of the classes
+    """
     import vae
 
     latent = dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor)
@@ -633,7 +657,8 @@ class Latents(torch.utils.data.Dataset):
 
 
 def latent_data(args, rank, world, device, autoencoder, about, images):
-    """What to train on: the cached Latents of the images, or with --no-cache the images."""
+    """What to train on: the cached Latents of the images, or with --no-cache the images themselves.
+    Also measures the latents' scale where the autoencoder has none."""
     import vae
 
     measure_scale(autoencoder, images)
@@ -654,7 +679,8 @@ def latent_data(args, rank, world, device, autoencoder, about, images):
 
 
 def open_cache(args, shape, images, what, **manifest):
-    """The Rows NAME-latents/ beside the autoencoder, or --cache; another kind's has its name."""
+    """The vae.Rows in NAME-latents/ beside the autoencoder, or in --cache. What is not latents goes
+    to the same name with -what appended."""
     import vae
 
     folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vae))[0]}-latents"
@@ -674,7 +700,7 @@ def open_cache(args, shape, images, what, **manifest):
 @torch.no_grad()
 def moments(batch, autoencoder, device):
     """Cached moments (B, 2C, h, w) or uint8 images (B, 3, H, W) -> mean and std of the latents
-    (B, C, h, w), float32. Images are encoded in fp32: the latents are what is learned from."""
+    (B, C, h, w), float32. Images are encoded in float32, because they are the training data."""
     import vae
 
     if batch.dtype == torch.uint8:
@@ -684,7 +710,7 @@ def moments(batch, autoencoder, device):
 
 
 def measure_scale(autoencoder, images):
-    """Measures the latents' scale where the file has none, as LDM's kl-f16."""
+    """Measures the latents' scale where the file has none, as in LDM's kl-f16."""
     import vae
 
     if autoencoder.scaling_factor is None:
@@ -708,16 +734,17 @@ def sample(args, rank, world, device):
     def draw(predict, noise, labels, noise_like):
         return diffusion.sample(predict, noise, labels, args.sampler, noise_like)
 
-    sample_latents(args, rank, world, device, model, CONFIGS, kept, draw, settings)
+    calls = args.sampling_steps
+    sample_latents(args, rank, world, device, model, CONFIGS, kept, draw, calls, settings)
 
 
 def check_sampling(args):
     import vae
 
     if not 2 <= args.sampling_steps <= 1000:
-        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: 2 to 1000")
-    if not args.guidance_low <= args.guidance_high:
-        raise vae.InputError("--guidance-low, --guidance-high: noise levels, 0 <= low <= high <= 1")
+        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
+    if args.guidance_low > args.guidance_high:
+        raise vae.InputError("--guidance-low: must not exceed --guidance-high")
 
 
 def load_generator(args, network, device):
@@ -759,7 +786,7 @@ def read_official(path, checkpoint, network):
     try:
         return network.config_of(weights), weights
     except (KeyError, ValueError, IndexError) as error:
-        raise vae.InputError(f"{path}: no {network.__name__} that is known ({error})") from None
+        raise vae.InputError(f"{path}: not a known {network.__name__} ({error})") from None
 
 
 def load_sampling_autoencoder(args, config, kept, device):
@@ -791,13 +818,14 @@ def load_sampling_autoencoder(args, config, kept, device):
 
 
 @torch.no_grad()
-def sample_latents(args, rank, world, device, model, configs, kept, draw, settings):
+def sample_latents(args, rank, world, device, model, configs, kept, draw, calls, settings):
     """Fills --samples with pictures of a generator on latents. Sample i depends on (seed, i)
     alone, to rounding.
 
     configs   the presets, for the model's name in the record FILE.json
     kept      the entries of our checkpoint, or {}
     draw      (predict, noise, labels, noise_like) -> normalised latents
+    calls     how often draw calls predict, for the progress bar
     settings  what the draw depends on besides, for the record
     """
     import vae
@@ -826,9 +854,7 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, settin
         **settings,
     )
 
-    interval = (args.guidance_low, args.guidance_high)
-    channels = 3 if args.three_channels else None
-    predict = guided(model, config["num_classes"], args.cfg_scale, *interval, channels)
+    predict = guided(model, config["num_classes"], args.cfg_scale, *guidance_range(args))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     side = config["input_size"]
     shape = (config["in_channels"], side, side)
@@ -851,13 +877,12 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, settin
         return vae.decode_pictures(autoencoder.decode, z, args.sample_from)
 
     size = side * autoencoder.factor
-    steps = args.sampling_steps
     picture = (size, size, 3)
-    vae.write_samples(args, rank, world, out, labels, picture, steps, draw_pictures, record)
+    vae.write_samples(args, rank, world, out, labels, picture, calls, draw_pictures, record)
 
 
 def preset_name(args, config, configs):
-    """The preset that a network is of, or its checkpoint's file name."""
+    """The name of the preset that matches the network, or its checkpoint's file name."""
     for name, preset in configs.items():
         if all(config[key] == value for key, value in preset.items()):
             return name
@@ -869,32 +894,49 @@ def preset_name(args, config, configs):
 
 
 def arguments(description, models, out):
-    """The parser of a script that trains a generator on latents and samples from it."""
+    """-> the parser of a script that trains a generator on latents and samples from it, and its
+    groups of flags for the generator and for sampling."""
     import vae
 
     parser = vae.make_parser(description)
-    group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)")
-    group.add_argument("--model", choices=models, default=next(iter(models)), help="its size")
-    group.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
-    group.add_argument("--vae-model", help="preset of a file that does not say it: sd, sdxl, ...")
-    group.add_argument("--cache", help="folder of the latents (default: NAME-latents beside --vae)")
-    group.add_argument("--no-cache", action="store_true", help="encode every image in every step")
-    group.add_argument("--ema-decay", type=vae.probability, default=0.9999, help="of the average")
-    group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    add_mirror(group)
-    group = vae.add_sampling_arguments(parser)
-    group.add_argument("--sampling-steps", type=vae.positive_int, default=250)
-    group.add_argument("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
-    noise_level = "noise level, 0 (data) to 1 (noise), of guidance"
-    group.add_argument(
-        "--guidance-low", type=vae.probability, default=0.0, help=f"least {noise_level}"
+    generator = parser.add_argument_group("generator")
+    generator.add_argument(
+        "--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)"
     )
-    group.add_argument(
-        "--guidance-high", type=vae.probability, default=1.0, help=f"greatest {noise_level}"
+    generator.add_argument(
+        "--model", choices=models, default=next(iter(models)), help="network's size / patch size"
     )
-    group.add_argument(
-        "--three-channels", action="store_true", help="guide 3 channels alone, as DiT's code does"
+    generator.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
+    generator.add_argument(
+        "--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ..."
+    )
+    generator.add_argument(
+        "--cache", help="folder of the latents (default: NAME-latents beside --vae)"
+    )
+    generator.add_argument(
+        "--no-cache", action="store_true", help="encode every image in every step"
+    )
+    generator.add_argument(
+        "--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average"
+    )
+    generator.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    add_mirror(generator)
+    sampling = vae.add_sampling_arguments(parser)
+    sampling.add_argument(
+        "--sampling-steps", type=vae.positive_int, default=250, help="of the sampler"
+    )
+    sampling.add_argument("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
+    level = "noise level at which to guide, 0 (data) to 1 (noise)"
+    sampling.add_argument(
+        "--guidance-low", type=vae.probability, default=0.0, help=f"lowest {level}"
+    )
+    sampling.add_argument(
+        "--guidance-high", type=vae.probability, default=1.0, help=f"highest {level}"
+    )
+    sampling.add_argument(
+        "--three-channels",
+        action="store_true",
+        help="guide the first 3 channels alone, as DiT's code",
     )
     vae.add_run_arguments(
         parser,
@@ -906,7 +948,7 @@ def arguments(description, models, out):
         save_every=10_000,
         sample_every=10_000,
     )
-    return parser, group
+    return parser, generator, sampling
 
 
 def add_mirror(group):
@@ -923,8 +965,8 @@ def add_mirror(group):
 def main():
     import vae
 
-    parser, group = arguments(__doc__, CONFIGS, "dit.pt")
-    group.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
+    parser, _, sampling = arguments(__doc__, CONFIGS, "dit.pt")
+    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
     vae.launch(parser, run)
 
 

@@ -1,29 +1,32 @@
-"""SiT trained with representation alignment (REPA): the tokens of an early block are drawn to those
-of a pretrained encoder.
+"""SiT trained with representation alignment (REPA): the tokens of an early block are aligned with
+those of a pretrained encoder.
 
 REPA (https://arxiv.org/abs/2410.06940) adds a term to SiT's loss. A small network projects the
-tokens after the eighth block, and each is to point where DINOv2's token of the clean image at that
-place points. So the generator need not find out by itself what is in a picture.
+tokens after the eighth block. Each is trained to have the direction of DINOv2's token of the clean
+image at that place. So the generator need not learn the content of images from scratch. EQ-VAE
+(https://arxiv.org/abs/2502.09509) changes nothing here but the latents.
 
-In this file x1 is the data and x0 is noise, as in sit.py, but time is REPA's: t is 0 at the data
-and 1 at the noise, and the velocity points to the noise. reverse() makes it sit.py's for its
-samplers. The network is SiT's; paths and samplers are sit.py's; the latent cache is dit.py's.
+In this file x1 is the data and x0 is noise, as in sit.py, but time is REPA's, so that its files
+load: t is 0 at the data and 1 at the noise, and the velocity points to the noise. reverse()
+converts to sit.py's time for its samplers. The network is SiT's, paths and samplers are sit.py's,
+and the latent cache is dit.py's.
 
     python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
                                                                     # minutes on a CPU
     python repa.py --vae eqvae.pt --model REPA-B/2                  # one GPU
-    torchrun --nproc_per_node=8 repa.py --vae eqvae.pt              # eight: the paper's SiT-XL/2
+    torchrun --nproc_per_node=8 repa.py --vae eqvae.pt              # eight GPUs: REPA-XL/2
     torchrun --nproc_per_node=8 repa.py --sample-from repa.pt --vae eqvae.pt --samples repa.npz
 
-The torchrun line takes 400,000 steps of 256, with DINOv2-B's weights from torch hub's cache or the
-network. Expect then, with 50,000 samples without guidance (Table 10): gFID 7.5 on EQ-VAE's latents,
-7.9 on SD-VAE's.
+The first torchrun line takes 400,000 steps of 256 images, with DINOv2-B's weights from torch hub's
+cache or the internet. Expect then, with 50,000 samples without guidance (Table 10): gFID 7.5 on
+EQ-VAE's latents, 7.9 on SD-VAE's.
 """
 
 import os
 from collections import OrderedDict
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,8 +63,8 @@ class REPA(SiT):
         self.config["z_dims"] = tuple(z_dims)
         self.encoder_depth = encoder_depth
         width = self.config["hidden_size"]
-        self.projectors = nn.ModuleList(projector(width, projector_dim, z) for z in z_dims)
-        self.initialize()
+        self.projectors = nn.ModuleList(make_projector(width, projector_dim, z) for z in z_dims)
+        self.initialize()  # once more, for the projectors
 
     @classmethod
     def config_of(cls, weights):
@@ -93,7 +96,7 @@ class REPA(SiT):
         return velocity
 
 
-def projector(width, hidden, z_dim):
+def make_projector(width, hidden, z_dim):
     return nn.Sequential(
         nn.Linear(width, hidden),
         nn.SiLU(),
@@ -111,7 +114,7 @@ def alignment(projections, targets):
 
 
 def reverse(predict):
-    """A predict of REPA's time and sign -> one of SiT's, for sit.py's samplers."""
+    """Converts a predict() of REPA's time and sign to SiT's, for sit.py's samplers."""
 
     def converted(x, t, y, level):
         return -predict(x, 1 - t, y, level)
@@ -125,9 +128,9 @@ def reverse(predict):
 
 ENCODERS = {}  # name -> arguments of DINOv2
 for letter, width, depth, heads in (("b", 768, 12, 12), ("s", 384, 12, 6), ("l", 1024, 24, 16)):
-    arguments = dict(width=width, depth=depth, heads=heads)
-    ENCODERS[f"dinov2_vit{letter}14"] = arguments
-    ENCODERS[f"dinov2_vit{letter}14_reg"] = dict(arguments, registers=4)
+    vit = dict(width=width, depth=depth, heads=heads)
+    ENCODERS[f"dinov2_vit{letter}14"] = vit
+    ENCODERS[f"dinov2_vit{letter}14_reg"] = dict(vit, registers=4)
 
 
 class LayerScale(nn.Module):
@@ -161,10 +164,10 @@ class ViTBlock(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """DINOv2's ViT with patches of 14 pixels, as far as its patch tokens need it.
+    """DINOv2's ViT with patches of 14 pixels: the parts that its patch tokens need.
 
-    registers  tokens without a place: 4 in the files whose names say _reg
-    positions  side of the grid of positions in the file: 37, it was trained up to 518 pixels
+    registers  register tokens, which have no position: 4 in the files whose names say _reg
+    positions  side of the grid of positions in the file: 37, since training ended at 518 pixels
     """
 
     def __init__(self, width=768, depth=12, heads=12, registers=0, positions=37):
@@ -222,10 +225,9 @@ class DINOv2(nn.Module):
 
 
 def load_encoder(name, path, device):
-    """-> (encode, its name for checkpoints).
+    """-> (encode, the encoder's name with the hash of its file, for checkpoints and caches).
 
-    name    one of ENCODERS, or MODULE:FUNCTION: a function of yours of (path, device) that returns
-            encode
+    name    one of ENCODERS, or MODULE:FUNCTION, your own function (path, device) -> encode
     path    its weights; None: for DINOv2 those in torch hub's cache, else downloaded
 
     encode(uint8 images (B, 3, H, W), side) -> tokens (B, side^2, width), without gradients, is all
@@ -238,14 +240,15 @@ def load_encoder(name, path, device):
         digest = vae.file_hash(path)[:16] if path else ""
         return encode, f"{name} {digest}".strip()
     if name not in ENCODERS:
-        raise vae.InputError(f"--encoder {name}: one of {', '.join(ENCODERS)}, or MODULE:FUNCTION")
+        known = ", ".join(ENCODERS)
+        raise vae.InputError(f"--encoder {name}: unknown; one of {known}, or MODULE:FUNCTION")
     if path is None:
         folder = name.removesuffix("_reg")
         file = name.replace("_reg", "_reg4") + "_pretrain.pth"
         path = vae.download(
             f"https://dl.fbaipublicfiles.com/dinov2/{folder}/{file}",
-            "DINOv2's weights are not there",
-            "or take an encoder of yours (--encoder MODULE:FUNCTION)",
+            "DINOv2's weights were not found",
+            "or take your own encoder (--encoder MODULE:FUNCTION)",
         )
     model = vae.load_weights(DINOv2(**ENCODERS[name]), vae.read_file(path), path)
     model = model.to(device).eval().requires_grad_(False)
@@ -272,6 +275,9 @@ def train(args, rank, world, device):
     preset = CONFIGS[args.model]
     side = autoencoder.latent_size[0] // preset["patch_size"]
     encode, encoder = load_encoder(args.encoder, args.encoder_weights, device)
+    if resumed is not None and resumed["args"]["encoder_hash"] != encoder:
+        raise vae.InputError(f"{args.out}: was aligned with {resumed['args']['encoder_hash']}")
+    args.encoder_hash = encoder
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
@@ -291,7 +297,9 @@ def train(args, rank, world, device):
     data = dit.latent_data(args, rank, world, device, autoencoder, about, images)
     features = None
     if args.cache_features:
-        features = cache_features(args, rank, world, device, images, encode, encoder, side, width)
+        features = cache_features(
+            args, rank, world, device, images, data, encode, encoder, side, width
+        )
     data = AlignedLatents(data, images, features)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -307,7 +315,9 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, pictures, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        posterior_noise = vae.rank_slice(
+            torch.randn(shape, generator=rng, device=device), rank, world
+        )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         uniform = vae.rank_slice(uniform, rank, world)
@@ -320,7 +330,7 @@ def train(args, rank, world, device):
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = dit.moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x1 = autoencoder.normalize(mean + std * fresh[rows])
+            x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
             x0 = noise[rows]
             times = t[rows, None, None, None]
             alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - times, args.path)
@@ -330,14 +340,16 @@ def train(args, rank, world, device):
             with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
-                loss = (velocity - target).square().mean()
+                mse = (velocity - target).square().mean()
                 cosine = alignment(projection, tokens)
-                ((loss - args.align_weight * cosine) / passes).backward()
-            log.add(mse=loss, alignment=cosine)
+                loss = mse - args.align_weight * cosine
+                (loss / passes).backward()
+            log.add(mse=mse, alignment=cosine)
 
         # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
         # fused optimisers read found_inf (as AMP sets it) and change nothing
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        # REPA's recipe clips; DiT's and SiT's do not
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -358,7 +370,7 @@ def train(args, rank, world, device):
 
 
 def draw_heun(predict, noise, labels):
-    """The pictures of training: 50 calls of the network."""
+    """The sampler of the pictures during training: 50 calls of the network."""
     return sit.heun(reverse(predict), noise, labels, steps=26)
 
 
@@ -385,7 +397,7 @@ def token_width(args, encode, image_size, side, device):
 
 
 class AlignedLatents(torch.utils.data.Dataset):
-    """Latents with what the encoder sees of the same picture, mirrored or not as they are.
+    """Latents with what the encoder sees of the same picture, mirrored whenever the latents are.
 
     latents   dit.Latents, or with --no-cache the images themselves
     images    a vae.ImageFolder of the same pictures
@@ -406,23 +418,23 @@ class AlignedLatents(torch.utils.data.Dataset):
         import vae
 
         moments, label, index, readable = self.latents[item]
-        if moments.dtype == torch.uint8:
+        if moments.dtype == torch.uint8:  # --no-cache: it is the image
             return moments, moments, label, index, readable
         if self.features is not None:
             return moments, self.features[item][0], label, index, readable
         place = int(self.latents.places[index])
-        image = self.images[place][0]
+        image, _, _, readable = self.images[place]
         if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):
             image = image.flip(2)
         return moments, image, label, index, readable
 
 
-def cache_features(args, rank, world, device, images, encode, encoder, side, width):
-    """The encoder's tokens of all pictures on disk, beside the latents: -> dit.Latents of them."""
+def cache_features(args, rank, world, device, images, latents, encode, encoder, side, width):
+    """Caches the encoder's tokens of all pictures beside the latents: -> dit.Latents of them."""
     import vae
 
     if args.no_cache:
-        raise vae.InputError("--cache-features: goes with cached latents, not with --no-cache")
+        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     views = 2 if args.mirror else 1
     shape = (len(images), views, side**2, width)
     rows = dit.open_cache(args, shape, images, "features", encoder=encoder)
@@ -434,6 +446,8 @@ def cache_features(args, rank, world, device, images, encode, encoder, side, wid
         return torch.stack(tokens, dim=1).half()
 
     places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching features")
+    if not np.array_equal(places, latents.places):
+        raise vae.InputError(f"{rows.folder}: of other pictures than the latents; delete it")
     return dit.Latents(rows.path, places, [0] * len(places), args.seed, args.mirror)
 
 
@@ -447,12 +461,16 @@ def main():
     parser = sit.arguments(__doc__, CONFIGS, "repa.pt")
     group = parser.add_argument_group("alignment")
     group.add_argument(
-        "--encoder", default="dinov2_vitb14", help="whose tokens; or MODULE:FUNCTION"
+        "--encoder",
+        default="dinov2_vitb14",
+        help="a DINOv2, or MODULE:FUNCTION, see load_encoder()",
     )
-    group.add_argument("--encoder-weights", help="its file (default: torch hub's, or its own)")
-    group.add_argument("--align-weight", type=vae.non_negative, default=0.5)
     group.add_argument(
-        "--cache-features", action="store_true", help="keep its tokens on disk: large"
+        "--encoder-weights", help="file of the encoder (default: torch hub's, or its own)"
+    )
+    group.add_argument("--align-weight", type=vae.non_negative, default=0.5, help="of the cosine")
+    group.add_argument(
+        "--cache-features", action="store_true", help="cache its tokens: about 0.4 MB an image"
     )
     parser.set_defaults(mirror=False)  # REPA's recipe mirrors nothing
     vae.launch(parser, run)

@@ -1,24 +1,24 @@
-"""Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to say where to go
-from noise to data.
+"""Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
+velocity from noise to data.
 
 SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path x_t = alpha_t x1 + sigma_t x0
 and learns its velocity, the mean of d x_t / dt. Following the velocity carries noise to data (an
-ODE). So does any diffusion with the score that the velocity implies (an SDE). EQ-VAE changes
-nothing here but the latents.
+ODE). So does an SDE with the score, which follows from the velocity. EQ-VAE
+(https://arxiv.org/abs/2502.09509) changes nothing here but the latents.
 
 In this file x1 is the data, a latent, and x0 is noise, as in the paper: time runs from 0, noise,
-to 1, data. (dit.py calls the data x0, and repa.py turns the time round.) The network, the latent
+to 1, data. (dit.py calls the data x0, and repa.py reverses time.) The network, the latent
 cache and the writing of samples are dit.py's.
 
     python sit.py --vae tiny.pt --data data/emoji/train --model SiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-sit.pt    # minutes on a CPU
     python sit.py --vae eqvae.pt --model SiT-B/2                    # one GPU
-    torchrun --nproc_per_node=8 sit.py --vae eqvae.pt               # eight: the paper's SiT-XL/2
+    torchrun --nproc_per_node=8 sit.py --vae eqvae.pt               # eight GPUs: SiT-XL/2
     torchrun --nproc_per_node=8 sit.py --sample-from sit.pt --vae eqvae.pt --samples sit.npz
 
-The third line takes 400,000 steps of 256. Expect then, with 50,000 samples without guidance
-(Tables 2 and 9): gFID 16.1 on EQ-VAE's latents, 17.2 on SD-VAE's; after 7M steps, with guidance,
-2.06 (Table 4).
+The first torchrun line takes 400,000 steps of 256 images. Expect then, with 50,000 samples without
+guidance (Tables 2 and 9): gFID 16.1 on EQ-VAE's latents, 17.2 on SD-VAE's; after 7M steps, with
+guidance, 2.06 (Table 4).
 """
 
 import math
@@ -41,7 +41,8 @@ class SiT(DiT):
     """DiT's network and names; its output is the velocity.
 
     Published files have learn_sigma: twice as many channels, whose second half was never trained.
-    `path` is what it was trained on, "linear" or "gvp".
+    (Nothing in such a file tells it from one of DiT's.) `path` is what the network was trained on,
+    "linear" or "gvp".
     """
 
     def __init__(self, *args, path="linear", learn_sigma=False, **options):
@@ -52,8 +53,8 @@ class SiT(DiT):
         """Latents x_t (B, C, h, w), times (B,) in [0, 1] (0: noise, 1: data), labels (B,)
         -> velocities (B, C, h, w).
 
-        Times enter the embedding as they are, where DiT's run to 999. To all but its highest
-        frequencies they are nearly constant. SiT was trained so.
+        Times are not scaled to 0 .. 999 as DiT's, so most frequencies of their embedding barely
+        change. SiT was trained this way.
         """
         return super().forward(x, t, y)[:, : x.shape[1]]
 
@@ -66,7 +67,7 @@ class SiT(DiT):
 def coefficients(t, path="linear"):
     """-> alpha, sigma and their derivatives at times t, a tensor of any shape.
 
-    "linear": t and 1 - t. "gvp": sine and cosine of pi t / 2, which keep the variance.
+    "linear": t and 1 - t. "gvp": sine and cosine of pi t / 2, which preserve the variance.
     """
     if path == "linear":
         return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
@@ -76,10 +77,10 @@ def coefficients(t, path="linear"):
 
 
 def score(velocity, x, t, path="linear"):
-    """The score of p_t at x (B, C, h, w) from the velocity there; t is a number's tensor.
+    """The score of p_t at x (B, C, h, w) from the velocity there; t is a tensor without dimensions.
 
-    x_t and its velocity are two equations for x1 and x0. Without x1 they leave the mean of x0,
-    which is divided by -sigma_t.
+    x_t and its velocity are two equations for x1 and x0. Eliminating x1 gives the mean of x0, which
+    is divided by -sigma_t.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
@@ -90,8 +91,8 @@ def diffusion_of_sigma(t, path):
 
 
 def diffusion_of_sbdm(t, path):
-    """The diffusion that has the path as its reverse, as in score-based models; without bound at
-    t = 0."""
+    """The diffusion of score-based models, whose reverse process follows this path. It has no bound
+    at t = 0."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return d_alpha / alpha * sigma**2 - sigma * d_sigma
 
@@ -109,12 +110,14 @@ DIFFUSIONS = {
 
 # ==================================================================================================
 # Samplers: (predict, noise (B, C, h, w), labels (B,), ...) -> latents. predict(x, t, labels, level)
-# is dit.guided()'s. `steps` counts points in time, as in the official code.
+# is dit.guided()'s. `steps` counts points in time, as in the official code. calls_of() tells how
+# often the network is called.
 
 
 def velocity_at(predict, x, t, labels):
-    """The velocity for all of x at the time t, a number's tensor. The noise level is 1 - t on every
-    path; rounded, so that a bound of the guidance interval lies inside it."""
+    """The velocity for all of x at the time t, a tensor without dimensions. The noise level is
+    1 - t on every path. It is rounded, so that the end points of a guidance interval belong to it.
+    """
     times = torch.full((len(x),), float(t), device=x.device, dtype=x.dtype)
     return predict(x, times, labels, round(1 - float(t), 6))
 
@@ -184,10 +187,10 @@ def heun(predict, noise, labels, steps=250):
 
 @torch.no_grad()
 def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
-    """The same by scipy's adaptive Dormand-Prince 5(4).
+    """The same ODE by scipy's adaptive Dormand-Prince 5(4).
 
-    Its steps suit the whole batch, so samples depend a little on their neighbours. A guidance
-    interval makes it stumble.
+    It chooses its steps for the whole batch, so samples depend a little on their neighbours. At the
+    end points of a guidance interval the velocity jumps, and it takes many steps.
     """
     from scipy.integrate import solve_ivp
 
@@ -249,7 +252,9 @@ def train(args, rank, world, device):
         _, rng = vae.generators(args.seed, step, device)
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        fresh = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
+        posterior_noise = vae.rank_slice(
+            torch.randn(shape, generator=rng, device=device), rank, world
+        )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         uniform = vae.rank_slice(uniform, rank, world)
@@ -262,7 +267,7 @@ def train(args, rank, world, device):
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = dit.moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x1 = autoencoder.normalize(mean + std * fresh[rows])
+            x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
             x0 = noise[rows]
             times = t[rows, None, None, None]
             alpha, sigma, d_alpha, d_sigma = coefficients(times, args.path)
@@ -297,7 +302,7 @@ def train(args, rank, world, device):
 
 
 def draw_heun(predict, noise, labels):
-    """The pictures of training: 50 calls of the network."""
+    """The sampler of the pictures during training: 50 calls of the network."""
     return heun(predict, noise, labels, steps=26)
 
 
@@ -306,7 +311,7 @@ def draw_heun(predict, noise, labels):
 
 
 def sample(args, rank, world, device, network=SiT, configs=CONFIGS, convert=None):
-    """Also repa.py's, whose `convert` makes guided()'s predict one of SiT's times and sign."""
+    """Also used by repa.py, whose `convert` turns predict()'s time and sign into SiT's."""
     dit.check_sampling(args)
     model, kept = dit.load_generator(args, network, device)
     if not kept:
@@ -321,9 +326,8 @@ def sample(args, rank, world, device, network=SiT, configs=CONFIGS, convert=None
         return SAMPLERS[args.sampler](predict, noise, labels, **options)
 
     settings = dict(options, sampler=args.sampler)
-    if "encoder" in kept.get("args", {}):
-        settings["encoder"] = kept["args"]["encoder"]
-    dit.sample_latents(args, rank, world, device, model, configs, kept, draw, settings)
+    calls = calls_of(args)
+    dit.sample_latents(args, rank, world, device, model, configs, kept, draw, calls, settings)
 
 
 def sampler_options(args, path):
@@ -335,18 +339,30 @@ def sampler_options(args, path):
     return dict(steps=args.sampling_steps)
 
 
+def calls_of(args):
+    """How often the chosen sampler calls the network; for dopri5 a guess."""
+    steps = args.sampling_steps
+    return dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)[args.sampler]
+
+
 # ==================================================================================================
 # The command line
 
 
 def arguments(description, models, out):
-    """The parser of a flow model's script."""
-    parser, group = dit.arguments(description, models, out)
-    group.add_argument("--path", choices=("linear", "gvp"), default="linear", help="from x0 to x1")
-    group.add_argument("--sampler", choices=SAMPLERS, default="sde", help="sde, or for the ODE")
-    group.add_argument("--diffusion", choices=DIFFUSIONS, default="sigma", help="of the SDE")
-    group.add_argument(
-        "--last", choices=("mean", "euler", "tweedie"), default="mean", help="step of the SDE"
+    """-> the parser of a flow model's script."""
+    parser, generator, sampling = dit.arguments(description, models, out)
+    generator.add_argument(
+        "--path", choices=("linear", "gvp"), default="linear", help="from noise to data"
+    )
+    sampling.add_argument(
+        "--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE"
+    )
+    sampling.add_argument(
+        "--diffusion", choices=DIFFUSIONS, default="sigma", help="the SDE's noise, w(t)"
+    )
+    sampling.add_argument(
+        "--last", choices=("mean", "euler", "tweedie"), default="mean", help="the SDE's last step"
     )
     return parser
 

@@ -1018,14 +1018,17 @@ def read_ours(path, checkpoint, arch):
     if checkpoint["arch"] != arch:
         raise InputError(f"{path}: holds a {checkpoint['arch']}, not a {arch}")
     check_keys(path, checkpoint, OUR_KEYS)
-    config = dict(checkpoint["config"])
-    if arch == "AutoencoderKL":
-        config["scaling_factor"] = None
-        if checkpoint["latent"]:
-            config["scaling_factor"] = checkpoint["latent"]["scale"]
-            config["shift_factor"] = checkpoint["latent"]["shift"]
+    try:
+        config = dict(checkpoint["config"])
+        if arch == "AutoencoderKL":
+            config["scaling_factor"] = None
+            if checkpoint["latent"]:
+                config["scaling_factor"] = checkpoint["latent"]["scale"]
+                config["shift_factor"] = checkpoint["latent"]["shift"]
+        size = checkpoint["args"].get("image_size")
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"{path}: not as {arch} checkpoints are written ({error})") from None
     weights = checkpoint["ema"] or checkpoint["model"]
-    size = checkpoint["args"].get("image_size")
     return Stored(path, config, weights, checkpoint["disc"], size)
 
 
@@ -1256,6 +1259,10 @@ def diffusers_config(given):
             raise ValueError(f"{key} is unknown here")
     config = {name: given[theirs] for name, theirs in ARGUMENTS.items() if theirs in given}
     config["scaling_factor"] = scale
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scaling_factor = {scale}")
+    if not math.isfinite(config.get("shift_factor", 0.0)):
+        raise ValueError(f"shift_factor = {config['shift_factor']}")
     config.setdefault("num_res_blocks", 1)  # diffusers' default
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels {widths} are no multiples of the first")
@@ -1287,14 +1294,15 @@ def export(args):
 
 def write_diffusers(folder, model, found):
     config = model.config
-    save_file = import_safetensors().save_file
+    safetensors = import_safetensors()
     names = diffusers_names(config)
     weights = {}
     for name, value in model.state_dict().items():
         if ".attn" in name and value.dim() == 4:
             value = value.flatten(1)  # a linear layer there
         weights[names[name]] = value.contiguous()
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", dict(format="pt"))
+    data = safetensors.save(weights, dict(format="pt"))
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(data)
     kinds = ["Attn" if i in config["attn_levels"] else "" for i in range(len(config["ch_mult"]))]
     told = dict(
         _class_name="AutoencoderKL",
@@ -1379,6 +1387,20 @@ class Inert:
         pass
 
 
+class InertDict:
+    """The same for classes that are dictionaries, as EasyDict: torch fills in their items."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+class InertList:
+    """The same for deque."""
+
+    def __new__(cls, *args, **kwargs):
+        return []
+
+
 # Classes of the standard library and of configuration packages that trainers leave in checkpoints.
 # They are loaded as Inert. A file that names anything else is refused, since it could run code.
 HARMLESS = (
@@ -1394,6 +1416,8 @@ HARMLESS = (
     "uuid.UUID",
     "_codecs.encode",
     "numpy.",
+)
+CONFIGURATIONS = (
     "addict.",
     "easydict.",
     "lightning.",
@@ -1415,7 +1439,15 @@ def is_harmless(name):
     module, _, attribute = name.rpartition(".")
     if module in ("builtins", "__builtin__"):
         return attribute in HARMLESS_BUILTINS
-    return name.startswith(HARMLESS)
+    return name.startswith(HARMLESS + CONFIGURATIONS)
+
+
+def stand_in(name):
+    if name == "collections.deque":
+        return InertList
+    if name.startswith(("collections.defaultdict", *CONFIGURATIONS)):
+        return InertDict
+    return Inert
 
 
 def read_file(path):
@@ -1465,7 +1497,7 @@ def unpickle(path):
         raise InputError(
             f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})"
         )
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
+    with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be mapped
@@ -1746,7 +1778,7 @@ def start_process(args):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if not 0 <= rank < world:
+    if not 0 <= rank < world or (world > 1 and "MASTER_ADDR" not in os.environ):
         print(f"RANK={rank} WORLD_SIZE={world}: start this with torchrun", file=sys.stderr)
         raise SystemExit(2)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1902,7 +1934,8 @@ def open_image(path):
 
 
 def to_rgb(image):
-    if image.mode.startswith("I;16"):
+    is_16_bit_pgm = image.mode == "I" and image.format == "PPM"  # scaled to 16 bits by Pillow
+    if image.mode.startswith("I;16") or is_16_bit_pgm:
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -2545,7 +2578,8 @@ def write_file(path, write):
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def benchmark(args, rank, world, device, run):
@@ -2698,7 +2732,7 @@ class Rows:
         for name in ("rows.npy", "status.npy"):
             try:
                 np.load(self.folder / name, mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise InputError(
                     f"{self.folder / name}: not whole ({error}); delete {self.folder}"
                 ) from None
