@@ -1,10 +1,11 @@
 """EQ-VAE's regulariser: decode a transformed latent, ask for the transformed image.
 
-EQ-VAE (https://arxiv.org/abs/2502.09509) wants an autoencoder's latent space to be equivariant:
-to transform an image and then encode it should give the same as to encode it and then transform
-the latent, E(tau o x) = tau o E(x) (Eq. 3). Common autoencoders are far from that. A short
-fine-tune with the loss below brings them near it. In any autoencoder's training loop the whole
-method is two lines before your own loss:
+EQ-VAE (https://arxiv.org/abs/2502.09509) wants an autoencoder's latent space to be
+equivariant: to transform an image and then encode it should give the same as to
+encode it and then transform the latent, E(tau o x) = tau o E(x) (Eq. 3). Common
+autoencoders are far from that. A short fine-tune with the loss below brings them
+near it. In any autoencoder's training loop the whole method is two lines before
+your own loss:
 
     >>> import torch
     >>> encode = torch.nn.Conv2d(3, 4, kernel_size=8, stride=8)  # a toy encoder of factor f = 8
@@ -17,12 +18,13 @@ method is two lines before your own loss:
     >>> loss = (target - reconstruction).abs().mean()  # your own loss
     >>> loss.backward()
 
-Draw tau once for a whole batch. If several processes or micro-batches share the batch, they must
-share its tau too: give `sample_transform` a generator that is seeded with (seed, step). If a
-network in your loss needs images of a least size (LPIPS: 16 pixels, PatchGAN: 24), pass that size
-in latent cells as `smallest`.
+Draw tau once for a whole batch. If several processes or micro-batches share the
+batch, they must share its tau too: give `sample_transform` a generator that is
+seeded with (seed, step). If a network in your loss needs images of a least size
+(LPIPS: 16 pixels, PatchGAN: 24), pass that size in latent cells as `smallest`.
 
-This file needs torch alone. vae.py and vqgan.py train with it, evaluate.py measures with it.
+This file needs torch alone. vae.py and vqgan.py train with it, evaluate.py measures
+with it.
 """
 
 import math
@@ -38,17 +40,17 @@ KINDS = ("rs", "rs-aniso", "r", "s")
 INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")
 
 
-# --------------------------------------------------------------------------------------------------
-# tau = S(sx, sy) . R(theta)                                                           (Eq. 2 and 6)
+# ----------------------------------------------------------------------------------
+# tau = S(sx, sy) . R(theta)                                           (Eq. 2 and 6)
 
 
 @dataclass(frozen=True)
 class Transform:
     """A scaling to whole latent cells, then counter-clockwise quarter turns.
 
-    The same object transforms a latent and its image. The scale is kept as the integer `size` on
-    the latent's grid, not as a float. Therefore tau(x) and decode(tau(z)) have equal shapes for
-    every factor f and every image size.
+    The same object transforms a latent and its image. The scale is kept as the
+    integer `size` on the latent's grid, not as a float. Therefore tau(x) and
+    decode(tau(z)) have equal shapes for every factor f and every image size.
 
     grid           (h, w), cells of the latents that it is made for
     size           (h2, w2), cells that they are resampled to, before the turn
@@ -68,9 +70,10 @@ class Transform:
     def __call__(self, x):
         """Transforms latents (m = 1) or their images (m = f); differentiable.
 
-        (B, C, m h, m w) -> (B, C, m h2, m w2), sides exchanged where the number of turns is odd.
-        Any floating type comes back as it came; the resampling is computed in float32 (float64
-        stays float64). ValueError if x does not lie on the grid.
+        (B, C, m h, m w) -> (B, C, m h2, m w2), sides exchanged where the number of
+        turns is odd. Any floating type comes back as it came; the resampling is
+        computed in float32 (float64 stays float64). ValueError if x does not lie on
+        the grid.
         """
         height, width = x.shape[-2:]
         h, w = self.grid
@@ -104,8 +107,8 @@ def scale_transform(s, grid, quarter_turns=0, interpolation="bicubic-antialias")
     return Transform(tuple(grid), size, quarter_turns, interpolation)
 
 
-# --------------------------------------------------------------------------------------------------
-# The paper's draw: the identity with probability p_alpha, else a random tau                 (Eq. 7)
+# ----------------------------------------------------------------------------------
+# The paper's draw: the identity with probability p_alpha, else a random tau  (Eq. 7)
 
 
 def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generator=None):
@@ -113,8 +116,8 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
 
     p_alpha    probability of the identity, which keeps the reconstruction good (Table 8: 0.5)
     kind       "rs": a turn of 90, 180 or 270 degrees *and* a scale, equal on both sides;
-               "rs-aniso": each side has a scale of its own; "r": the turn alone; "s": the scale
-               alone
+               "rs-aniso": each side has a scale of its own; "r": the turn alone;
+               "s": the scale alone
     low        lowest scale. Sizes are uniform over the integers from ceil(low h) to h - 1, so a
                scale that is drawn is never 1
     smallest   least cells of each side of the result, for networks in the loss that need room
@@ -171,7 +174,7 @@ def check_room(grid, smallest, enough):
         )
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------
 # The released code's draw (zelaki/eqvae), which differs from the paper's
 
 
@@ -182,8 +185,8 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
     - the scale is k/32 with k uniform over 32 low .. 31, and sides are rounded down;
     - tau interpolates bilinearly, without antialias;
     - a quarter of the identity's draws autoencode a smaller image instead. `before` is then a
-      scaling, to be applied to the image before it is encoded, and tau is the identity on the
-      smaller grid. In all other draws `before` is the identity.
+      scaling, to be applied to the image before it is encoded, and tau is the
+      identity on the smaller grid. In all other draws `before` is the identity.
 
     The arguments and errors are those of `sample_transform`.
     """
@@ -215,16 +218,16 @@ def draw_released_size(grid, kind, low, smallest, generator):
     return tuple(k * side // 32 for k, side in zip(parts, grid))
 
 
-# --------------------------------------------------------------------------------------------------
-# Implicit loss, the method:  L_EQ(x, tau) = L(tau o x, D(tau o E(x)))                       (Eq. 5)
+# ----------------------------------------------------------------------------------
+# Implicit loss, the method:  L_EQ(x, tau) = L(tau o x, D(tau o E(x)))       (Eq. 5)
 
 
 def eq_loss(criterion, decode, x, z, tau):
     """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w).
 
-    `criterion(target, reconstruction)` is whatever the autoencoder was trained with (Eq. 1:
-    pixels, LPIPS, GAN). The KL term does not see tau and stays outside. With tau the identity
-    this is Eq. 1, to the bit.
+    `criterion(target, reconstruction)` is whatever the autoencoder was trained with
+    (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.
+    With tau the identity this is Eq. 1, to the bit.
 
     -> (loss, target, reconstruction)
     """
@@ -233,16 +236,17 @@ def eq_loss(criterion, decode, x, z, tau):
     return criterion(target, reconstruction), target, reconstruction
 
 
-# --------------------------------------------------------------------------------------------------
-# Explicit loss:  ||tau o E(x) - E(tau o x)||^2                                  (Eq. 4 and Table 7)
+# ----------------------------------------------------------------------------------
+# Explicit loss:  ||tau o E(x) - E(tau o x)||^2                  (Eq. 4 and Table 7)
 
 
 def explicit_loss(encode, x, tau, stop_gradient=False):
-    """Eq. 4 for `encode`: (B, 3, H, W) -> (B, c, h, w); summed over latents, mean over the batch.
+    """Eq. 4 for `encode`: (B, 3, H, W) -> (B, c, h, w); summed over latents, mean
+    over the batch.
 
-    Latents that are constant make this loss 0. Therefore it collapses when it acts alone, and the
-    paper prefers Eq. 5. With stop_gradient=True E(tau o x) is a fixed target, as in the second
-    variant of Table 7.
+    Latents that are constant make this loss 0. Therefore it collapses when it acts
+    alone, and the paper prefers Eq. 5. With stop_gradient=True E(tau o x) is a
+    fixed target, as in the second variant of Table 7.
     """
     target = encode(tau(x))
     if stop_gradient:
@@ -251,8 +255,8 @@ def explicit_loss(encode, x, tau, stop_gradient=False):
     return difference.square().sum(dim=(1, 2, 3)).mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Equivariance error:  ||tau o E(x) - E(tau o x)||^2 / ||E(tau o x)||^2               (Appendix C.3)
+# ----------------------------------------------------------------------------------
+# Equivariance error:  ||tau o E(x) - E(tau o x)||^2 / ||E(tau o x)||^2  (Appendix C.3)
 
 
 @torch.no_grad()
@@ -260,8 +264,9 @@ def equivariance_error(encode, x, tau):
     """The metric of Table 1 for each image of x (B, 3, H, W): -> (B,).
 
     It is 0 for an equivariant encoder. Unrelated latents have 2 under rotation and
-    1 + Var(tau z) / Var(z) under scaling. The unit of the latents does not matter. Table 1's R is
-    the mean over 90, 180 and 270 degrees, its S the mean over the scales 0.25, 0.50 and 0.75.
+    1 + Var(tau z) / Var(z) under scaling. The unit of the latents does not matter.
+    Table 1's R is the mean over 90, 180 and 270 degrees, its S the mean over the
+    scales 0.25, 0.50 and 0.75.
     """
     target = encode(tau(x))
     difference = tau(encode(x)) - target

@@ -1594,10 +1594,14 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and shows the default of every flag that has one."""
 
+    def _format_action(self, action):
+        if not action.help and action.default is not None:
+            action.help = "(default: %(default)s)"
+        return super()._format_action(action)
+
     def _get_help_string(self, action):
         if action.default is None:
             return action.help
-        action.help = action.help or " "  # flags without words have a default, too
         return super()._get_help_string(action)
 
 

@@ -1,4 +1,4 @@
-"""A small make: commands of Python, each in one thread, as many side by side as wanted, none of them twice."""
+"""A small make: commands of Python, each in one thread, some side by side, none of them twice."""
 
 import fcntl
 import hashlib
@@ -12,65 +12,60 @@ import time
 
 
 class Cell:
-    """A command and the file or folder it makes, FOLDER/NAME/NAME.ending, which stands as @ in it. Beside that lie its
-    log.txt and made.json: its key, the seconds spent, whether it is done, its output's hash.
+    """A command, and the file that it makes: FOLDER/NAME/NAME.ending, for which @ stands in it.
 
-    needs     the cells to be made before
-    start     one more, whose output is copied for the command to go on from
-    record    where to publish an output in JSON, with the chain of commands that led to it
+    needs    the cells that must be made before
+    start    one more, whose file is copied first, so that the command goes on from it
+    records  JSON-lines file. If given, the command writes a record of evaluate.py, which becomes a
+             line of that file, with the chain of all commands that led to it
+
+    Beside the file are log.txt and state.json: the cell's key, the seconds spent, whether it is
+    done, the file's hash. The key is a hash of the command and of the keys of all that it needs, so
+    a changed command also makes anew what depends on it.
     """
 
-    def __init__(self, folder, name, ending, command, needs=(), start=None, record=None):
-        self.name, self.output, self.record = name, folder / name / f"{name}{ending}", record
-        self.command, self.start = command.replace("@", str(self.output)), start
-        self.needs = [*needs, start] if start else [*needs]
-        # The command's hash with those of all that led to it: a changed setting makes anew what depends on it
-        known = [self.command.replace(str(folder), "OUT"), *(need.key for need in self.needs)]
-        self.key = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+    def __init__(self, folder, name, ending, command, needs=(), start=None, records=None):
+        self.name = name
+        self.file = folder / name / f"{name}{ending}"
+        self.start = start
+        self.records = records
+        self.needs = [*needs, start] if start else list(needs)
+        self.command = command.replace("@", str(self.file))
+        lines = [f"cp {start.file} {self.file}"] if start else []
+        lines.append(f"python {self.command}")
+        self.told = [line.replace(f"{folder}/", "OUT/") for line in lines]  # as a record tells it
+        text = "\n".join([*self.told, *[need.key for need in self.needs]])
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def stamp(self, **values):
-        """made.json, with `values` written into it if there are any; a kill leaves the old one or the new one."""
-        path = self.output.with_name("made.json")
-        stamp = (
-            json.loads(path.read_text()) if path.exists() else dict(key=None, seconds=0, done=False)
-        ) | values
-        if values:
-            path.with_suffix(".tmp").write_text(json.dumps(stamp, indent=1))
-            os.replace(path.with_suffix(".tmp"), path)
-        return stamp
+    def state(self):
+        path = self.file.with_name("state.json")
+        if path.exists():
+            return json.loads(path.read_text())
+        return dict(key=None, seconds=0, done=False)
 
-    def made(self):
-        stamp = self.stamp()
-        return (
-            stamp["done"]
-            and stamp["key"] == self.key
-            and all(path.exists() for path in (self.output, self.record) if path)
-        )
+    def write_state(self, **values):
+        write(self.file.with_name("state.json"), json.dumps(self.state() | values) + "\n")
 
-    def published(self):
-        """Whether there is a record of these commands, of this or another machine's run."""
-        return (
-            self.record
-            and self.record.exists()
-            and json.loads(self.record.read_text())["about"]["key"] == self.key
-        )
+    def is_made(self):
+        if self.records:
+            return self.key in [record["about"]["key"] for record in read_records(self.records)]
+        state = self.state()
+        return state["done"] and state["key"] == self.key and self.file.exists()
 
-    def run(self, lock):
-        if self.stamp()["key"] not in (None, self.key):
+    def begin(self, lock):
+        """Starts the command, or goes on with one that was stopped; -> its process."""
+        if self.state()["key"] not in (None, self.key):
             print(f"{self.name}: was made by other commands, is made again", flush=True)
-            shutil.rmtree(self.output.parent)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            self.start and not self.output.exists()
-        ):  # goes on from a copy: the other stays as it was drawn from
-            shutil.copy(self.start.output, f"{self.output}.tmp")
-            os.replace(f"{self.output}.tmp", self.output)
-        before = self.stamp()
-        self.began = time.time() - (
-            0 if before["done"] else before["seconds"]
-        )  # of a run that was stopped
-        self.stamp(key=self.key, done=False)
-        with open(self.output.with_name("log.txt"), "a") as log:
+            shutil.rmtree(self.file.parent)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.start and not self.file.exists():
+            partial = self.file.with_name("copy.tmp")
+            shutil.copy(self.start.file, partial)
+            partial.replace(self.file)
+        self.spent = self.state()["seconds"]
+        self.began = time.time()
+        self.write_state(key=self.key, done=False)
+        with open(self.file.with_name("log.txt"), "a") as log:
             return subprocess.Popen(
                 [sys.executable, *self.command.split()],
                 stdout=log,
@@ -80,79 +75,74 @@ class Cell:
                 start_new_session=True,
             )
 
-    def ended(self, done):
-        self.stamp(done=done, seconds=round(time.time() - self.began, 1))
-        if done and self.output.is_file():
-            self.stamp(sha256=hashlib.sha256(self.output.read_bytes()).hexdigest())
-        if done and self.record:
-            record, chain = json.loads(self.output.read_text()), []
-            for cell in closure([self]):
-                copied = [f"cp {cell.start.output} {cell.output}"] if cell.start else []
-                chain.append(
-                    dict(
-                        commands=[*copied, f"python {cell.command}"],
-                        seconds=cell.stamp()["seconds"],
-                        sha256=cell.stamp().get("sha256"),
-                    )
-                )
-            record["about"] |= dict(
-                key=self.key, hours=sum(part["seconds"] for part in chain) / 3600, chain=chain
-            )
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            self.record.write_text(json.dumps(record, indent=1) + "\n")
+    def end(self, done):
+        """Notes what its process has done. A record is complete before the cell counts as done."""
+        self.write_state(seconds=round(self.spent + time.time() - self.began, 1))
+        if not done:
+            return
+        self.write_state(sha256=hashlib.sha256(self.file.read_bytes()).hexdigest())
+        if self.records:
+            self.publish()
+        self.write_state(done=True)
+
+    def publish(self):
+        chain = []
+        for cell in closure([self]):
+            state = cell.state()
+            part = dict(commands=cell.told, seconds=state["seconds"], sha256=state["sha256"])
+            chain.append(part)
+        seconds = round(sum(part["seconds"] for part in chain), 1)
+        record = json.loads(self.file.read_text())
+        record["about"] |= dict(cell=self.name, key=self.key, seconds=seconds, chain=chain)
+        before = self.records.read_text() if self.records.exists() else ""
+        write(self.records, before + json.dumps(record) + "\n")
 
 
-def closure(goals):
+def write(path, text):
+    """Replaces a file; a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_records(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def closure(cells):
     """Cells and all that they need, each once, after what it needs."""
-    return list(dict.fromkeys(cell for goal in goals for cell in (*closure(goal.needs), goal)))
+    found = {}
+    for cell in cells:
+        found |= dict.fromkeys([*closure(cell.needs), cell])
+    return list(found)
 
 
 def make(goals, folder, jobs):
-    """Runs what is missing. A signal, or a command that fails, stops the others, which save their checkpoints."""
+    """Makes what is missing of `goals`, `jobs` at a time.
+
+    A signal, or a command that fails, stops the other commands, which save their checkpoints.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(
-        folder / "lock", os.O_CREAT | os.O_RDWR
-    )  # the commands hold it too, should this process be killed
+    # The commands hold the lock, too: if this process is killed, the next one waits for them
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"{folder}: waiting for the commands of another run", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    wanted, running = [goal for goal in goals if not goal.published()], {}
-    left = [cell for cell in closure(wanted) if not cell.made()]
-    total = len(left)
-    print(
-        f"{folder}: {total} commands to run, {jobs} side by side; logs in {folder}/*/log.txt",
-        flush=True,
-    )
+    missing = [goal for goal in goals if not goal.is_made()]
+    waiting = [cell for cell in closure(missing) if not cell.is_made()]
+    print(f"{folder}: {len(waiting)} commands to run, logs in {folder}/*/log.txt", flush=True)
+    running = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while left:
-            ready = [
-                cell
-                for cell in left
-                if cell not in running and not any(need in left for need in cell.needs)
-            ]
-            for cell in ready[: jobs - len(running)]:
-                running[cell] = cell.run(lock)
+        while waiting or running:
+            begin_some(waiting, running, jobs, lock)
             time.sleep(0.1)
-            for cell in [cell for cell in running if running[cell].poll() is not None]:
-                code = running.pop(cell).returncode
-                cell.ended(done=code == 0)
-                if code:
-                    last = (
-                        cell.output.with_name("log.txt")
-                        .read_text()
-                        .replace("\r", "\n")
-                        .strip()
-                        .splitlines()[-8:]
-                    )
-                    raise SystemExit("\n".join([f"failed: python {cell.command}", *last]))
-                left.remove(cell)
-                print(
-                    f"{total - len(left)}/{total}  {cell.name}, {cell.stamp()['seconds']:.0f} s",
-                    flush=True,
-                )
+            end_some(waiting, running)
     except KeyboardInterrupt:
         raise SystemExit(f"{folder}: stopped; the same command goes on") from None
     finally:
@@ -160,5 +150,27 @@ def make(goals, folder, jobs):
             process.terminate()
         for cell, process in running.items():
             process.wait()
-            cell.ended(done=False)
+            cell.end(done=False)
         os.close(lock)
+
+
+def begin_some(waiting, running, jobs, lock):
+    unmade = [*waiting, *running]
+    for cell in list(waiting):
+        if len(running) < jobs and not any(need in unmade for need in cell.needs):
+            waiting.remove(cell)
+            running[cell] = cell.begin(lock)
+
+
+def end_some(waiting, running):
+    for cell, process in list(running.items()):
+        if process.poll() is None:
+            continue
+        del running[cell]
+        cell.end(done=process.returncode == 0)
+        if process.returncode != 0:
+            log = cell.file.with_name("log.txt").read_text().replace("\r", "\n")
+            last = log.strip().splitlines()[-8:]
+            raise SystemExit("\n".join([f"failed: python {cell.command}", *last]))
+        seconds = cell.state()["seconds"]
+        print(f"{cell.name}: {seconds:.0f} s; {len(waiting)} more wait", flush=True)

