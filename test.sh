@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prepares as demo.sh does, then checks the code's form (ruff) and everything else (pytest). Arguments go to pytest.
+# Installs what the tests need, as demo.sh does, then checks the form of the code (ruff) and all the
+# rest (pytest). Arguments go to pytest, as in bash test.sh -k resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source demo.sh

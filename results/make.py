@@ -54,8 +54,11 @@ class Cell:
 
     def begin(self, lock):
         """Starts the command, or goes on with one that was stopped; -> its process."""
-        if self.state()["key"] not in (None, self.key):
+        state = self.state()
+        changed = state["key"] not in (None, self.key)
+        if changed:
             print(f"{self.name}: was made by other commands, is made again", flush=True)
+        if changed or state["done"]:  # done, but its file or its record was deleted
             shutil.rmtree(self.file.parent)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.start and not self.file.exists():

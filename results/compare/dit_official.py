@@ -15,7 +15,6 @@ import argparse
 import itertools
 import sys
 import tempfile
-import time
 from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
@@ -30,6 +29,7 @@ from beside import (  # also puts our files on the path
     formula,
     in_turns,
     measure,
+    now,
     print_golden,
     seconds,
 )
@@ -259,9 +259,9 @@ def cache(args, device, images=16):
         pictures = vae.ImageFolder(options.data, autoencoder.image_size, mirror=True)
 
         encoder = encoder_speed(autoencoder, pictures, args.batch_size, device)
-        started = time.perf_counter()
+        started = now(device)
         latents = dit.latent_data(options, 0, 1, device, autoencoder, where, pictures)
-        filling = images / (time.perf_counter() - started)
+        filling = images / (now(device) - started)
         online = training_speed(pictures, autoencoder, args.batch_size, device)
         cached = training_speed(latents, autoencoder, args.batch_size, device)
     return dict(

@@ -19,14 +19,19 @@ import argparse
 import random
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from beside import about, best_device, compared_times, measure  # also puts our files on the path
+from beside import (  # also puts our files on the path
+    about,
+    best_device,
+    compared_times,
+    measure,
+    now,
+)
 from PIL import Image
 
 import vae
@@ -58,16 +63,11 @@ def times_in_turns(args, tau, precision, released, device):
     moments = []  # when our step ends, the released one ends, our step ends, ...
     generators = vae.generators
 
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        moments.append(time.perf_counter())
-
     def released_step_first(seed, step, device):
         """In the place of vae.generators(), with which each of our steps begins."""
-        now()
+        moments.append(now(device))
         released()
-        now()
+        moments.append(now(device))
         return generators(seed, step, device)
 
     with (

@@ -1,38 +1,89 @@
-"""evaluate.py beside the tools in use: the same numbers, the time from disk to features, the memory of 50,000 samples.
+"""evaluate.py beside the tools in use: the same numbers; the time from disk to features; the memory
+that 50,000 samples take.
 
-    pip install --no-deps torch-fidelity==0.4.0 pytorch-fid==0.3.0 && pip install scikit-dimension
-    python results/compare/evaluate_oracles.py --record results/evaluate_oracles.json [--parts parity,speed,memory]
+    pip install --no-deps torch-fidelity==0.4.0 pytorch-fid==0.3.0
+    pip install scikit-dimension
+    python results/compare/evaluate_oracles.py --record results/evaluate_oracles.json
 
-Nothing is downloaded: weights, under the names of the official file, and pictures are drawn from the seed. Parity is
-with torch-fidelity (ADM's preprocessing), pytorch-fid and scikit-dimension. Speed takes both from the same PNG files in
-turns, then the Frechet distance beside scipy's sqrtm. Memory is a fresh process's: precision and recall alone, then all
-of the command on 50,000 pictures of 256 px (12 GB in --scratch, deleted afterwards) with a cheap stand-in of equal
-widths for Inception's forward, as 60,000 true ones take hours on a CPU; and with true ones on a few pictures.
+Nothing is downloaded. Weights, under the names of the official file, and pictures are drawn from
+the seed, and all of it runs on the CPU. It has three parts (--parts):
+
+parity  with torch-fidelity (ADM's preprocessing), pytorch-fid and scikit-dimension
+speed   evaluate.py and torch-fidelity from the same PNG files, in turns; then the Frechet distance
+        beside scipy's sqrtm
+memory  of a fresh process: precision and recall alone; then the whole command on 50,000 pictures
+        of 256 px (12 GB in --scratch, deleted afterwards), with a cheap stand-in for Inception's
+        forward pass, since 60,000 true ones take hours on a CPU; then true ones of a few pictures
 """
 
 import argparse
 import json
 import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from subprocess import PIPE, Popen
 from unittest import mock
 
 import numpy as np
 import torch
+from beside import about, compared_times, measure  # also puts our files on the path
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it on the CPU
+import evaluate
+import vae
 
-import evaluate  # noqa: E402
-import vae  # noqa: E402
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+CPU = torch.device("cpu")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "pytorch-fid",
+    "scikit-dimension",
+)  # fmt: skip
+
+
+def draw_weights(path, seed):
+    """A file of FID-Inception's 472 tensors: He's convolutions, BatchNorms near one."""
+    torch.manual_seed(seed)
+    with mock.patch.object(evaluate.Unit, "fold", lambda unit: None):  # it would rename them
+        weights = evaluate.without_counters(evaluate.Inception().state_dict())
+    for name, p in weights.items():
+        if p.dim() > 1:
+            p.normal_(0, (2 / p[0].numel()) ** 0.5)
+        elif "running_var" in name:
+            p.uniform_(0.5, 1.5)
+        else:
+            p.normal_(float("bn.weight" in name), 0.1)
+    weights["fc.weight"] *= 10  # or no class would be told from another
+    torch.save(weights, path)
+
+
+def draw_pictures(folder, n, size, seed, noise):
+    """Writes n PNG files: smooth pictures under noise of up to `noise` grey levels.
+
+    -> the same as uint8 (n, 3, size, size)
+    """
+    os.mkdir(folder)
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for k in range(n):
+        blobs = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+        smooth = np.asarray(blobs.resize((size, size), Image.Resampling.BICUBIC), float)
+        grain = rng.normal(0, noise * rng.random(), (size, size, 3))
+        picture = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+        pictures.append(picture)
+        Image.fromarray(picture).save(f"{folder}/{k:06d}.png")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def off(ours, theirs):
+    """The largest difference relative to the largest value; of two numbers, their difference
+    relative to theirs."""
+    ours = torch.as_tensor(ours, dtype=torch.float64)
+    theirs = torch.as_tensor(theirs, dtype=torch.float64)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def moments(features):
@@ -41,73 +92,54 @@ def moments(features):
     return total.result()
 
 
-def draw_weights(seed):
-    """FID-Inception's 472 tensors: He's convolutions, BatchNorms near one."""
-    torch.manual_seed(seed)
-    with mock.patch.object(
-        evaluate.Unit, "fold", lambda unit: None
-    ):  # the file's names are those before it
-        weights = evaluate.Inception().state_dict()
-    for name, p in weights.items():
-        if p.dim() > 1:
-            p.normal_(0, (2 / p[0].numel()) ** 0.5)
-        elif p.dim():
-            p.uniform_(0.5, 1.5) if "running_var" in name else p.normal_(
-                float("bn.weight" in name), 0.1
-            )
-    weights["fc.weight"] *= 10  # or no class would be told from another
-    return {name: p for name, p in weights.items() if p.dim()}  # without num_batches_tracked
+# ==================================================================================================
+# Parity
 
 
-def draw_pictures(folder, n, size, seed, noise):
-    """n PNG files, smooth ones under noise of up to `noise` grey levels -> their uint8 (n, 3, size, size)."""
-    os.mkdir(folder)
-    rng, pictures = np.random.default_rng(seed), []
-    for k in range(n):
-        smooth = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
-            (size, size), Image.BICUBIC
-        )
-        grain = rng.normal(0, noise * rng.random(), (size, size, 3))
-        pictures.append(np.clip(np.asarray(smooth, float) + grain, 0, 255).astype(np.uint8))
-        Image.fromarray(pictures[-1]).save(f"{folder}/{k:06d}.png")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+def parity(args, scratch, weights):
+    counts = [args.images, args.images * 2 // 3]  # two lengths, so that a swap cannot hide
+    folders = [f"{scratch}/samples", f"{scratch}/reference"]
+    fake = draw_pictures(folders[0], counts[0], 64, args.seed, 30)
+    real = draw_pictures(folders[1], counts[1], 64, args.seed + 1, 40)
+    found = {}
+    found |= beside_torch_fidelity(folders, fake, real, weights)
+    found |= beside_pytorch_fid(folders, fake, real, weights)
+    found |= beside_scikit_dimension(args.seed)
+    return dict(found, n=counts)
 
 
-def off(ours, theirs):
-    """The largest difference relative to the largest value; of two numbers, their relative difference."""
-    ours, theirs = (torch.as_tensor(value, dtype=torch.float64) for value in (ours, theirs))
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+def both(ours, theirs):
+    return dict(ours=ours, theirs=float(theirs), relative_difference=off(ours, theirs))
 
 
-def parity(args, scratch, file):
-    import pytorch_fid.fid_score
-    import skdim
+def features_of(pictures, weights, preprocess):
+    """-> (pooled, spatial, logits) of all pictures."""
+    network = evaluate.Inception(torch.load(weights, weights_only=True), preprocess)
+    parts = [network(part) for part in pictures.split(32)]
+    return [torch.cat(column) for column in zip(*parts)]
+
+
+def beside_torch_fidelity(folders, fake, real, weights):
     import torch_fidelity
 
-    weights, kept, pooled = torch.load(file, weights_only=True), [], []
-    folders = [f"{scratch}/samples", f"{scratch}/reference"]
-    counts = [args.images, args.images * 2 // 3]  # two lengths: a swap cannot hide
-    sides = [draw_pictures(folders[k], counts[k], 64, args.seed + k, 30 + 10 * k) for k in range(2)]
+    kept = []
 
-    def features(preprocess):
-        network = evaluate.Inception(weights, preprocess)
-        fake, real = ([*map(torch.cat, zip(*map(network, side.split(32))))] for side in sides)
-        return fake, real, evaluate.frechet_distance(*moments(fake[0]), *moments(real[0]))
+    class Kept(torch_fidelity.FeatureExtractorInceptionV3):
+        """Keeps all of its features. A hook sees the map that sFID's are of."""
 
-    class Kept(torch_fidelity.FeatureExtractorInceptionV3):  # keeps all; a hook sees sFID's map
         def forward(self, x):
-            with self.Mixed_6d.branch1x1.register_forward_hook(
-                lambda *call: setattr(self, "map", call[2][:, :7])
-            ):
-                named = self.convert_features_tuple_to_dict(result := super().forward(x))
-            kept.append(
-                (named["2048"], self.map.permute(0, 2, 3, 1).flatten(1), named["logits_unbiased"])
-            )
+            maps = []
+            layer = self.Mixed_6d.branch1x1
+            with layer.register_forward_hook(lambda module, given, out: maps.append(out[:, :7])):
+                result = super().forward(x)
+            named = self.convert_features_tuple_to_dict(result)
+            spatial = maps[0].permute(0, 2, 3, 1).flatten(1)
+            kept.append((named["2048"], spatial, named["logits_unbiased"]))
             return result
 
     torch_fidelity.register_feature_extractor("kept", Kept)
-    scores = torch_fidelity.calculate_metrics(  # input1 is the generated side
-        input1=folders[0],
+    scores = torch_fidelity.calculate_metrics(
+        input1=folders[0],  # the generated side
         input2=folders[1],
         cuda=False,
         isc=True,
@@ -116,285 +148,293 @@ def parity(args, scratch, file):
         cache=False,
         batch_size=32,
         feature_extractor="kept",
-        feature_extractor_weights_path=file,
+        feature_extractor_weights_path=weights,
         verbose=False,
     )
-    theirs = [torch.cat(parts).split(counts) for parts in zip(*kept)]
-    fake, real, distance = features("adm")
-    result = {
-        f"{name} beside torch-fidelity": max(map(off, pair, other))
-        for name, pair, other in zip(("pooled", "spatial", "logits"), zip(fake, real), theirs)
-    }
-    plain = torch_fidelity.metric_isc.isc_features_to_metric(theirs[2][0], splits=1, shuffle=False)
-    mixed = fake[2][
-        np.random.RandomState(2020).permutation(counts[0])
-    ]  # their default: ten splits, shuffled
-    ours = evaluate.precision_recall(real[0], fake[0])
-    both = {
-        "FID": (distance, scores["frechet_inception_distance"]),
-        "IS": (evaluate.inception_score(fake[2]), plain["inception_score_mean"]),
-        "IS of ten splits": (
-            evaluate.inception_score(mixed, counts[0] // 10),
-            scores["inception_score_mean"],
-        ),
-        "precision": (ours[0], scores["precision"]),
-        "recall": (ours[1], scores["recall"]),
-    }
+    counts = [len(fake), len(real)]
+    their_fake, their_real = zip(*[torch.cat(parts).split(counts) for parts in zip(*kept)])
+    our_fake = features_of(fake, weights, "adm")
+    our_real = features_of(real, weights, "adm")
+    found = {}
+    for k, name in enumerate(("pooled", "spatial", "logits")):
+        worst = max(off(our_fake[k], their_fake[k]), off(our_real[k], their_real[k]))
+        found[f"{name} beside torch-fidelity"] = worst
+
+    distance = evaluate.frechet_distance(*moments(our_fake[0]), *moments(our_real[0]))
+    found["FID"] = both(distance, scores["frechet_inception_distance"])
+    plain = torch_fidelity.metric_isc.isc_features_to_metric(their_fake[2], splits=1, shuffle=False)
+    logits = our_fake[2]
+    found["IS"] = both(evaluate.inception_score(logits), plain["inception_score_mean"])
+    order = np.random.RandomState(2020).permutation(len(logits))  # their default, and ten splits
+    ours = evaluate.inception_score(logits[order], len(logits) // 10)
+    found["IS of ten splits"] = both(ours, scores["inception_score_mean"])
+    precision, recall = evaluate.precision_recall(our_real[0], our_fake[0])
+    found["precision"] = both(precision, scores["precision"])
+    found["recall"] = both(recall, scores["recall"])
+    return found
+
+
+def beside_pytorch_fid(folders, fake, real, weights):
+    import pytorch_fid.fid_score
+
+    kept = []
     activations = pytorch_fid.fid_score.get_activations
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: weights
-    pytorch_fid.fid_score.get_activations = lambda *rest: (
-        pooled.append(activations(*rest)) or pooled[-1]
-    )
-    theirs = pytorch_fid.fid_score.calculate_fid_given_paths(
-        folders, 50, "cpu", 2048, num_workers=0
-    )
-    fake, real, distance = features("pytorch-fid")
-    result["pooled beside pytorch-fid"] = max(map(off, (fake[0], real[0]), pooled))
-    x = np.random.default_rng(args.seed).normal(size=(1000, 8))
-    x = np.concatenate([np.sin(x.sum(axis=1, keepdims=True) * np.arange(40)), x], axis=1).astype(
-        np.float32
-    )
-    both |= {
-        "FID of pytorch-fid": (distance, theirs),
-        "MLE dimension": (
-            evaluate.mle_dimension(torch.from_numpy(x)),
-            skdim.id.MLE().fit(x).dimension_,
+
+    def keep(*rest):
+        kept.append(activations(*rest))
+        return kept[-1]
+
+    tensors = torch.load(weights, weights_only=True)
+    with (
+        mock.patch.object(
+            pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: tensors
         ),
-        "TwoNN dimension": (
-            evaluate.two_nn(torch.from_numpy(x)),
-            skdim.id.TwoNN().fit(x).dimension_,
-        ),
-    }
-    return dict(
-        result,
-        n=counts,
-        **{
-            name: dict(ours=one, theirs=float(other), relative_difference=off(one, other))
-            for name, (one, other) in both.items()
-        },
+        mock.patch.object(pytorch_fid.fid_score, "get_activations", keep),
+    ):
+        theirs = pytorch_fid.fid_score.calculate_fid_given_paths(
+            folders, 50, "cpu", 2048, num_workers=0
+        )
+    our_fake = features_of(fake, weights, "pytorch-fid")[0]
+    our_real = features_of(real, weights, "pytorch-fid")[0]
+    distance = evaluate.frechet_distance(*moments(our_fake), *moments(our_real))
+    worst = max(off(our_fake, kept[0]), off(our_real, kept[1]))
+    return {"pooled beside pytorch-fid": worst, "FID of pytorch-fid": both(distance, theirs)}
+
+
+def beside_scikit_dimension(seed):
+    import skdim
+
+    x = np.random.default_rng(seed).normal(size=(1000, 8))
+    curved = np.sin(x.sum(axis=1, keepdims=True) * np.arange(40))
+    x = np.concatenate([curved, x], axis=1).astype(np.float32)
+    theirs = skdim.id.TwoNN().fit(x).dimension_
+    return {"TwoNN dimension": both(evaluate.two_nn(torch.from_numpy(x)), theirs)}
+
+
+# ==================================================================================================
+# Speed
+
+
+def speed(args, scratch, weights):
+    folders = [f"{scratch}/one", f"{scratch}/two"]
+    for k, folder in enumerate(folders):
+        draw_pictures(folder, args.speed_images, 256, args.seed + k, 30)
+    disk, _ = turns(
+        args.rounds,
+        lambda: our_features(folders, weights),
+        lambda: torch_fidelitys_features(folders, weights),
     )
-
-
-def speed(args, scratch, file):
-    import scipy.linalg
-    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
-
-    def turns(*pair, **about):  # -> what both returned, medians over the rounds
-        seconds, values = np.empty((args.rounds, 2)), [0, 0]
-        for i, k in np.ndindex(seconds.shape):
-            started = time.perf_counter()
-            values[k] = pair[k]()
-            seconds[i, k] = time.perf_counter() - started
-        (ours, theirs), ratio = np.median(seconds, axis=0), np.median(seconds[:, 1] / seconds[:, 0])
-        return values, dict(
-            about, rounds=args.rounds, seconds_ours=ours, seconds_theirs=theirs, ratio=ratio
-        )
-
-    def ours():  # the command with its metrics left out
-        sys.argv, forward = (
-            ["", "samples", *folders, "--inception", file],
-            evaluate.Inception.forward,
-        )
-        with (
-            mock.patch.multiple(
-                evaluate,
-                frechet_distance=lambda *_: 1.0,
-                inception_score=lambda *_: 1.0,
-                precision_recall=lambda *_: (1.0, 1.0),
-            ),
-            mock.patch.object(
-                evaluate.Inception, "forward", autospec=True, side_effect=forward
-            ) as spy,
-        ):
-            evaluate.main()
-        assert sum(len(call.args[1]) for call in spy.call_args_list) == n, (
-            "nothing may come from a cache"
-        )
-
-    def torch_fidelity():
-        options = dict(
-            input1=folders[0], input2=folders[1], feature_extractor_weights_path=file, cuda=False
-        )
-        extractor = create_feature_extractor(
-            "inception-v3-compat", ["2048", "logits_unbiased"], **options
-        )
-        return [extract_featuresdict_from_input_id(k, extractor, **options) for k in (1, 2)]
-
-    folders, statistics, n = [f"{scratch}/one", f"{scratch}/two"], [], 2 * args.speed_images
-    mix = torch.randn(256, 2048, generator=torch.manual_seed(args.seed)) / 16
-    for k in range(2):
-        draw_pictures(folders[k], args.speed_images, 256, args.seed + k, 30)
-        x = (
-            0.5
-            * (torch.randn(6000, 256) @ mix + 0.3 * torch.randn(6000, 2048) - 0.2 + 0.1 * k).relu()
-        )
-        statistics += moments(x * (torch.arange(2048) > 4))  # five dead ones, as real ones have
-    _, disk = turns(
-        ours,
-        torch_fidelity,
-        pictures=n,
+    disk |= dict(
+        pictures=2 * args.speed_images,
         pixels=256,
         ours="weights, hash, PNG, all features, moments",
         theirs="torch-fidelity, batch 64: weights, PNG in its own worker processes, pooled, logits",
     )
-    m1, c1, m2, c2 = (part.numpy() for part in statistics)  # pytorch-fid's formula:
-    (one, other), times = turns(
+    statistics = like_features(args.seed)
+    distance, values = turns(
+        args.rounds,
         lambda: evaluate.frechet_distance(*statistics),
-        lambda: float(
-            ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-        ),
-        d=2048,
-        theirs="sqrtm",
+        lambda: distance_by_sqrtm(*[part.numpy() for part in statistics]),
     )
-    return dict(
-        disk_to_features=disk,
-        frechet_distance=dict(times, distance=one, absolute_difference=abs(one - other)),
+    distance |= dict(d=2048, theirs="sqrtm", distance=values[0])
+    distance |= dict(absolute_difference=abs(values[0] - values[1]))
+    return dict(disk_to_features=disk, frechet_distance=distance)
+
+
+def turns(rounds, *functions):
+    """Ours and theirs, one after the other, not warmed up -> (their times, what they returned).
+
+    Seconds on the wall's clock: torch-fidelity reads pictures in processes of its own.
+    """
+    times = np.zeros((rounds, 2))
+    values = [None, None]
+    for k in range(rounds):
+        for i, function in enumerate(functions):
+            started = time.perf_counter()
+            values[i] = function()
+            times[k, i] = time.perf_counter() - started
+    return compared_times(times), values
+
+
+def our_features(folders, weights):
+    """The command without its metrics."""
+    scored = []
+    forward = evaluate.Inception.forward
+
+    def count(network, images):
+        scored.append(len(images))
+        return forward(network, images)
+
+    with (
+        mock.patch.object(sys, "argv", ["", "samples", *folders, "--inception", weights]),
+        mock.patch.object(evaluate, "frechet_distance", lambda *_: 1.0),
+        mock.patch.object(evaluate, "inception_score", lambda *_: 1.0),
+        mock.patch.object(evaluate, "precision_recall", lambda *_: (1.0, 1.0)),
+        mock.patch.object(evaluate.Inception, "forward", count),
+    ):
+        evaluate.main()
+    pictures = sum(len(os.listdir(folder)) for folder in folders)
+    assert sum(scored) == pictures, "nothing may come from a cache"
+
+
+def torch_fidelitys_features(folders, weights):
+    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+
+    options = dict(input1=folders[0], input2=folders[1], cuda=False)
+    options["feature_extractor_weights_path"] = weights
+    wanted = ["2048", "logits_unbiased"]
+    extractor = create_feature_extractor("inception-v3-compat", wanted, **options)
+    for k in (1, 2):
+        extract_featuresdict_from_input_id(k, extractor, **options)
+
+
+def like_features(seed):
+    """Means and covariances of two sets of numbers like Inception's: positive, of low rank, with
+    five features that are always 0."""
+    torch.manual_seed(seed)
+    mix = torch.randn(256, 2048) / 16
+    alive = torch.arange(2048) > 4
+    statistics = []
+    for k in range(2):
+        x = torch.randn(6000, 256) @ mix + 0.3 * torch.randn(6000, 2048) - 0.2 + 0.1 * k
+        statistics += moments(0.5 * x.relu() * alive)
+    return statistics
+
+
+def distance_by_sqrtm(mean1, cov1, mean2, cov2):
+    """As pytorch-fid and ADM compute it."""
+    import scipy.linalg
+
+    root = scipy.linalg.sqrtm(cov1 @ cov2).real
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root))
+
+
+# ==================================================================================================
+# Memory
+
+KINDS = (
+    "GiB, peaks. RssAnon: a process's own; RssFile: of mapped files, which the kernel takes back "
+    "when it needs memory; VmHWM: the two together; ru_maxrss: the same, but never below that of "
+    "the process that started it"
+)
+
+
+def memory(args, scratch, weights):
+    n = args.memory_images
+    result = dict(kinds=KINDS)
+    result["precision_recall"] = watch(args, scratch, "precision_recall", n)
+    result["precision_recall"] |= dict(dimensions=2048)
+    statistics = {}
+    for names, d in ((("mu", "sigma"), 2048), (("mu_s", "sigma_s"), 2023)):
+        statistics.update(zip(names, moments(torch.randn(4096, d).relu())))
+    cases = (
+        ("samples", n, "stand-in of equal widths"),
+        ("true_forward", 128, "Inception's own"),
     )
+    for what, count, forward in cases:
+        write_pictures(f"{scratch}/samples.npz", count, args.seed)
+        write_pictures(f"{scratch}/reference.npz", count // 5, args.seed + 1, **statistics)
+        result[what] = watch(args, scratch, what, count) | dict(pixels=256, forward=forward)
+    return result
+
+
+def watch(args, scratch, what, n):
+    """Starts this file with --child, and looks a hundred times a second what it takes."""
+    command = [sys.executable, __file__, f"--child={what}", f"--memory-images={n}"]
+    command.append(f"--seed={args.seed}")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=scratch)
+    peaks = dict(VmHWM=0, RssAnon=0, RssFile=0)
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], int(value.split()[0]) / 2**20)
+        time.sleep(0.01)
+    told = json.loads(process.stdout.read().splitlines()[-1])
+    return dict(told, **peaks, samples=n, reference=n // 5)
+
+
+def child(args):
+    """What the fresh process runs. Its last line says what that took."""
+    n = args.memory_images
+    torch.manual_seed(args.seed)
+    started = time.time()
+    if args.child == "precision_recall":
+        evaluate.precision_recall(torch.rand(n // 5, 2048), torch.rand(n, 2048))
+    else:
+        if args.child == "samples":
+            evaluate.Inception.forward = stand_in(torch.randn(192, 2048) / 14)
+        files = ["samples.npz", "reference.npz", "--inception", "weights.pth"]
+        with mock.patch.object(sys, "argv", ["", "samples", *files]):
+            evaluate.main()
+    peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(dict(seconds=time.time() - started, ru_maxrss=peak)))
+
+
+def stand_in(project):
+    """A forward pass that costs nothing, with features as wide as Inception's."""
+
+    def forward(network, images):
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 64 - 2, 8)
+        pooled = (small.flatten(1) @ project).relu()
+        return pooled, pooled[:, :2023].clone(), pooled @ network.fc.weight.T
+
+    return forward
 
 
 def write_pictures(path, n, seed, **statistics):
     """An npz as np.savez writes it, of n noisy pictures of 256 px, drawn five hundred at a time."""
     rng = np.random.default_rng(seed)
     np.savez(path, **statistics)
+    header = dict(descr="|u1", fortran_order=False, shape=(n, 256, 256, 3))
     with (
         zipfile.ZipFile(path, "a") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):
-        np.lib.format.write_array_header_1_0(
-            member, dict(descr="|u1", fortran_order=False, shape=(n, 256, 256, 3))
-        )
+        np.lib.format.write_array_header_1_0(member, header)
         for start in range(0, n, 500):
-            grain = rng.integers(0, 128, (min(500, n - start), 256, 256, 3), dtype=np.uint8)
-            member.write(grain + rng.integers(0, 128, (len(grain), 1, 1, 3), dtype=np.uint8))
-
-
-def child(args):
-    """What a fresh process runs; its last line says what that took."""
-    project, n = (
-        torch.randn(192, 2048, generator=torch.manual_seed(args.seed)) / 14,
-        args.memory_images,
-    )
-    fake, real = (
-        torch.rand(k if args.child == "precision_recall" else 0, 2048) for k in (n, n // 5)
-    )
-
-    def stand_in(network, images):
-        pooled = (
-            torch.nn.functional.adaptive_avg_pool2d(images.float() / 64 - 2, 8).flatten(1) @ project
-        ).relu()
-        return pooled, pooled[:, :2023].clone(), pooled @ network.fc.weight.T
-
-    evaluate.Inception.forward = stand_in if args.child == "samples" else evaluate.Inception.forward
-    sys.argv, started = (
-        ["", "samples", "samples.npz", "reference.npz", "--inception", "weights.pth"],
-        time.time(),
-    )
-    evaluate.precision_recall(real, fake) if len(real) else evaluate.main()
-    print(
-        json.dumps(
-            dict(seconds=time.time() - started, ru_maxrss=getrusage(RUSAGE_SELF).ru_maxrss / 2**20)
-        )
-    )
-
-
-def memory(args, scratch, file):
-    def watch(what, n, **about):
-        command = [
-            sys.executable,
-            __file__,
-            f"--child={what}",
-            f"--memory-images={n}",
-            f"--seed={args.seed}",
-        ]
-        process, peaks = (
-            Popen(command, stdout=PIPE, cwd=scratch),
-            dict(VmHWM=0, RssAnon=0, RssFile=0),
-        )
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text().split()
-            for name in peaks.keys() & {
-                word[:-1] for word in status
-            }:  # after its end there is none
-                peaks[name] = max(peaks[name], int(status[status.index(name + ":") + 1]) / 2**20)
-            time.sleep(0.01)
-        return dict(
-            json.loads(process.stdout.read().splitlines()[-1]),
-            **peaks,
-            samples=n,
-            reference=n // 5,
-            **about,
-        )
-
-    n, statistics, result = (
-        args.memory_images,
-        {},
-        dict(
-            kinds=(
-                "GiB, peaks; RssAnon: a process's own; RssFile: of mapped files, which the kernel takes back when it needs "
-                "memory; VmHWM: the two together; ru_maxrss: the same, but never below that of the process that started it"
-            )
-        ),
-    )
-    result["precision_recall"] = watch("precision_recall", n, dimensions=2048)
-    for names, d in ((("mu", "sigma"), 2048), (("mu_s", "sigma_s"), 2023)):
-        statistics.update(zip(names, moments(torch.randn(4096, d).relu())))
-    for what, k, forward in (
-        ("samples", n, "stand-in of equal widths"),
-        ("true_forward", 128, "Inception's own"),
-    ):
-        write_pictures(f"{scratch}/samples.npz", k, args.seed)
-        write_pictures(f"{scratch}/reference.npz", k // 5, args.seed + 1, **statistics)
-        result[what] = watch(what, k, pixels=256, forward=forward)
-    return result
+            count = min(500, n - start)
+            grain = rng.integers(0, 128, (count, 256, 256, 3), dtype=np.uint8)
+            colour = rng.integers(0, 128, (count, 1, 1, 3), dtype=np.uint8)
+            member.write(grain + colour)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default, text in (
-        ("--images", 300, "parity: a multiple of 30; the reference has two thirds"),
-        ("--speed-images", 96, "in each of two folders"),
-        ("--rounds", 3, "of speed"),
-        ("--memory-images", 50_000, "the reference has a fifth"),
-        ("--seed", 0, ""),
-    ):
-        parser.add_argument(name, type=int, default=default, help=text)
+    parser.add_argument("--parts", default="parity,speed,memory")
     parser.add_argument(
-        "--parts", default="parity,speed,memory", help="a record keeps its other parts"
+        "--images", type=int, default=300, help="parity: multiple of 30; reference has two thirds"
     )
+    parser.add_argument(
+        "--speed-images", type=int, default=96, help="speed: in each of two folders"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of speed")
+    parser.add_argument(
+        "--memory-images", type=int, default=50_000, help="memory: the reference has a fifth"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", help="folder for temporary files")
-    parser.add_argument("--record", help="JSON file to write")
+    parser.add_argument("--record", help="parts of it that are not measured stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args, command = parser.parse_args(), sys.argv[:]
+    args = parser.parse_args()
     if args.child:
-        return child(args)
-    vae.load_lpips("random")  # mends torchvision beside a CPU torch, for the oracles
-    names = (
-        "torch torchvision numpy scipy pillow torch-fidelity pytorch-fid scikit-dimension".split()
-    )
-    about = dict(
-        command=command,
-        seed=args.seed,
-        device=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        date=time.strftime("%Y-%m-%d"),
-        versions=dict({name: version(name) for name in names}, python=platform.python_version()),
-    )
-    record = (
-        json.loads(Path(args.record).read_text())
-        if args.record and Path(args.record).exists()
-        else {}
-    )
-    for part in [
-        part for part in (parity, speed, memory) if part.__name__ in args.parts.split(",")
-    ]:
-        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-            torch.save(draw_weights(args.seed), file := f"{scratch}/weights.pth")
-            record[part.__name__] = part(args, scratch, file) | dict(about=about)
-        print(part.__name__, json.dumps(record[part.__name__], indent=1))
-        if args.record:
-            Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+        child(args)
+        return
+    vae.import_lpips()  # mends torchvision beside a CPU torch, for the oracles
+
+    def in_scratch(part):
+        def measured():
+            with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+                weights = f"{scratch}/weights.pth"
+                draw_weights(weights, args.seed)
+                found = part(args, scratch, weights)
+            return dict(found, seed=args.seed, about=about(CPU, PACKAGES))
+
+        return measured
+
+    measure(args, {part.__name__: in_scratch(part) for part in (parity, speed, memory)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ PRE=${1:-150} TUNE=${2:-75} WORK=${3:-/tmp/sd_finetune}
 OUT=$ROOT/results/sd_finetune
 mkdir -p "$WORK" "$OUT"
 cd "${CODE:-$ROOT}"
-VAE="python vae.py --data emoji --image-size 64 --batch-size 2 --lpips-weight 0 --lr 1e-4 --seed 0
+VAE="python vae.py --data $ROOT/data/emoji/train --image-size 64 --batch-size 2 --lpips-weight 0 --lr 1e-4 --seed 0
      --latent-scale published --log-every 5 --sample-every 10 --save-every 1000"
 
 [ -e "$WORK/random.ckpt" ] || python - "$WORK/random.ckpt" <<'PY'
@@ -47,9 +47,9 @@ for axis, key in zip(axes, ("R", "S", "PSNR")):
 axes[0].legend()
 figure.tight_layout()
 figure.savefig(out / "curve.png", dpi=110)
-args = vae.load(work / "eq.pt")["args"]
+args = vae.read_file(work / "eq.pt")["args"]
 record = dict(command=f"bash results/compare/sd_finetune.sh {pre} {tune}", steps=dict(pretrain=pre, standard=tune, eq=tune),
-              images_a_step=2, image_size=64, data="emoji", lr=args["lr"], seed=args["seed"], precision=args["precision"],
+              images_a_step=2, image_size=64, data="data/emoji/train", lr=args["lr"], seed=args["seed"], precision=args["precision"],
               seconds={name: round(sum(r.get("seconds", 0) for r in log)) for name, log in logs.items()}, torch=torch.__version__, device=f"CPU, {torch.get_num_threads()} thread, shared ("
               f"{platform.processor() or platform.machine()})", last={name: records[-1] for name, records in curves.items()})
 (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
