@@ -45,6 +45,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -1459,9 +1460,9 @@ def read_file(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    check_head(path)
     try:
-        if path.endswith(".safetensors"):
+        check_head(path)
+        if is_safetensors(path):
             return import_safetensors().load_file(path)
         checkpoint = unpickle(path)
     except InputError:
@@ -1486,6 +1487,18 @@ def check_head(path):
         raise InputError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise InputError(f"{path}: a web page, not weights; the link needs a login or is gone")
+    if head.isascii() and min(head) >= 9:
+        raise InputError(f"{path}: text, not weights: {head[:60].decode()!r}")
+    if zipfile.is_zipfile(path):  # as torch's files are
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise InputError(f"{path}: a zip archive; unpack it and give the file in it")
+
+
+def is_safetensors(path):
+    """Whether there is JSON after eight bytes, which are its length."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def unpickle(path):
@@ -2712,6 +2725,8 @@ class Rows:
             try:
                 kept = json.loads(path.read_text())
             except ValueError:
+                kept = {}
+            if not isinstance(kept, dict):
                 kept = {}
             wrong = [name for name in manifest if kept.get(name) != manifest[name]]
             if wrong:
