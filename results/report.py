@@ -228,6 +228,8 @@ def distance_of(scores):
 def show(value):
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}"
