@@ -916,13 +916,11 @@ def samples(args, rank, world, device):
         return
 
     unreadable = fake["unreadable"] + real.get("unreadable", 0)
-    if stored:  # they are of the whole data set, and the pictures beside them are not
-        real.pop("mu_s", None)
-        real |= stored
-    result = {"N": fake["N"], "N reference": real["N"], "unreadable": unreadable}
+    reference = stored or real  # ADM's statistics are of more images than the pictures beside them
+    result = {"N": fake["N"], "N reference": reference["N"], "unreadable": unreadable}
     for key, (mean, covariance, _) in zip((network.DISTANCE, "sFID"), STATISTICS):
-        if mean in fake and mean in real:
-            statistics = (fake[mean], fake[covariance], real[mean], real[covariance])
+        if mean in fake and mean in reference:
+            statistics = (fake[mean], fake[covariance], reference[mean], reference[covariance])
             result[key] = frechet_distance(*statistics)
     if "logits" in fake:
         classes = fake["logits"].argmax(dim=1)
@@ -995,8 +993,8 @@ def open_pictures(path, notes, size=None, optional=False):
 
 
 def open_folder(path, notes, size):
-    """The pictures of a folder. Samples must be lossless and of one size. A reference is cropped and
-    resized to the `size` of the samples."""
+    """The pictures of a folder. Samples must be lossless and of one size. The pictures of a
+    reference are cropped and resized to the `size` of the samples."""
     from PIL import Image
 
     import vae

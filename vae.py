@@ -2158,9 +2158,12 @@ def endless_batches(data, args, step, rank, world):
 
 
 def leave_signals(worker):
-    """Data loaders leave signals to the main process, which still needs them to finish its step."""
+    """Data loaders leave signals to the main process, which still needs them to finish its step;
+    and they let go of its locks, which they would hold for some seconds after it was killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    while LOCKS:
+        os.close(LOCKS.pop())
 
 
 def images_per_pass(args, world):

@@ -252,7 +252,7 @@ def cache(args, device, images=16):
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder, "data"), images)
         write_autoencoder(Path(folder, "sd.pt"))
-        parser, _ = dit.arguments(__doc__, dit.CONFIGS, "dit.pt")
+        parser, *_ = dit.arguments(__doc__, dit.CONFIGS, "dit.pt")
         words = ["--vae", f"{folder}/sd.pt", "--data", f"{folder}/data", "--workers", "0"]
         options = parser.parse_args([*words, "--micro-batch", str(args.batch_size)])
         autoencoder, where = dit.load_latent_space(options, None, device)

@@ -161,7 +161,7 @@ class Cuda(torch.Tensor):
         device = options.pop("device", GPU)
         if is_gpu(device):
             return torch._C.TensorBase.to(self, **options)
-        wait("a copy to the host")
+        wait("a copy to the host")  # with non_blocking=True, at the latest where it is read
         assert not (self.requires_grad and torch.is_grad_enabled()), "not written for gradients"
         return self.host.clone().to(**options)
 
@@ -223,7 +223,7 @@ def dispatch(func, args, kwargs):
     check_generator(func, kwargs.get("generator"), on_gpu)
     if shells:
         if len(shells) < len(tensors):
-            check_mix(func, args)
+            check_mix(func, args, kwargs)
         check_wait(func, args)
     if "device" in kwargs and is_gpu(kwargs["device"]):
         kwargs = dict(kwargs, device=torch.device("cpu"))
@@ -251,33 +251,40 @@ def check_generator(func, generator, on_gpu):
         raise Mix(f"{func}: expected a '{expected}' generator but found '{drawn}'")
 
 
-# Operations on indices: the indices may be on the host, from where they are copied
+COPYING = (aten.copy, aten.copy_)
+FILLING = (aten.fill, aten.fill_)
 INDEXING = (aten.index, aten._unsafe_index)
 INDEXED_WRITING = (aten.index_put, aten.index_put_, aten._index_put_impl_)
-FILLING = (aten.fill, aten.fill_)
+# What torch says of operations whose result's shape or value the host must know
+NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-def check_mix(func, args):
+def check_mix(func, args, kwargs):
     """Of an operation with tensors of both devices: is it one of those that may have them?"""
     kind = func.overloadpacket
-    if kind in (aten.copy_, aten.copy):
-        wait("copy_() from the other device")
+    if kind in COPYING:
+        target, source, *non_blocking = args
+        if is_on_host(target) or not (any(non_blocking) and is_pinned(source)):
+            wait("copy_() from the other device")
         return
-    if kind in INDEXING + INDEXED_WRITING:
-        values = args[2:3]
-        is_number = all(value.dim() == 0 for value in values)
-        if isinstance(args[0], Cuda) and (is_number or not any(map(is_on_host, values))):
-            if any(map(is_on_host, args[1])):
+    if kind in INDEXING + INDEXED_WRITING and isinstance(args[0], Cuda):
+        # The indices may be on the host, from where they are copied; so may be a number to write
+        if all(is_number(value) for value in args[2:3] if is_on_host(value)):
+            if any(is_on_host(index) for index in args[1]):
                 wait("indices that come from the host")
             return
     # A number in a CPU tensor goes with an elementwise operation as a Python number would
+    on_host = [value for value in tree_iter((args, kwargs)) if is_on_host(value)]
     takes_numbers = torch.Tag.pointwise in func.tags or kind in FILLING
-    numbers_only = all(value.dim() == 0 for value in tree_iter(args) if is_on_host(value))
     writes_on_host = func._schema.is_mutable and is_on_host(args[0])
-    if takes_numbers and numbers_only and not writes_on_host:
+    if takes_numbers and all(map(is_number, on_host)) and not writes_on_host:
         return
-    shapes = [tuple(value.shape) for value in tree_iter(args) if is_on_host(value)]
+    shapes = [tuple(value.shape) for value in on_host]
     raise Mix(f"{func}: Expected all tensors to be on the same device, on the CPU are {shapes}")
+
+
+def is_number(tensor):
+    return tensor.dim() == 0
 
 
 def check_wait(func, args):
@@ -289,12 +296,10 @@ def check_wait(func, args):
         if has_mask(args[1]):
             wait("a mask as an index")
     elif kind in INDEXED_WRITING:
-        fills = is_on_host(args[2])  # a number: no more than masked_fill()
+        fills = is_on_host(args[2])  # with a number: no more than masked_fill()
         if has_mask(args[1]) and not fills:
             wait("a mask as an index")
-    elif (
-        torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-    ):
+    elif NEEDS_VALUES.intersection(func.tags):
         wait(f"{kind} depends on values")
     elif "_linalg_" in str(kind):
         wait(f"{kind} looks for errors")
