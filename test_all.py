@@ -3267,6 +3267,26 @@ def test_a_second_run_with_the_same_out_is_refused(capsys, configured, tmp_path)
     assert log_of(tmp_path / "b.pt")[-1]["step"] == 2
 
 
+def test_data_loaders_do_not_hold_the_lock_of_a_run_that_was_killed(tmp_path):
+    """The same command can then go on at once."""
+    fcntl = pytest.importorskip("fcntl")
+    vae.lock_folder(tmp_path, "a run")
+    ready, say_ready = os.pipe()
+    loader = os.fork()
+    if loader == 0:
+        vae.leave_signals(0)
+        os.write(say_ready, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(vae.LOCKS.pop())  # as the end of the run would
+    try:
+        fcntl.flock(os.open(tmp_path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        os.waitpid(loader, 0)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data loaders, several processes, and how a process ends
 
@@ -4223,8 +4243,9 @@ def test_cached_latents_are_those_of_online_encoding(trained, photos, tmp_path):
     model = vae.load_autoencoder(trained / "eq.pt")
     posterior = model.encode(vae.to_float(pictures, "cpu"))
     expected = torch.cat([posterior.mean, posterior.std], dim=1)
-    found = torch.stack([data[item][0] for item in items]).float()
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    found = torch.stack([data[item][0] for item in items])
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
     assert [data[item][1] for item in items] == labels.tolist()
 
 
@@ -7578,7 +7599,8 @@ def options_of(name):
     for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             flag = str(node.args[0].value)
-            if flag.startswith("--") or getattr(node.func, "attr", "") == "add_argument":
+            adds = getattr(node.func, "attr", "") == "add_argument"
+            if adds or re.fullmatch("--[a-z-]+", flag):
                 declared.add(flag.lstrip("-").replace("-", "_"))
         elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args":
             read.add(node.attr)
@@ -7594,7 +7616,7 @@ def test_no_option_is_dead_and_none_is_missing(name):
     declared, read = options_of(name)
     known = set().union(*(declared for declared, _ in options))
     used = set().union(*(read for _, read in options))
-    set_by_code = {"given", "encoder_hash", "run", "command"}
+    set_by_code = {"given", "encoder_hash", "run", "command", "checkpoints", "samples", "reference"}
     by_name = {"sampling_steps", "cfg_scale", "decoding", "softmax_scale", "choice_temperature"}
     assert declared <= used | by_name
     assert read <= known | set_by_code
@@ -7678,7 +7700,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 def commands_in(text):
     """The commands of our scripts in a text: lists of words, script first."""
     lines = re.sub(r"\\+\n\s*", " ", text).splitlines()
-    pattern = r"(?:python|torchrun --nproc_per_node=8) ((?:\w+)\.py)([^`|#;…]*)"
+    pattern = r"(?:python |torchrun --nproc_per_node=8 |`)(\w+\.py) ([^`|#;…]*)"
     found = []
     for line in lines:
         for script, words in re.findall(pattern, line):
@@ -7698,9 +7720,9 @@ def test_every_command_that_is_shown_can_be_parsed(monkeypatch, source):
     commands = [command for command in commands_in(text) if command[0][:-3] in NAMES]
     assert commands
     for script, *words in commands:
-        words = [word for word in words if not re.fullmatch(r"\.\.\.|\[.*|.*\]", word)]
-        if "--help" in words or script == "evaluate.py" and len(words) < 2:
+        if "--help" in words or not any(word.startswith("-") for word in words):
             continue
+        words = [word for word in words if not re.fullmatch(r"\.\.\.|\[.*|.*\]", word)]
         monkeypatch.setattr(sys, "argv", [script, *words])
         monkeypatch.setattr(vae, "launch", lambda parser, run: parser.parse_args())
         sys.modules[script[:-3]].main()
