@@ -67,8 +67,8 @@ trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 # alone and makes the standard arm
 autoencoders() {
   local script=$1 prefix=$2
-  python $script $AUTOENCODER --init scratch --p-alpha 1 --lr 1e-3 --steps "$PRETRAIN" \
-    --sample-every 1000 --out "$OUT/${prefix}pretrained.pt"
+  OMP_NUM_THREADS=$CORES python $script $AUTOENCODER --init scratch --p-alpha 1 --lr 1e-3 \
+    --steps "$PRETRAIN" --sample-every 1000 --out "$OUT/${prefix}pretrained.pt"
   STANDARD="--p-alpha 1" both $script $AUTOENCODER --init "$OUT/${prefix}pretrained.pt" --lr 5e-4 \
     --seed 1 --steps "$TUNE" --sample-every "$TUNE" --out "$OUT/$prefix@.pt"
 }
