@@ -429,16 +429,16 @@ def adversarial_gradients(nll, gan_loss, reconstruction, last_layer, gan_weight)
     """The gradients of both losses at the reconstruction, and VQ-GAN's adaptive weight.
 
     The weight makes the GAN's gradient `gan_weight` times as long as that of the reconstruction
-    loss at the decoder's last layer W (Eq. 7 of https://arxiv.org/abs/2012.09841):
+    loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841):
 
         weight = gan_weight * |d nll / d W| / (|d gan_loss / d W| + 1e-4), the ratio at most 10^4
 
-    Computed directly, as LDM does, the two norms cost two more backward passes through LPIPS and
-    the discriminator. But both losses depend on the autoencoder through the reconstruction alone.
-    So each loss is differentiated down to the reconstruction, once. Going on from there to W costs
-    one convolution per loss. The caller then adds the two gradients with the weight, and sends the
-    sum through decoder and encoder in one pass. The discriminator's own gradients stay untouched,
-    because autograd.grad computes only what it is asked for.
+    LDM differentiates each loss down to W for its norm, and then the total once more. But both
+    losses depend on the autoencoder through the reconstruction alone. So each loss is
+    differentiated down to the reconstruction, once. Going on from there to W costs one convolution
+    per loss. The caller then adds the two gradients with the weight, and sends the sum through
+    decoder and encoder in one pass. The discriminator's own gradients stay untouched, because
+    autograd.grad computes only what it is asked for.
 
     nll, gan_loss   scalars that depend on `reconstruction` (b, 3, H, W)
     last_layer      the weight of the convolution that made the reconstruction
@@ -568,6 +568,7 @@ def train(args, rank, world, device):
     batches = endless_batches(data, args, step, rank, world)
     if resumed is None:
         look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
+    # A complete run, whose latents were measured, is not measured and saved again
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = found = None  # frees the loaded tensors
 
@@ -575,7 +576,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step) and is drawn for the
         # whole batch; this process takes its share. The batch has one tau, in all processes.
-        # `before` is the identity, but for the low-resolution images of --recipe release
+        # `before` is the identity, except with --recipe release, which shrinks some batches first
         host_rng, rng = generators(args.seed, step, device)
         before, tau, explicit_tau = draw_transform(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
@@ -595,7 +596,8 @@ def train(args, rank, world, device):
                 reconstruction = model.decode(tau(z))  # the target's shape
 
             # L_rec (LDM calls it nll) and L_reg: sums over an image's values, means over images.
-            # LDM adds an image's LPIPS to the L1 of each value before it sums: so both are scaled
+            # LDM adds an image's LPIPS to the L1 of every value and then sums, so LPIPS is also
+            # multiplied by the number of values
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
@@ -611,7 +613,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, nll=nll, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's loss, from the first step on. (LDM
-            # runs the autoencoder once more for it.) All gradients stop at the reconstruction here
+            # runs the autoencoder a second time for the latter.) Here gradients are computed with
+            # respect to the reconstruction alone; the backward pass through the autoencoder follows
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
@@ -630,8 +633,8 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # The derivative of `total` at the reconstruction is `gradient`: so one backward pass
-            # trains the whole autoencoder
+            # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
+            # backward pass carries it and the regulariser through the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
@@ -665,8 +668,8 @@ def draw_transform(args, grid, smallest, generator):
 
     before        of the images, before they are encoded: only the released code has one
     tau           of images and latents alike (Eq. 5)
-    explicit tau  the one of Eq. 4, in Table 7's ablation, else None. There Eq. 4 takes the place of
-                  Eq. 5: the drawn transform is Eq. 4's, and `tau` is the identity
+    explicit tau  None, except with --explicit-weight (Table 7's ablation): then it is the drawn
+                  transform, for Eq. 4, and `tau` is the identity, so the reconstruction is plain
     """
     options = dict(p_alpha=args.p_alpha, kind=args.tau, smallest=smallest, generator=generator)
     if args.recipe == "release":

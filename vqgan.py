@@ -274,7 +274,7 @@ def train(args, rank, world, device):
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. The batch has one tau, in all processes: a function of (seed, step).
-        # `before` is the identity, but for the low-resolution images of --recipe release
+        # `before` is the identity, except with --recipe release, which shrinks some batches first
         host_rng, _ = vae.generators(args.seed, step, device)
         before, tau, _ = vae.draw_transform(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
@@ -302,8 +302,9 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, nll=nll, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. All
-            # gradients stop at the reconstruction here
+            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. Here
+            # gradients are computed with respect to the reconstruction alone; the backward pass
+            # through the autoencoder follows
             if discriminator is None:
                 (gradient,) = torch.autograd.grad(nll, reconstruction)
             else:
@@ -322,8 +323,8 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # The derivative of `total` at the reconstruction is `gradient`: so one backward pass
-            # trains the whole autoencoder
+            # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
+            # backward pass carries it and the regulariser through the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
