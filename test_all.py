@@ -172,7 +172,7 @@ def refusal(capsys, main, *words):
     with pytest.raises(SystemExit) as end:
         run(main, *words)
     printed = capsys.readouterr().err.splitlines()
-    passed_over = r"\d%\||^skipped|^--image-size|has no configuration|^going on"
+    passed_over = r"\d%\||^skipped|^--image-size|is assumed, with|^going on"
     lines = [line for line in printed if line.strip() and not re.search(passed_over, line)]
     assert end.value.code == 2 and len(lines) == 1, lines
     return lines[0]
@@ -4024,7 +4024,7 @@ def guidance():
 
 
 def test_a_scale_of_one_is_no_guidance(guidance):
-    assert torch.equal(guidance.predict(1.0), guidance.c)
+    torch.testing.assert_close(guidance.predict(1.0), guidance.c)
 
 
 @pytest.mark.parametrize("channels, guided", [(None, 4), (3, 3)])
@@ -4033,14 +4033,14 @@ def test_what_is_not_guided_stays_conditional(guidance, channels, guided):
     u, c = guidance.u, guidance.c
     output = guidance.predict(4.0, 0.0, 1.0, channels)
     torch.testing.assert_close(output[:, :guided], (u + 4 * (c - u))[:, :guided])
-    assert torch.equal(output[:, guided:], c[:, guided:])
+    torch.testing.assert_close(output[:, guided:], c[:, guided:])
 
 
 @pytest.mark.parametrize("level, acts", [(0.2, False), (0.3, True), (0.6, True), (0.7, False)])
 def test_guidance_acts_between_two_noise_levels(guidance, level, acts):
     """Both are included."""
     guided = guidance.predict(4.0, 0.3, 0.6, level=level)
-    assert torch.equal(guided, guidance.c) != acts
+    assert (relative(guided, guidance.c) > 1e-3) == acts
 
 
 def exact_noise(seen):
@@ -4122,8 +4122,8 @@ def test_the_exact_velocity_carries_noise_to_the_target(name, path):
         options = dict(options, path=path)
     levels = []
     torch.manual_seed(0)
-    noise = torch.randn(16, 4, 16, 16)
-    labels = torch.zeros(16, dtype=torch.long)
+    noise = torch.randn(8, 4, 16, 16)
+    labels = torch.zeros(8, dtype=torch.long)
     z = sampler(exact_velocity(path, levels), noise, labels, **options)
     assert z.dtype == noise.dtype and z.shape == noise.shape
     assert z.mean() == pytest.approx(2, abs=0.02)
@@ -4297,17 +4297,17 @@ def test_a_signal_stops_the_filling_of_a_cache(monkeypatch, cached, photos, tmp_
 
 def test_unreadable_pictures_are_no_part_of_the_data(capsys, cached, copied, tmp_path):
     """They are named and counted, and all other rows keep their labels."""
-    whole = cached(copied, tmp_path / "whole")
+    whole = cached(copied, tmp_path / "whole", mirror=False)
     bad = copied / "cats" / "2.png"  # the second of them all
     bad.write_bytes(bad.read_bytes()[:-200])
     capsys.readouterr()
-    data = cached(copied, tmp_path / "cache")
+    data = cached(copied, tmp_path / "cache", mirror=False)
     printed = capsys.readouterr().err
     assert "cats/2.png" in printed and "1 unreadable" in printed
     assert len(data) == 9
     for k, index in enumerate([0, *range(2, 10)]):
+        assert torch.equal(data[(0, k)][0], whole[(0, index)][0])
         assert data[(0, k)][1] == whole[(0, index)][1]
-        assert np.array_equal(data.rows[data.places[k]], whole.rows[index])
 
 
 @pytest.mark.parametrize("name", ["rows.npy", "status.npy"])
@@ -4581,6 +4581,13 @@ def test_pictures_show_the_samples_of_a_run(whole):
         assert np.asarray(picture).std() > 10
 
 
+@for_each(dit)
+def test_the_variance_is_trained(script, whole):
+    """The last layer's rows of it start from 0, and only the bound moves them."""
+    weight = whole.checkpoint["model"]["final_layer.linear.weight"]
+    assert (weight.unflatten(0, (4, 8))[:, 4:] != 0).all()
+
+
 def test_a_checkpoint_tells_what_it_was_trained_on(script, codec, whole):
     """The autoencoder's file and hash, the classes, and the latents' scale and shift."""
     checkpoint = whole.checkpoint
@@ -4805,11 +4812,16 @@ def eight(tmp_path_factory, trained):
 
 @pytest.fixture(scope="session", params=ON_LATENTS, ids=lambda m: m.__name__)
 def learned(request, eight):
-    """200 steps on eight latents: the network's average, the latents, and what was logged."""
+    """120 steps on eight latents: the network's average, the latents, and what was logged."""
     module = request.param
-    words = ("--batch-size", 8, "--steps", 200, "--lr", 3e-3, "--no-mirror")
+    small = dict(patch_size=2, hidden_size=128, depth=2, num_heads=4)
+    if module is repa:
+        small |= dict(encoder_depth=1, projector_dim=64)
+    words = ("--batch-size", 16, "--steps", 120, "--lr", 5e-3, "--no-mirror", "--model", "small")
     out = eight / f"{module.__name__}.pt"
-    checkpoint, log = train_generator(module, out, eight / "ae.pt", eight / "photos", *words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.CONFIGS, "small", small)
+        checkpoint, log = train_generator(module, out, eight / "ae.pt", eight / "photos", *words)
     network = network_of(module)(**checkpoint["config"])
     network = vae.load_weights(network, checkpoint["ema"], out)
     pictures, _ = pictures_of(eight / "photos", [(0, i) for i in range(8)], mirror=False)
@@ -4884,7 +4896,7 @@ def test_alignment_grows_with_training(learned):
 def test_maskgit_learns_eight_grids_by_heart():
     """From their classes alone."""
     torch.manual_seed(0)
-    model = maskgit.MaskGIT(4, 16, 8, hidden_dim=64, depth=2, heads=4, mlp_dim=128, dropout=0.0)
+    model = maskgit.MaskGIT(4, 16, 8, hidden_dim=64, depth=1, heads=4, mlp_dim=128, dropout=0.0)
     tokens = torch.randint(16, (8, 16))
     labels = torch.arange(8)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.96))
@@ -5547,6 +5559,7 @@ def test_tokens_that_are_drawn_against_all_odds_are_decided_like_others():
         config=dict(codebook_size=5, num_classes=3),
     )
     uniform = torch.ones(1, 4, 2, 16)
+    uniform[:, :, 1] = 0.5
     tokens = maskgit.parallel_decoding(model, torch.tensor([0]), uniform, counts, ramps)
     assert tokens.max() < 5
 
