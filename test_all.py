@@ -7026,7 +7026,7 @@ def test_the_arms_of_a_seed_differ_in_their_objective_alone():
 
 def test_a_generator_that_trains_longer_goes_on_from_the_shorter_one():
     row = [row for row in reproduce.TABLES["2"].rows if row.network == "sit"][-1]
-    samples, _ = reproduce.generation(row, 0).needs
+    (samples,) = reproduce.generation(row, 0).needs
     trained = samples.needs[0]
     assert row.steps == 4000 and trained.command.endswith("--steps 4000")
     assert trained.start.command.endswith("--steps 2000")
