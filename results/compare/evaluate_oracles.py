@@ -47,8 +47,8 @@ PACKAGES = (
 def draw_weights(path, seed):
     """A file of FID-Inception's 472 tensors: He's convolutions, BatchNorms near one."""
     torch.manual_seed(seed)
-    with mock.patch.object(evaluate.Unit, "fold", lambda unit: None):  # it would rename them
-        weights = evaluate.without_counters(evaluate.Inception().state_dict())
+    weights = evaluate.Inception(weights=None).state_dict()
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     for name, p in weights.items():
         if p.dim() > 1:
             p.normal_(0, (2 / p[0].numel()) ** 0.5)
@@ -114,7 +114,7 @@ def both(ours, theirs):
 
 def features_of(pictures, weights, preprocess):
     """-> (pooled, spatial, logits) of all pictures."""
-    network = evaluate.Inception(torch.load(weights, weights_only=True), preprocess)
+    network = evaluate.Inception(torch.load(weights, weights_only=True), preprocess).fold()
     parts = [network(part) for part in pictures.split(32)]
     return [torch.cat(column) for column in zip(*parts)]
 
@@ -208,7 +208,7 @@ def beside_scikit_dimension(seed):
     curved = np.sin(x.sum(axis=1, keepdims=True) * np.arange(40))
     x = np.concatenate([curved, x], axis=1).astype(np.float32)
     theirs = skdim.id.TwoNN().fit(x).dimension_
-    return {"TwoNN dimension": both(evaluate.two_nn(torch.from_numpy(x)), theirs)}
+    return {"TwoNN dimension": both(evaluate.two_nn(torch.from_numpy(x))[0], theirs)}
 
 
 # ==================================================================================================
