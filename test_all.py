@@ -1150,10 +1150,12 @@ def test_a_key_that_would_change_numbers_is_refused_by_name(wide_folder, tmp_pat
         dict(block_out_channels=None),
         dict(down_block_types=[1, 2, 3]),
         dict(layers_per_block="1"),
+        dict(layers_per_block=10**9),
         dict(latent_channels="4"),
         dict(latent_channels=4.5),
         dict(norm_num_groups=0),
         dict(norm_num_groups="8"),
+        dict(norm_num_groups=-8),
         dict(scaling_factor=0),
         dict(scaling_factor="half"),
         dict(shift_factor="none"),
@@ -2443,7 +2445,15 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(
 
 @pytest.mark.parametrize(
     "environment",
-    [dict(RANK="5", WORLD_SIZE="2"), dict(RANK="1"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="2")],
+    [
+        dict(RANK="5", WORLD_SIZE="2"),
+        dict(RANK="1"),
+        dict(RANK="first"),
+        dict(RANK="-1"),
+        dict(LOCAL_RANK=""),
+        dict(WORLD_SIZE="0"),
+        dict(WORLD_SIZE="2"),
+    ],
     ids=str,
 )
 def test_a_rank_that_torchrun_did_not_give_is_told(
@@ -3086,6 +3096,22 @@ def test_a_poisoned_step_changes_nothing(monkeypatch, tmp_path, photos):
     poisoned, log = train(tmp_path / "a.pt", *words, "--steps", 4)
     assert [line["skipped"] for line in log] == [0, 0, 1, 1] and log[2]["nll"] is None
     assert_same(without, poisoned, NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("script", "network"), [(vae, vae.AutoencoderKL), (vqgan, vqgan.VQGAN)], ids=["vae", "vqgan"]
+)
+def test_a_reconstruction_that_is_nan_is_a_poisoned_step(
+    monkeypatch, tmp_path, photos, script, network
+):
+    """L1 alone cannot tell: its gradient is 0 where the difference is NaN."""
+    decode = network.decode
+    monkeypatch.setattr(network, "decode", lambda model, z: decode(model, z) + math.nan)
+    out = tmp_path / "a.pt"
+    words = ("--data", photos, "--model", "tiny", "--init", "scratch", "--image-size", 32)
+    words += ("--lpips-weight", 0, "--gan-weight", 0, "--steps", 2, "--batch-size", 2)
+    run(script.main, *words, "--sample-every", 0, "--log-every", 1, "--out", out)
+    assert [line["skipped"] for line in log_of(out)] == [1, 2]
 
 
 def test_nineteen_poisoned_steps_in_a_row_are_survived(monkeypatch, tmp_path, photos):
@@ -5935,9 +5961,10 @@ assert evaluate.precision_recall(torch.randn(9, 4), torch.randn(9, 4))[0] >= 0
 
 def record_of(*words):
     """What evaluate.py says to these words in its record."""
-    path = Path(tempfile.mkdtemp()) / "record.json"
-    run(evaluate.main, *words, "--record", path)
-    return json.loads(path.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "record.json")
+        run(evaluate.main, *words, "--record", path)
+        return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="session")

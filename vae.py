@@ -633,6 +633,9 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
+            # The gradient of L1 is 0 where a value is NaN. Such a loss must not pass for a good one
+            gradient = gradient + 0 * nll.detach()
+
             # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
             # backward pass carries it and the regulariser through the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
@@ -943,6 +946,7 @@ def starting_point(args, resumed, configs, network, read):
 def build(network, found):
     """The network of a Stored, on the CPU. InputError if its configuration describes no network."""
     try:
+        check_sizes(found.config)
         model = network(**found.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -952,6 +956,15 @@ def build(network, found):
     if found.weights is not None:
         load_weights(model, found.weights, found.path)
     return model
+
+
+def check_sizes(config):
+    """ValueError for a size that no network has. A configuration is somebody's text file, and torch
+    builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full."""
+    for name, value in config.items():
+        for size in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(size, int) and not 0 <= size <= 2**18:
+                raise ValueError(f"{name} = {size}")
 
 
 def load_autoencoder(path, model=None, flag="--model"):
@@ -1795,11 +1808,13 @@ def end_process(world, code):
 
 def start_process(args):
     """-> rank, world, device; sets up signals, the device and the group of processes."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if not 0 <= rank < world or (world > 1 and "MASTER_ADDR" not in os.environ):
-        print(f"RANK={rank} WORLD_SIZE={world}: start this with torchrun", file=sys.stderr)
+    numbers = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
+    are_numbers = all(number.isdecimal() for number in numbers.values())
+    rank, world, local_rank = map(int, numbers.values()) if are_numbers else (0, 0, 0)
+    if not rank < world or (world > 1 and "MASTER_ADDR" not in os.environ):
+        given = " ".join(f"{name}={number}" for name, number in numbers.items())
+        print(f"{given}: start this with torchrun", file=sys.stderr)
         raise SystemExit(2)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember_signal)

@@ -323,6 +323,9 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
                 log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
 
+            # The gradient of L1 is 0 where a value is NaN. Such a loss must not pass for a good one
+            gradient = gradient + 0 * nll.detach()
+
             # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
             # backward pass carries it and the regulariser through the whole autoencoder
             total = (gradient * reconstruction).sum() + regularizer
