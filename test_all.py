@@ -6748,6 +6748,18 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
     assert not (tmp_path / "no.md").exists()
 
 
+def test_a_report_of_samples_alone_has_a_column_for_each(full_size, tmp_path):
+    out = tmp_path / "r.md"
+    run(report.main, *full_size[2:4], "--out", out)
+    page = out.read_text()
+    assert "|  | one | two | what |" in page
+    assert "| DiT-XL/2 400k: FID | 14 | 15 |  |" in page
+
+
+def test_a_bar_inside_of_a_text_is_no_border_of_a_cell():
+    assert report.markdown_table(["a"], [["|x|"]])[-1] == "| \\|x\\| |"
+
+
 def test_curves_join_what_differs_in_steps_and_seed_alone(full_size):
     """Points with their spread over seeds; the speed-up is read between the points."""
     _, runs = report.read_records(full_size)

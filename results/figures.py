@@ -320,7 +320,7 @@ def main():
     parser.add_argument("--records", nargs="*", default=[], help="for Fig. 1, 3, 4 and 5")
     parser.add_argument("--data", help="folder of the images to show, with checkpoints")
     parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="(256)")
-    parser.add_argument("--model", help="preset of files that do not tell: sd, sdxl, sd3, sd-16")
+    parser.add_argument("--model", help="preset, for checkpoints without configuration")
     parser.add_argument("--num-images", type=vae.positive_int, default=8, help="to show (8)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (figures)")
     args = parser.parse_args()

@@ -236,7 +236,9 @@ def show(value):
 
 
 def markdown_table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
+    """Lines of texts -> lines of Markdown. A | inside of a text is no border of a cell."""
+    rows = [[text.replace("|", "\\|") for text in row] for row in [header, *rows]]
+    lines = [rows[0], ["---"] * len(header), *rows[1:]]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
@@ -257,22 +259,28 @@ def cell(rows, column):
 
 
 def all_scores(arms, runs):
-    """A column for each autoencoder, a line for each score."""
+    """A column for each autoencoder, with the scores of the samples that were made on it; further
+    ones for samples whose autoencoder has no record. A line for each score."""
     columns = []
+    names = []
+    conventions = {}
     for arm in arms:
-        column = dict(arm["scores"], step=arm["made"].get("step"))
-        for run in runs:
-            if run["arm"] is arm:
-                column |= {f"{run['generator']}: {key}": v for key, v in run["scores"].items()}
-        columns.append(column)
-    conventions = arms[0]["about"].get("conventions", {})
+        columns.append(dict(arm["scores"], step=arm["made"].get("step")))
+        names.append(arm["stem"])
+        conventions |= arm["about"].get("conventions", {})
+    for run in runs:
+        if run["arm"] is None:
+            columns.append({})
+            names.append(run["stem"])
+        column = columns[-1] if run["arm"] is None else columns[arms.index(run["arm"])]
+        column |= {f"{run['generator']}: {key}": value for key, value in run["scores"].items()}
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
         if all(column.get(key) is None or isinstance(column[key], list) for column in columns):
             continue
         values = [show(column.get(key)) for column in columns]
         rows.append([key, *values, conventions.get(key, "")])
-    return markdown_table(["", *[arm["stem"] for arm in arms], "what"], rows)
+    return markdown_table(["", *names, "what"], rows)
 
 
 def paper_tables(arms, runs):
@@ -339,8 +347,6 @@ def main():
     args = parser.parse_args()
     try:
         arms, runs = read_records(args.records)
-        if not arms:
-            raise vae.InputError("none of these is a record of `evaluate.py recon`")
         lines = ["# EQ-VAE", "", *all_scores(arms, runs), "", *paper_tables(arms, runs)]
         folder = Path(args.out).parent
         for picture in sorted(Path(args.figures).glob("fig*.png")) if args.figures else []:
