@@ -5117,6 +5117,71 @@ def test_a_size_that_is_no_preset_is_sampled_from(script, codec, draw, generator
 # Files of the official codes
 
 
+# Loads a checkpoint as sampling or as a run that goes on does, and prints how far the process's own
+# memory grew meanwhile, in sizes of the model. Pages of the file, which processes share, are not
+# counted.
+LOADING = """
+import argparse, sys, threading, time
+import torch
+import dit, vae
+
+
+def own_memory():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def watch():
+    global most
+    while True:
+        most = max(most, own_memory())
+        time.sleep(0.002)
+
+
+path, use = sys.argv[1:]
+most = start = own_memory()
+threading.Thread(target=watch, daemon=True).start()
+if use == "sample":
+    args = argparse.Namespace(sample_from=path, compile=False)
+    model, _ = dit.load_generator(args, dit.DiT, torch.device("cpu"))
+else:
+    resumed = vae.read_file(path)
+    model = vae.build(dit.DiT, vae.Stored(path, resumed["config"], resumed["model"]))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    vae.restore_optimizers([optimizer], resumed, 1e-4)
+    ema = vae.start_average(model, 0.99, resumed, torch.device("cpu"))
+time.sleep(0.01)
+print((most - start) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="session")
+def large_checkpoint(tmp_path_factory):
+    """DiT-S/2 with its average and an optimiser's two moments, four times 131 MB."""
+    model = dit.DiT(**dit.CONFIGS["DiT-S/2"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    weights = model.state_dict()
+    checkpoint = dict(arch="DiT", config=model.config, model=weights, opt=optimizer.state_dict())
+    checkpoint |= dict(ema={name: value.clone() for name, value in weights.items()})
+    checkpoint |= dict(step=1, args={}, latent=None, vae=None, classes=[])
+    path = tmp_path_factory.mktemp("large") / "a.pt"
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts as Linux does")
+@pytest.mark.parametrize(("use", "models"), [("sample", 1), ("resume", 4)])
+def test_loading_takes_the_memory_of_what_is_used(large_checkpoint, use, models):
+    """Sampling: the network. Going on: the network, its average and two moments; a process that
+    read the whole file into its own memory would take eight."""
+    done = process("-c", LOADING, large_checkpoint, use, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < models + 1
+
+
 def official_files(script, generator):
     """The generator as the official codes and trainers would have saved it."""
     checkpoint = torch.load(generator, weights_only=True)
