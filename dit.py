@@ -396,14 +396,14 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 
 
 def train(args, rank, world, device):
-    import vae
+    import vae  # here, so that networks and samplers can be copied without it
 
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "DiT", CONFIGS, ("vae", "latent", "ema", "classes"))
+    resumed = vae.load_run(args, "DiT", CONFIGS, required=("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
-    autoencoder, about = load_latent_space(args, resumed, device)
+    autoencoder, source = load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
-    null = len(images.classes)
+    null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
@@ -420,19 +420,19 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
-    data = latent_data(args, rank, world, device, autoencoder, about, images)
+    data = latent_data(args, rank, world, device, autoencoder, source, images)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
-    began = step
+    first_step = step
     if resumed is None:
-        look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+        preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)
+        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
@@ -444,7 +444,7 @@ def train(args, rank, world, device):
         t = (1000 * uniform[:, 0]).long()  # 0 .. 999
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())
+        log.count(unreadable=(~readable).sum())  # other pictures took their places
 
         passes = len(latents) // micro_batch
         for k in range(passes):
@@ -460,8 +460,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)
 
-        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
-        # fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
+        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
+        # host need not wait for the gradient norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -472,17 +473,18 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            look(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+            preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, model, ema, optimizer, autoencoder, about, images)
+            save(args, step, model, ema, optimizer, autoencoder, source, images)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        save(args, step, model, ema, optimizer, autoencoder, about, images)
+    # A finished run is not saved again, unless its file is gone
+    if step > first_step or not os.path.exists(args.out):
+        save(args, step, model, ema, optimizer, autoencoder, source, images)
     vae.end_run(args, step, log)
 
 
 def draw_ddim(predict, noise, labels):
-    """The sampler of the pictures during training: 50 steps of DDIM."""
+    """Draws the pictures that preview() shows: 50 steps of DDIM."""
     return GaussianDiffusion(50, noise.device).sample(predict, noise, labels, "ddim")
 
 
@@ -491,7 +493,7 @@ def draw_ddim(predict, noise, labels):
 
 
 def load_latent_space(args, resumed, device):
-    """-> (autoencoder, about): --vae's, on the device, and its file and hash for the checkpoint.
+    """-> (the autoencoder in --vae, on the device; its file and hash, for checkpoints and caches).
 
     The autoencoder gets two attributes: image_size (H, W), which is --image-size, else what it was
     trained at, and latent_size (h, w).
@@ -503,18 +505,18 @@ def load_latent_space(args, resumed, device):
             "--vae: name the autoencoder whose latents to train on (vae.py makes one: eqvae.pt)"
         )
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
-    about = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
+    source = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
     autoencoder.image_size = vae.training_size(args, autoencoder)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
     if resumed is not None:
-        if resumed["vae"]["sha256"] != about["sha256"]:
+        if resumed["vae"]["sha256"] != source["sha256"]:
             raise vae.InputError(
                 f"{args.out}: trained on the latents of another autoencoder "
                 f"({resumed['vae']['file']}); give another --out"
             )
         autoencoder.scaling_factor = resumed["latent"]["scale"]
         autoencoder.shift_factor = resumed["latent"]["shift"]
-    return autoencoder.to(device, memory_format=vae.convolution_layout(device)), about
+    return autoencoder.to(device, memory_format=vae.convolution_layout(device)), source
 
 
 def network_config(args, preset, autoencoder, images, **options):
@@ -555,7 +557,7 @@ def compile_blocks(args, blocks):
 
 
 @torch.no_grad()
-def look(args, step, log, model, ema, draw, autoencoder, null, autocast):
+def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
     """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
     labels each time.
 
@@ -586,7 +588,7 @@ def guidance_range(args):
     return args.guidance_low, args.guidance_high, 3 if args.three_channels else None
 
 
-def save(args, step, model, ema, optimizer, autoencoder, about, images):
+def save(args, step, model, ema, optimizer, autoencoder, source, images):
     """Writes args.out, a dictionary of plain data.
 
     arch, config   class and arguments of the network
@@ -608,7 +610,7 @@ def save(args, step, model, ema, optimizer, autoencoder, about, images):
         step=step,
         args=vae.saved_arguments(args),
         latent=latent,
-        vae=about,
+        vae=source,
         classes=images.classes,
     )
     vae.save_run(args, checkpoint)
@@ -627,8 +629,9 @@ class Latents(torch.utils.data.Dataset):
     labels  of these rows
 
     Items are (moments (2C, h, w), label, index, True), as those of vae.ImageFolder, and asked for
-    in the same way, as (epoch, index). Half of them are the mirror image's. The object holds paths
-    and numbers alone: every data loader opens the file itself.
+    in the same way, as (epoch, index). With `mirror` a random half of them are the mirror image's.
+    The object holds paths and numbers alone, so it can be sent to data loaders; each opens the file
+    itself.
     """
 
     def __init__(self, path, places, labels, seed, mirror):
@@ -650,13 +653,13 @@ class Latents(torch.utils.data.Dataset):
 
         epoch, index = item
         if self.rows is None:
-            self.rows = np.load(self.path, mmap_mode="r")
+            self.rows = vae.RowReader(self.path)
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = torch.from_numpy(np.array(self.rows[self.places[index], view]))
+        row = torch.from_numpy(self.rows.read(self.places[index], view))
         return row, self.labels[index], index, True
 
 
-def latent_data(args, rank, world, device, autoencoder, about, images):
+def latent_data(args, rank, world, device, autoencoder, source, images):
     """What to train on: the cached Latents of the images, or with --no-cache the images themselves.
     Also measures the latents' scale where the autoencoder has none."""
     import vae
@@ -665,7 +668,7 @@ def latent_data(args, rank, world, device, autoencoder, about, images):
     if args.no_cache:
         return images
     shape = (len(images), 2, 2 * autoencoder.config["z_channels"], *autoencoder.latent_size)
-    rows = open_cache(args, shape, images, "latents", autoencoder=about["sha256"])
+    rows = open_cache(args, shape, images, "latents", autoencoder=source["sha256"])
 
     def compute(batch):
         views = []

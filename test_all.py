@@ -2085,6 +2085,19 @@ def test_rows_lie_where_they_belong(open_rows):
     assert np.load(rows.path)[:, 1].tolist() == list(range(6))
 
 
+def test_parts_of_a_file_are_read_from_where_they_lie(tmp_path):
+    array = np.random.default_rng(0).integers(-9, 9, (5, 2, 3, 4)).astype("int16")
+    np.save(tmp_path / "a.npy", array)
+    reader = vae.RowReader(tmp_path / "a.npy")
+    for place in ((0,), (4,), (3, 1), (0, 0), (2, 1, 2), (4, 1, 2)):
+        part = reader.read(*place)
+        assert part.dtype == array.dtype and part.flags.writeable
+        assert np.array_equal(part, array[place])
+    for place in ((5,), (0, 2), (-1,)):
+        with pytest.raises(ValueError):
+            reader.read(*place)
+
+
 def test_what_is_missing_is_filled_by_a_later_run(open_rows):
     fill(open_rows(), 0, 1, 4)
     rows = open_rows()
@@ -2510,7 +2523,7 @@ def call_first(patch, owner, name, n, action):
 def poison(patch, steps):
     """In these steps, counted from a run's first, the images are NaN."""
     original = vae.to_float
-    calls = itertools.count(-1)  # the first call is for the pictures that look() shows
+    calls = itertools.count(-1)  # the first call is for the pictures that preview() shows
 
     def to_float(images, device):
         factor = math.nan if next(calls) in steps else 1
@@ -3440,7 +3453,7 @@ import itertools, math, os
 import vae
 
 to_float = vae.to_float
-calls = itertools.count(-1)  # the first call is for the pictures that look() shows
+calls = itertools.count(-1)  # the first call is for the pictures that preview() shows
 
 
 def poisoned(images, device):
@@ -3876,7 +3889,7 @@ def flow_numbers():
         projections=projection[:, ::5, ::4],
     )
     for registers in (0, 4):
-        network = formula(repa.DINOv2(48, 2, 4, registers, positions=4))
+        network = formula(repa.DINOv2(48, 2, 4, registers, grid=4))
         numbers[f"dinov2_{registers}"] = network(waves(1, 2, 3, 28, 28))[:, :, ::16]
     return numbers
 
@@ -5883,7 +5896,7 @@ def test_metrics_and_extractors_compute_in_full_precision(monkeypatch):
     """Whatever the global flags and autocast say; the flags are as before afterwards."""
     seen = []
 
-    def look():
+    def preview():
         flags = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
         return (*flags, torch.is_autocast_enabled("cpu"))
 
@@ -5891,14 +5904,14 @@ def test_metrics_and_extractors_compute_in_full_precision(monkeypatch):
         inner = getattr(F, name)
 
         def call(*args, **options):
-            seen.append(look())
+            seen.append(preview())
             return inner(*args, **options)
 
         monkeypatch.setattr(F, name, call)
 
     for name in ("relu", "relu6", "conv2d"):
         spy(name)
-    monkeypatch.setattr(torch, "cdist", lambda a, b: seen.append(look()) or (a @ b.T).abs())
+    monkeypatch.setattr(torch, "cdist", lambda a, b: seen.append(preview()) or (a @ b.T).abs())
     u = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     x = torch.randn(1, 3, 32, 32)
     points = torch.randn(6, 4)
@@ -5907,7 +5920,7 @@ def test_metrics_and_extractors_compute_in_full_precision(monkeypatch):
     torch.backends.cudnn.allow_tf32 = True
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            before = look()
+            before = preview()
             for measure in (
                 lambda: networks[0](u),
                 lambda: networks[1](u),
@@ -5917,7 +5930,7 @@ def test_metrics_and_extractors_compute_in_full_precision(monkeypatch):
             ):
                 seen.clear()
                 measure()
-                assert set(seen) == {("highest", False, False)} and look() == before
+                assert set(seen) == {("highest", False, False)} and preview() == before
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -532,7 +532,7 @@ def no_distance(x, y):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
-    resumed = load_run(args, "AutoencoderKL", CONFIGS, ("disc", "opt_disc", "ema"))
+    resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
     found = starting_point(args, resumed, CONFIGS, AutoencoderKL, read)
@@ -567,7 +567,7 @@ def train(args, rank, world, device):
     say_start(args, model, data, world, micro_batch, device)
     batches = endless_batches(data, args, step, rank, world)
     if resumed is None:
-        look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
+        preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
     # A complete run, whose latents were measured, is not measured and saved again
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = found = None  # frees the loaded tensors
@@ -641,8 +641,9 @@ def train(args, rank, world, device):
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
-        # The step. If a gradient of either network is not finite, all processes skip it, without a
-        # host sync: torch's fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient of either network is not finite, all processes leave both as
+        # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
+        # 1. So the host need not wait for the gradient norm
         average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -656,7 +657,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if is_due(step, args.sample_every, args.steps):
-            look(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
+            preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
@@ -728,7 +729,7 @@ def freeze_encoder(model, frozen):
 
 
 @torch.no_grad()
-def look(args, step, log, encode, decode, images, grid, autocast):
+def preview(args, step, log, encode, decode, images, grid, autocast):
     """Writes OUT/0001000.png (x, D(E(x)), tau o x and D(tau o E(x)) of the same images each time)
     and a line of the log with their equivariance errors and PSNR."""
     if not MAIN or args.bench or not args.sample_every:
@@ -2335,9 +2336,9 @@ def update_average(ema, model, decay, step):
 # Runs: going on, log, checkpoints
 
 
-def load_run(args, arch, configs, keys=()):
+def load_run(args, arch, configs, required=()):
     """The checkpoint at args.out to go on with, or None. InputError if it holds another network or
-    lacks one of `keys`.
+    lacks one of the `required` entries.
 
     Flags that were not given take the values that the checkpoint was made with. Those that were
     given win, and are reported where they differ. What the run began from (--init) stays.
@@ -2348,7 +2349,7 @@ def load_run(args, arch, configs, keys=()):
     if checkpoint.get("arch") != arch:
         held = checkpoint.get("arch", "something else")
         raise InputError(f"{args.out}: holds {held}, not a {arch}; give another --out")
-    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args", *keys))
+    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args", *required))
     stored = checkpoint["args"]
     if "model" in args.given and args.model not in presets(checkpoint["config"], configs):
         raise InputError(
@@ -2817,6 +2818,29 @@ def reserve(path, shape, dtype):
             except OSError:
                 os.unlink(path)
                 raise
+
+
+class RowReader:
+    """Reads parts of an .npy file, each from where it lies.
+
+    A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
+    than memory, a batch of latents then takes 25 times as long.
+    """
+
+    def __init__(self, path):
+        array = np.load(path, mmap_mode="r")  # reads the header alone
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self.offset = array.offset
+        self.file = open(path, "rb", buffering=0)
+
+    def read(self, *place):
+        """array[place], a copy; `place` are the first indices."""
+        shape = self.shape[len(place) :]
+        size = math.prod(shape) * self.dtype.itemsize
+        number = int(np.ravel_multi_index(place, self.shape[: len(place)]))
+        data = os.pread(self.file.fileno(), size, self.offset + number * size)
+        return np.frombuffer(bytearray(data), self.dtype).reshape(shape)
 
 
 def write_rows(path, indices, rows):

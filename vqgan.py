@@ -231,7 +231,7 @@ def codebook_use(model, images, n=1024):
 
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
-    resumed = vae.load_run(args, "VQGAN", CONFIGS, ("disc", "opt_disc", "ema"))
+    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
     found = vae.starting_point(args, resumed, CONFIGS, VQGAN, read_vqgan)
     if args.legacy_beta is not None:
@@ -267,7 +267,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
     if resumed is None:
-        look(args, step, log, model, ema, data, shown, grid, autocast)
+        preview(args, step, log, model, ema, data, shown, grid, autocast)
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = found = None  # frees the loaded tensors
 
@@ -331,8 +331,9 @@ def train(args, rank, world, device):
             total = (gradient * reconstruction).sum() + regularizer
             (total / len(parts)).backward()
 
-        # The step. If a gradient of either network is not finite, all processes skip it, without a
-        # host sync: torch's fused optimisers read found_inf (as AMP sets it) and change nothing
+        # The step. Where a gradient of either network is not finite, all processes leave both as
+        # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
+        # 1. So the host need not wait for the gradient norm
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -346,7 +347,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            look(args, step, log, model, ema, data, shown, grid, autocast)
+            preview(args, step, log, model, ema, data, shown, grid, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             vae.save_autoencoder(args, step, networks, optimizers, ema)
 
@@ -363,9 +364,9 @@ def count_codes(indices, n_embed):
     return counts.index_add_(0, indices.flatten(), ones)
 
 
-def look(args, step, log, model, ema, data, shown, grid, autocast):
-    """vae.look()'s picture and errors, and a line of the log with the codebook's use."""
-    vae.look(args, step, log, model.features, model.decode_features, shown, grid, autocast)
+def preview(args, step, log, model, ema, data, shown, grid, autocast):
+    """vae.preview()'s picture and errors, and a line of the log with the codebook's use."""
+    vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
     if vae.MAIN and not args.bench and args.sample_every:
         used = averaged_model(model, ema, shown.device)
         log.write(dict(step=step, **codebook_use(used, data.centred())))

@@ -376,7 +376,7 @@ def compare_transformers(found, randn):
     import transformers
 
     for registers, kind in ((0, "Dinov2"), (4, "Dinov2WithRegisters")):
-        ours = formula(repa.DINOv2(48, 2, 4, registers, positions=4))
+        ours = formula(repa.DINOv2(48, 2, 4, registers, grid=4))
         x = randn(2, 3, 56, 56)
         config = getattr(transformers, f"{kind}Config")(
             hidden_size=48,
