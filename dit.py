@@ -432,7 +432,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
+        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(

@@ -7,9 +7,9 @@ Maskgit-pytorch v1.0 (https://arxiv.org/abs/2310.14400), called v1.0 below. EQ-V
 (https://arxiv.org/abs/2502.09509) trains it on the tokens of a VQ-GAN before and after fine-tuning
 the VQ-GAN with EQ-VAE (Table 3).
 
+    # minutes on a CPU. (vqgan.py makes tiny-vq.pt and eqvqgan.pt)
     python maskgit.py --vqgan tiny-vq.pt --data data/emoji/train --model MaskGIT-Ti \\
         --batch-size 64 --steps 800 --lr 1e-3 --warmup 100 --out tiny-maskgit.pt
-                                                                    # minutes on a CPU
     python maskgit.py --vqgan eqvqgan.pt --micro-batch 64           # one GPU
     torchrun --nproc_per_node=8 maskgit.py --vqgan eqvqgan.pt       # eight GPUs
     torchrun --nproc_per_node=8 maskgit.py --sample-from maskgit.pt --vqgan eqvqgan.pt
@@ -42,7 +42,8 @@ CONFIGS = {
     # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# name -> settings of sampling, which parallel_decoding() explains. v1.0's guidance weight w is
+# name -> settings of sampling. decoding_schedule() explains sampling_steps and decoding, which it
+# calls steps and kind; parallel_decoding() explains the others. v1.0's guidance weight w is
 # cfg_scale - 1.
 PRESETS = {
     # v1.0's for images of 256 pixels
@@ -84,7 +85,7 @@ LABEL_SMOOTHING = 0.1
 
 # ==================================================================================================
 # The network. Module names are Maskgit-pytorch's, so that its checkpoints load strictly.
-#     B batch   N tokens of an image   K codes; token K is the mask   D width
+#     B batch (b: of one pass)   N tokens of an image   K codes; token K is the mask   D width
 
 
 class PreNorm(nn.Module):
@@ -213,9 +214,9 @@ def mask_ratio(r, schedule="arccos"):
 
     Its mean over r is 2 / pi. The schedule "arccos" is v1.0's, "cosine" the original's.
     """
-    if schedule == "arccos":
-        return torch.arccos(r) / (math.pi / 2)
-    return torch.cos(r * math.pi / 2)
+    if schedule == "cosine":
+        return torch.cos(r * math.pi / 2)
+    return torch.arccos(r) / (math.pi / 2)
 
 
 def token_losses(logits, tokens, mask=None):
@@ -268,7 +269,8 @@ def cosine_counts(ramps, tokens):
     counts = []
     masked = tokens
     for i, ramp in enumerate(ramps):
-        stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)  # cos(pi / 2) is not 0
+        # 1e-9, because a whole number may come out a little smaller, as with cos(pi / 3)
+        stay = math.floor(tokens * math.cos(math.pi / 2 * ramp) + 1e-9)
         steps_to_come = len(ramps) - 1 - i
         stay = min(masked - 1, max(stay, steps_to_come))  # at least one token for each step
         counts.append(masked - stay)
@@ -374,8 +376,9 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share. Only dropout is drawn for each pass
-        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
+        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
+        # Columns of `uniform`: mask ratio, whether the label is dropped, which tokens are masked
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         tokens = tokens.to(device, non_blocking=True).long()
@@ -529,7 +532,7 @@ def save(args, step, model, optimizer, source, images):
 class Tokens(torch.utils.data.Dataset):
     """The cached tokens of pictures.
 
-    path    rows.npy of a cache: int16 (N, 2, tokens), of each picture and its mirror image
+    path    rows.npy of a cache: int16 (pictures, 2, N), of each picture and its mirror image
     places  numbers of the rows whose picture could be read
     labels  of these rows
 
@@ -566,7 +569,7 @@ class Tokens(torch.utils.data.Dataset):
 def token_data(args, rank, world, device, tokenizer, source, images):
     """The Tokens of the images, cached in --cache, or in NAME-tokens/ beside the VQ-GAN's NAME.pt.
 
-    What a stopped run has cached stays; the same command caches the rest.
+    A signal ends the run; what it has cached stays, and the same command caches the rest.
     """
     import vae
 
@@ -665,8 +668,8 @@ def load_sampling_tokenizer(args, device):
 def load_generator(args, tokenizer, digest, device):
     """--sample-from -> (model, our checkpoint's other entries or {}).
 
-    The weights keep requires_grad, because autocast keeps the bf16 copies of such weights alone; it
-    would cast frozen ones anew in every call.
+    The weights keep requires_grad: autocast caches the bf16 copies only of such weights, and would
+    cast frozen ones anew in every call.
     """
     import vae
 
@@ -720,10 +723,10 @@ def official_config(path, weights, codes):
     places, rows = weights["bias"].shape
     width = weights["tok_emb.weight"].shape[1]
     depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})
-    for preset in CONFIGS.values():
-        if (preset["hidden_dim"], preset["depth"]) == (width, depth) and rows >= codes + 2:
+    for size in CONFIGS.values():
+        if (size["hidden_dim"], size["depth"]) == (width, depth) and rows >= codes + 2:
             return dict(
-                preset,
+                size,
                 input_size=math.isqrt(places - 1),
                 codebook_size=codes,
                 num_classes=rows - codes - 2,
@@ -755,8 +758,8 @@ def sampling_settings(args, config):
 
 def model_name(args, config):
     """What --model calls such a network, or else the name of its checkpoint's file."""
-    for name, preset in CONFIGS.items():
-        if all(config[key] == value for key, value in preset.items()):
+    for name, size in CONFIGS.items():
+        if all(config[key] == value for key, value in size.items()):
             return name
     return Path(args.sample_from).stem
 

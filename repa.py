@@ -9,8 +9,9 @@ nothing here changes but the latents.
 
 In this file x1 is the data and x0 is noise, as in sit.py. But time is REPA's, because its official
 checkpoints expect it: t is 0 at the data x1 and 1 at the noise x0, and the velocity points to the
-noise. reverse() converts to sit.py's time for its samplers. The network is SiT's, paths and
-samplers are sit.py's, and the latent cache is dit.py's.
+noise. (So the digits in x1 and x0 are names, not times.) reverse() converts to sit.py's time for
+its samplers. The network is SiT's, paths and samplers are sit.py's, and the latent cache is
+dit.py's.
 
     python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
@@ -45,7 +46,7 @@ def aligned_depth(depth):
     return 8 if depth > 8 else depth // 2
 
 
-CONFIGS = {}  # name -> arguments of REPA
+CONFIGS = {}  # name -> arguments of REPA: sit.py's presets under REPA's names
 for name, config in sit.CONFIGS.items():
     depth = aligned_depth(config["depth"])
     CONFIGS[name.replace("SiT", "REPA")] = dict(config, encoder_depth=depth)
@@ -119,8 +120,8 @@ def alignment(projections, targets):
 
 
 def reverse(predict):
-    """Converts a predict() of REPA's time and sign to SiT's, for sit.py's samplers. (`level`, for
-    guidance intervals, is the same in both.)"""
+    """Converts a predict() of REPA's time and sign to SiT's, for sit.py's samplers. (`level` is no
+    time: in all files it is 1 at noise and 0 at data.)"""
 
     def converted(x, t, y, level):
         return -predict(x, 1 - t, y, level)
@@ -289,12 +290,12 @@ def train(args, rank, world, device):
     preset = CONFIGS[args.model]
     side = autoencoder.latent_size[0] // preset["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
-    if resumed is not None and resumed["args"]["encoder_hash"] != encoder_id:
+    if resumed is not None and resumed["args"].get("encoder_id") != encoder_id:
         raise vae.InputError(
-            f"{args.out}: was aligned with {resumed['args']['encoder_hash']}, not {encoder_id}; "
-            "give the same --encoder, or another --out"
+            f"{args.out}: was aligned with {resumed['args'].get('encoder_id')}, not {encoder_id}; "
+            "give the same --encoder and --encoder-weights, or another --out"
         )
-    args.encoder_hash = encoder_id
+    args.encoder_id = encoder_id
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
@@ -329,7 +330,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
+        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
         latents, pictures, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
@@ -426,11 +427,12 @@ class AlignedLatents(torch.utils.data.Dataset):
               step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
+    With --no-cache the image is in the place of the moments, too.
     """
 
     def __init__(self, latents, images, features=None):
         self.latents = latents
-        self.images = images.centred()
+        self.images = images.centred()  # never mirrored: __getitem__ does it as the latents are
         self.features = features
 
     def __len__(self):
@@ -452,8 +454,8 @@ class AlignedLatents(torch.utils.data.Dataset):
 
 
 def cache_features(args, rank, world, device, images, latents, encode, encoder_id, side, width):
-    """Caches the encoder's tokens of all pictures in NAME-latents-features/, beside the latents'
-    folder -> dit.Latents, which reads any cached rows."""
+    """Caches the encoder's tokens of all pictures, in a folder whose name is that of the latents'
+    with -features appended. -> dit.Latents, which reads any rows; these have no labels"""
     import vae
 
     views = 2 if args.mirror else 1
@@ -499,7 +501,7 @@ def main():
     group.add_argument(
         "--cache-features",
         action="store_true",
-        help="cache the encoder's tokens: 0.4 MB an image, twice that with --mirror",
+        help="cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror",
     )
     parser.set_defaults(mirror=False)  # REPA's recipe does not mirror
     vae.launch(parser, run)

@@ -22,7 +22,7 @@ and processes are in vae.py.
 
 The first torchrun line takes 400,000 steps of 256 images. EQ-VAE's paper then reports, for 50,000
 samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-VAE's (Tables 2 and
-9); after 7M steps, on EQ-VAE's latents and with guidance, 2.06 (Table 4).
+9). SiT's own result, on SD-VAE's latents after 7M steps and with guidance, is 2.06 (Table 4).
 """
 
 import math
@@ -35,10 +35,11 @@ import torch.nn as nn
 import dit
 from dit import LABEL_DROP, DiT
 
+# name -> arguments of SiT: dit.py's presets under SiT's names
 CONFIGS = {name.replace("DiT", "SiT"): config for name, config in dit.CONFIGS.items()}
 
-# The score is divided by sigma_t, which is 0 at the data. So the SDE stops this far before it in
-# time, and takes one more step without noise.
+# The score has sigma_t in its denominator, which is 0 at the data. So the SDE runs to
+# 1 - LAST_STEP, and one last step without noise goes to 1.
 LAST_STEP = 0.04
 
 
@@ -46,8 +47,8 @@ class SiT(DiT):
     """DiT's network with the same parameter names; its output is the velocity.
 
     The official checkpoints have learn_sigma: twice as many channels, whose second half was never
-    trained. They look like DiT's, so nobody notices when a DiT is loaded here. `path` is what the
-    network was trained on, "linear" or "gvp".
+    trained. DiT's checkpoints have the same names and shapes, so loading one here gives no error,
+    but bad samples. `path`, one of PATHS, is what the network was trained on.
     """
 
     def __init__(self, *args, path="linear", learn_sigma=False, **options):
@@ -66,30 +67,35 @@ class SiT(DiT):
 
 # ==================================================================================================
 # Paths:  x_t = alpha_t x1 + sigma_t x0      velocity = E[alpha'_t x1 + sigma'_t x0 | x_t]
-#         score = -E[x0 | x_t] / sigma_t     To add a path, add its branch to coefficients()
+#         score = -E[x0 | x_t] / sigma_t
+
+
+def linear_path(t):
+    return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+
+
+def variance_preserving_path(t):
+    alpha = (0.5 * math.pi * t).sin()
+    sigma = (0.5 * math.pi * t).cos()
+    return alpha, sigma, 0.5 * math.pi * sigma, -0.5 * math.pi * alpha
+
+
+# name -> function of t that gives alpha, sigma and their derivatives. Every path has alpha = 0 and
+# sigma = 1 at time 0, and alpha = 1 and sigma = 0 at time 1.
+PATHS = {"linear": linear_path, "gvp": variance_preserving_path}
 
 
 def coefficients(t, path="linear"):
-    """-> alpha, sigma and their derivatives at times t, a tensor of any shape.
-
-    "linear": t and 1 - t. "gvp": sine and cosine of pi t / 2, which preserve the variance. Every
-    path has alpha = 0, sigma = 1 at time 0 and alpha = 1, sigma = 0 at time 1.
-    """
-    if path == "linear":
-        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-    if path == "gvp":
-        alpha = (0.5 * math.pi * t).sin()
-        sigma = (0.5 * math.pi * t).cos()
-        return alpha, sigma, 0.5 * math.pi * sigma, -0.5 * math.pi * alpha
-    raise ValueError(f"path {path!r}: unknown")
+    """-> alpha, sigma, alpha', sigma' at times t, a tensor of any shape."""
+    return PATHS[path](t)
 
 
 def score(velocity, x, t, path="linear"):
     """The score, the gradient of the log density of x_t, at x (B, C, h, w) and a time t < 1 (a 0-d
     tensor), from the velocity there.
 
-    With the means of x1 and x0 given x_t = x, x = alpha x1 + sigma x0 and
-    velocity = alpha' x1 + sigma' x0. These two equations are solved for x0; score = -x0 / sigma.
+    Let m1 and m0 be the means of x1 and x0 where x_t is x. Then x = alpha m1 + sigma m0 and
+    velocity = alpha' m1 + sigma' m0. Solved for m0, these give score = -m0 / sigma.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
@@ -120,10 +126,10 @@ DIFFUSIONS = {
 
 # ==================================================================================================
 # Samplers: (predict, noise (B, C, h, w), labels (B,), ...) -> normalised latents.
-# predict(x, t, labels, level), which dit.guided() makes, is the velocity, guided where `level` lies
-# in the guidance interval. `steps` counts points in time, as in the official code: for the ODE
-# those from 0 to 1, for the SDE those before its last step. calls_of() tells how often the network
-# is called.
+# predict(x, t, labels, level), which dit.guided() makes, is the velocity; it is guided where
+# `level`, 1 at noise and 0 at data, lies in the guidance interval. `steps` counts points in time,
+# as in the official code: for the ODE from 0 to 1, for the SDE from 0 to 1 - LAST_STEP, both
+# included. calls_of() tells how often the network is called.
 
 
 def velocity_at(predict, x, t, labels):
@@ -148,7 +154,8 @@ def euler_maruyama(
     noise_like=torch.randn_like,
 ):
     """dx = (v + w s) dt + sqrt(2 w) dW with velocity v, score s and diffusion w, from t = 0 to
-    1 - LAST_STEP, then one step to 1 without noise. ("sbdm" starts at .001, where w is finite.)
+    1 - LAST_STEP, then one step to 1 without noise. ("sbdm" starts at .001, as in the official
+    code; w is so large there that the first step overshoots.)
 
     It calls the network `steps` times. (The official code calls it twice a step, for the velocity
     and for the score, though the score is a function of the velocity.)
@@ -269,7 +276,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the other one is for tau
+        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
         latents, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
@@ -377,9 +384,9 @@ def arguments(description, models, out):
     parser, generator, sampling = dit.arguments(description, models, out)
     generator.add_argument(
         "--path",
-        choices=("linear", "gvp"),
+        choices=PATHS,
         default="linear",
-        help="how noise and data are mixed; to sample, needed for official files alone",
+        help="how noise and data are mixed; our checkpoints record it, official ones do not",
     )
     sampling.add_argument(
         "--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE"

@@ -7746,7 +7746,7 @@ def test_no_option_is_dead_and_none_is_missing(name):
     declared, read = options_of(name)
     known = set().union(*(declared for declared, _ in options))
     used = set().union(*(read for _, read in options))
-    set_by_code = {"given", "encoder_hash", "run", "command", "checkpoints", "samples", "reference"}
+    set_by_code = {"given", "encoder_id", "run", "command", "checkpoints", "samples", "reference"}
     by_name = {"sampling_steps", "cfg_scale", "decoding", "softmax_scale", "choice_temperature"}
     assert declared <= used | by_name
     assert read <= known | set_by_code
