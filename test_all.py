@@ -6226,6 +6226,28 @@ def test_a_score_that_is_not_finite_is_refused(capsys, monkeypatch, trained, pho
     assert "eq: R90 is nan" in line and not (tmp_path / "r.json").exists()
 
 
+def test_one_useless_autoencoder_costs_the_others_nothing(
+    capsys, monkeypatch, trained, photos, tmp_path
+):
+    quick_distance(monkeypatch)
+    whole = evaluate.score_batch
+
+    def one_is_useless(name, *words):
+        scores, pictures = whole(name, *words)
+        if name == "standard":
+            scores["R90"] = scores["R90"] * math.nan
+        return scores, pictures
+
+    monkeypatch.setattr(evaluate, "score_batch", one_is_useless)
+    words = ("recon", trained / "standard.pt", trained / "eq.pt", "--data", photos)
+    words += ("--image-size", 32, *EFFICIENT, "--no-lpips", "--num-images", 4)
+    with pytest.raises(SystemExit) as end:
+        run(evaluate.main, *words, "--record", tmp_path / "r.json")
+    assert end.value.code == 2 and "standard: R90 is nan" in capsys.readouterr().err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert set(record) == {"eq", "about"} and math.isfinite(record["eq"]["R"])
+
+
 def test_recon_leaves_unreadable_pictures_out(capsys, monkeypatch, trained, photos, tmp_path):
     """They are named and counted, and no other picture is scored twice in their place."""
     broken = tmp_path / "broken"
@@ -6392,7 +6414,7 @@ def test_fid_follows_adms_protocol(capsys, monkeypatch, inception, tmp_path):
     fid = ("--inception", inception)
     own = score(tmp_path / "b.npz", tmp_path / "a.npz", *fid)
     assert {"FID", "sFID", "IS", "Precision", "Recall"} < set(own) and own["N reference"] == 5
-    assert "FID is not reliable with less than 2,048 pictures" in capsys.readouterr().err
+    assert "FID is not reliable with fewer than 2,048 pictures" in capsys.readouterr().err
 
     network = evaluate.Inception(torch.load(inception, weights_only=True), "adm")
     pooled, spatial, _ = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))
@@ -6432,7 +6454,7 @@ def test_the_conditions_of_a_score_are_said(capsys, monkeypatch, inception, tmp_
     lossy = write_folder_of(random_pictures(6, 24), tmp_path / "lossy", "jpg")
     about = record_of(*words, lossy, *EFFICIENT)["about"]
     said = capsys.readouterr().err
-    for text in ("JPEG pictures", "cropped and resized to (16, 16)"):
+    for text in ("JPEG or WebP files", "cropped and resized to (16, 16)"):
         assert text in said and any(text in note for note in about["notes"])
 
     def many(pictures, *_):
@@ -6456,12 +6478,15 @@ def test_the_settings_of_the_samplers_are_recorded(capsys, monkeypatch, tmp_path
     about = record_of("samples", *pair, *EFFICIENT)["about"]
     assert about["drawn"] == dict(model="DiT-Ti/2", step=7)
     assert about["hashes"] == {"a.npz": vae.file_hash(tmp_path / "a.npz")}
+    folder = write_folder_of(random_pictures(4, 16), tmp_path / "a")
+    about = record_of("samples", f"{folder}/", tmp_path / "a.npz", *EFFICIENT)["about"]
+    assert about["drawn"] == dict(model="DiT-Ti/2", step=7)
     for name in ("a.json", "a.npz"):
         words = (*pair, *EFFICIENT, "--record", tmp_path / name)
-        assert "is an input" in refusal(capsys, evaluate.main, "samples", *words)
+        assert "that this command reads" in refusal(capsys, evaluate.main, "samples", *words)
     words = ("recon", tmp_path / "a.pt", "--record", tmp_path / "x" / ".." / "a.pt")
     (tmp_path / "x").mkdir()
-    assert "is an input" in refusal(capsys, evaluate.main, *words)
+    assert "that this command reads" in refusal(capsys, evaluate.main, *words)
     (tmp_path / "a.json").write_text("{")
     line = refusal(capsys, evaluate.main, "samples", *pair, *EFFICIENT)
     assert "a.json" in line and "settings" in line
