@@ -1810,13 +1810,15 @@ def end_process(world, code):
 
 def start_process(args):
     """-> rank, world, device; sets up signals, the device and the group of processes."""
-    numbers = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
-    are_numbers = all(number.isdecimal() for number in numbers.values())
-    rank, world, local_rank = map(int, numbers.values()) if are_numbers else (0, 0, 0)
-    if not rank < world or (world > 1 and "MASTER_ADDR" not in os.environ):
-        given = " ".join(f"{name}={number}" for name, number in numbers.items())
-        print(f"{given}: start this with torchrun", file=sys.stderr)
+    rank = environment_number("RANK", 0)
+    world = environment_number("WORLD_SIZE", 1)
+    local_rank = environment_number("LOCAL_RANK", 0)
+    finds_others = world == 1 or "MASTER_ADDR" in os.environ
+    if not (0 <= rank < world and local_rank >= 0 and finds_others):
+        print(
+            "RANK, WORLD_SIZE, LOCAL_RANK: start this with torchrun, which sets them",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, remember_signal)
@@ -1831,6 +1833,12 @@ def start_process(args):
     if getattr(args, "precision", None) == "auto":
         args.precision = "bf16" if has_bf16_units(device) else "fp32"
     return rank, world, device
+
+
+def environment_number(name, default):
+    """A number that torchrun passes on; -1 if it is none."""
+    value = os.environ.get(name, str(default))
+    return int(value) if value.isdecimal() else -1
 
 
 def has_bf16_units(device):
