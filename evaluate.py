@@ -972,7 +972,8 @@ def samples(args, rank, world, device):
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
     if args.record:
-        files = [path for path in (args.samples, args.reference) if os.path.isfile(path)]
+        # The samples' last: of two files of one name it is their hash that tells records apart
+        files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     scores = (network.DISTANCE, "sFID", "IS", "Precision", "Recall")
     finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)

@@ -7,4 +7,5 @@ source demo.sh
 prepare -r requirements-dev.txt
 ruff format --check .
 ruff check .
-python -m pytest "$@"
+# Two tests at a time, each with one thread
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"

@@ -71,6 +71,7 @@ sys.path += [str(ROOT / "results" / name) for name in ("compare", "small", "")]
 import discrete_official as official  # noqa: E402
 import fakecuda  # noqa: E402
 import figures  # noqa: E402
+import gain  # noqa: E402
 import make  # noqa: E402
 import report  # noqa: E402
 import reproduce  # noqa: E402
@@ -7152,6 +7153,47 @@ def test_every_command_of_the_small_tables_is_understood(only_parse, capsys):
                 run(SCRIPTS[Path(script).stem].main, *words)
             understood.add(script)
     assert len(understood) == len(SCRIPTS)
+
+
+def test_every_command_of_the_gain_is_understood(only_parse, capsys):
+    goals = gain.goals()
+    for cell in make.closure(goals):
+        script, *words = cell.command.split()
+        with pytest.raises(Parsed):
+            run(SCRIPTS[Path(script).stem].main, *words)
+    assert len(goals) == 3 * 2 * (1 + 3)
+
+
+def test_the_arms_of_the_gain_are_alike_but_for_p_alpha():
+    standard, eq = [make.closure([gain.generation(arm, 1)[-1]]) for arm in ("standard", "eq")]
+    assert standard[0] is eq[0] and "--init scratch" in standard[0].command
+    for one, other in zip(standard[1:], eq[1:], strict=True):
+        plain = re.sub("--p-alpha 0.[15]", "--p-alpha 1", other.command)
+        assert one.command == plain.replace("f8-eq-", "f8-standard-")
+    alphas = re.findall("--p-alpha ([^ ]+)", " ".join(cell.command for cell in eq))
+    assert alphas == ["1", "0.1", "0.5"]
+
+
+def test_the_gain_is_told_seed_by_seed(tmp_path, monkeypatch):
+    """A pair of which one arm is missing is no pair. The t-test is that of the differences."""
+    records = tmp_path / "records.jsonl"
+    monkeypatch.setattr(reproduce, "RECORDS", records)
+    monkeypatch.setattr(reproduce, "PAGE", tmp_path / "README.md")
+    keys = {goal.name: goal.key for goal in gain.goals()}
+    lines = []
+    for seed, (standard, eq) in enumerate([(200.0, 180.0), (100.0, 85.0), (50.0, None)]):
+        for arm, value in (("standard", standard), ("eq", eq)):
+            name = f"f8-{arm}-s{seed}-dit-1000"
+            about = dict(cell=name, key=keys[name], chain=[dict(commands=["a"], seconds=3600.0)])
+            if value is not None:
+                lines.append(json.dumps({name: {"N": 4, "FD-EfficientNet": value}, "about": about}))
+    records.write_text("\n".join(lines))
+    gain.report()
+    page = (tmp_path / "README.md").read_text()
+    line = "| DiT-Ti/1, 1,000 steps: FD | 150 ± 71 (2) | 132 ± 67 (2) | -10, -15 % |"
+    p = 2 * (1 - math.atan(7.0) / math.pi - 0.5)  # Student's t of 7 with one degree of freedom
+    assert f"{line} p = {p:.2g} |" in page
+    assert "| R | not run |" in page and "1.0 core hours" in page
 
 
 def test_the_arms_of_a_seed_differ_in_their_objective_alone():

