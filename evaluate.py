@@ -18,7 +18,7 @@ FD-EfficientNet and cannot be compared with any FID; sFID, IS, precision and rec
 
 Metrics, Inception and EfficientNetLite0 need no other file of this project. FID in your own code:
 
-    network = Inception(torch.load("pt_inception-2015-12-05-6726825d.pth")).fold().to(device)
+    network = Inception(weights).fold().to(device)        # weights: the dict in its file
     real, fake = Moments(), Moments()
     real.add(network(images)[0])                          # for every batch of uint8 (B, 3, H, W)
     print(frechet_distance(*real.result(), *fake.result()))

@@ -448,7 +448,7 @@ def load_tokenizer(args, resumed, device):
     source = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
-            f"--vqgan {args.vqgan}: has more than 32,768 codes, which int16 cannot tell apart"
+            f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
         )
     tokenizer.image_size = vae.training_size(args, tokenizer)
     tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
