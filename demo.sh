@@ -33,7 +33,7 @@ FACES=$EMOJI/train/smileys-emotion/faces
 mkdir -p "$OUT/samples"
 
 AUTOENCODER="--data $EMOJI/train --image-size 32 --model tiny --batch-size 8
-  --lpips-weight 0 --gan-weight 0 --save-every 500"
+  --ema-decay 0.99 --lpips-weight 0 --gan-weight 0 --save-every 500"
 GENERATOR="--data $FACES --batch-size 32 --lr 2e-3 --steps $GENERATE
   --sample-every 0 --save-every 400"
 SCORES="--features efficientnet"
@@ -64,13 +64,13 @@ both() {
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 # An autoencoder of vae.py or vqgan.py: pretrained, then fine-tuned in two arms. --p-alpha 1 is Eq. 1
-# alone and makes the standard arm
+# alone and makes the standard arm. EQ's has .25, not the paper's .5, because it is short
 autoencoders() {
   local script=$1 prefix=$2
   OMP_NUM_THREADS=$CORES python $script $AUTOENCODER --init scratch --p-alpha 1 --lr 1e-3 \
     --steps "$PRETRAIN" --sample-every 1000 --out "$OUT/${prefix}pretrained.pt"
   STANDARD="--p-alpha 1" both $script $AUTOENCODER --init "$OUT/${prefix}pretrained.pt" --lr 5e-4 \
-    --seed 1 --steps "$TUNE" --sample-every "$TUNE" --out "$OUT/$prefix@.pt"
+    --seed 1 --steps "$TUNE" --sample-every "$TUNE" --p-alpha 0.25 --out "$OUT/$prefix@.pt"
 }
 
 [ -d $EMOJI/val ] || python $EMOJI/prepare.py
