@@ -970,6 +970,8 @@ def samples(args, rank, world, device):
         if len(real["features"]) > 10_000:
             notes.append("precision and recall use more than 10,000 real pictures; ADM uses 10,000")
 
+    if isinstance(drawn.get("args"), dict):
+        drawn["args"] = {key: portable(value) for key, value in drawn["args"].items()}
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
     if args.record:
         # The samples' last: of two files of one name it is their hash that tells records apart

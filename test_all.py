@@ -6479,6 +6479,11 @@ def test_the_settings_of_the_samplers_are_recorded(capsys, monkeypatch, tmp_path
     about = record_of("samples", *pair, *EFFICIENT)["about"]
     assert about["drawn"] == dict(model="DiT-Ti/2", step=7)
     assert about["hashes"] == {"a.npz": vae.file_hash(tmp_path / "a.npz")}
+    told = dict(model="DiT-Ti/2", args=dict(vae="/home/me/a.pt", steps=7))
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    about = record_of("samples", *pair, *EFFICIENT)["about"]
+    assert about["drawn"]["args"] == dict(vae="a.pt", steps=7)
+    (tmp_path / "a.json").write_text('{"model": "DiT-Ti/2", "step": 7}')
     folder = write_folder_of(random_pictures(4, 16), tmp_path / "a")
     about = record_of("samples", f"{folder}/", tmp_path / "a.npz", *EFFICIENT)["about"]
     assert about["drawn"] == dict(model="DiT-Ti/2", step=7)
