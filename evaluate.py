@@ -933,10 +933,7 @@ def samples(args, rank, world, device):
     # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
     settings = Path(f"{os.path.normpath(args.samples).removesuffix('.npz')}.json")
     check_record(args, args.samples, args.reference, args.inception, settings)
-    try:
-        drawn = json.loads(settings.read_text()) if settings.is_file() else {}
-    except ValueError:
-        raise InputError(f"{settings}: holds no settings of {args.samples}; rename it") from None
+    drawn = read_settings(settings, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
     fake_pictures = open_pictures(args.samples, notes)
@@ -970,8 +967,6 @@ def samples(args, rank, world, device):
         if len(real["features"]) > 10_000:
             notes.append("precision and recall use more than 10,000 real pictures; ADM uses 10,000")
 
-    if isinstance(drawn.get("args"), dict):
-        drawn["args"] = {key: portable(value) for key, value in drawn["args"].items()}
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
     if args.record:
         # The samples' last: of two files of one name it is their hash that tells records apart
@@ -979,6 +974,19 @@ def samples(args, rank, world, device):
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     scores = (network.DISTANCE, "sFID", "IS", "Precision", "Recall")
     finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+
+
+def read_settings(path, samples):
+    """What a sampler wrote of its samples, without folders of this machine; {} without a file."""
+    if not path.is_file():
+        return {}
+    try:
+        drawn = json.loads(path.read_text())
+        if drawn.get("args"):
+            drawn["args"] = {key: portable(value) for key, value in drawn["args"].items()}
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: holds no settings of {samples}; rename it") from None
+    return drawn
 
 
 def score_pictures(pictures, network, args, rank, world, device):
