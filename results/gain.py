@@ -1,4 +1,4 @@
-"""Where the paper's gain shows: DiT on latents that EQ makes much more equivariant, three seeds.
+"""A test of the paper's gain: DiT on latents that EQ makes much more equivariant, three seeds.
 
     bash results/reproduce.sh gain     # an environment, the pictures, all commands, the table
     python results/gain.py report      # only writes the table of the records again

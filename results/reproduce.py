@@ -1,6 +1,6 @@
 """The paper's tables at a small scale: what two cores can carry, on the pictures of data/emoji.
 
-    bash results/reproduce.sh gain           # results/gain.py: where the paper's gain shows
+    bash results/reproduce.sh gain           # results/gain.py: a test of the paper's gain
     bash results/reproduce.sh 7              # an environment, the pictures, what Table 7 needs
     bash results/reproduce.sh all            # or any of 1 2 3 5 6 7 8
     python results/reproduce.py report       # only writes the tables of the records again
