@@ -6227,6 +6227,18 @@ def test_a_score_that_is_not_finite_is_refused(capsys, monkeypatch, trained, pho
     assert "eq: R90 is nan" in line and not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("counts", "warns"),
+    [((20, 5), True), ((5, 20), True), ((20, 20), False), ((20, "unknown"), False)],
+)
+def test_few_pictures_on_either_side_make_a_distance_unreliable(capsys, counts, warns):
+    network = types.SimpleNamespace(WIDTH=10, DISTANCE="FID")
+    result = {"N": counts[0], "N reference": counts[1], "FID": 1.0}
+    args = argparse.Namespace(record=None)
+    evaluate.finish(args, network, {"a": result}, ["FID"], [], torch.device("cpu"), {})
+    assert ("not reliable with fewer than 10" in capsys.readouterr().err) == warns
+
+
 def test_one_useless_autoencoder_costs_the_others_nothing(
     capsys, monkeypatch, trained, photos, tmp_path
 ):

@@ -2833,7 +2833,7 @@ class RowReader:
     """Reads parts of an .npy file, each from where it lies.
 
     A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
-    than memory, a batch of latents then takes 25 times as long.
+    than memory, a batch of latents then takes many times as long.
     """
 
     def __init__(self, path):
