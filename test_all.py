@@ -71,7 +71,6 @@ sys.path += [str(ROOT / "results" / name) for name in ("compare", "small", "")]
 import discrete_official as official  # noqa: E402
 import fakecuda  # noqa: E402
 import figures  # noqa: E402
-import gain  # noqa: E402
 import make  # noqa: E402
 import report  # noqa: E402
 import reproduce  # noqa: E402
@@ -7155,93 +7154,48 @@ def only_parse(monkeypatch):
 
 
 def all_goals():
-    goals = []
-    for table in reproduce.TABLES.values():
-        goals += reproduce.goals(table, table.seeds)
-    return goals
+    return [goal for found in reproduce.COMPARISONS.values() for goal in reproduce.goals(found)]
 
 
 def test_every_command_of_the_small_tables_is_understood(only_parse, capsys):
     understood = set()
     for cell in make.closure(all_goals()):
         script, *words = cell.command.split()
-        if script != "results/reproduce.py":
-            with pytest.raises(Parsed):
-                run(SCRIPTS[Path(script).stem].main, *words)
-            understood.add(script)
-    assert len(understood) == len(SCRIPTS)
-
-
-def test_every_command_of_the_gain_is_understood(only_parse, capsys):
-    goals = gain.goals()
-    for cell in make.closure(goals):
-        script, *words = cell.command.split()
         with pytest.raises(Parsed):
             run(SCRIPTS[Path(script).stem].main, *words)
-    assert len(goals) == 3 * 2 * (1 + 3)
+        understood.add(script)
+    assert understood == {"vae.py", "dit.py", "sit.py", "evaluate.py"}
 
 
-def test_the_arms_of_the_gain_are_alike_but_for_p_alpha():
-    standard, eq = [make.closure([gain.generation(arm, 1)[-1]]) for arm in ("standard", "eq")]
-    assert standard[0] is eq[0] and "--init scratch" in standard[0].command
-    for one, other in zip(standard[1:], eq[1:], strict=True):
-        plain = re.sub("--p-alpha 0.[15]", "--p-alpha 1", other.command)
-        assert one.command == plain.replace("f8-eq-", "f8-standard-")
-    alphas = re.findall("--p-alpha ([^ ]+)", " ".join(cell.command for cell in eq))
-    assert alphas == ["1", "0.1", "0.5"]
-
-
-def test_the_gain_is_told_seed_by_seed(tmp_path, monkeypatch):
-    """A pair of which one arm is missing is no pair. The t-test is that of the differences."""
-    records = tmp_path / "records.jsonl"
-    monkeypatch.setattr(reproduce, "RECORDS", records)
-    monkeypatch.setattr(reproduce, "PAGE", tmp_path / "README.md")
-    keys = {goal.name: goal.key for goal in gain.goals()}
-    lines = []
-    for seed, (standard, eq) in enumerate([(200.0, 180.0), (100.0, 85.0), (50.0, None)]):
-        for arm, value in (("standard", standard), ("eq", eq)):
-            name = f"f8-{arm}-s{seed}-dit-1000"
-            about = dict(cell=name, key=keys[name], chain=[dict(commands=["a"], seconds=3600.0)])
-            if value is not None:
-                lines.append(json.dumps({name: {"N": 4, "FD-EfficientNet": value}, "about": about}))
-    records.write_text("\n".join(lines))
-    gain.report()
-    page = (tmp_path / "README.md").read_text()
-    line = "| DiT-Ti/1, 1,000 steps: FD | 150 ± 71 (2) | 132 ± 67 (2) | -10, -15 % |"
-    p = 2 * (1 - math.atan(7.0) / math.pi - 0.5)  # Student's t of 7 with one degree of freedom
-    assert f"{line} p = {p:.2g} |" in page
-    assert "| R | not run |" in page and "1.0 core hours" in page
+def test_the_test_of_the_gain_has_three_seeds_and_three_points():
+    assert len(reproduce.goals(reproduce.COMPARISONS["gain"])) == 3 * 2 * (1 + 3)
 
 
 def test_the_arms_of_a_seed_differ_in_their_objective_alone():
-    commands = []
+    chains = {}
     for arm in ("standard", "eq"):
-        made = reproduce.autoencoder("kl16", arm, 0)
-        tuned = made.needs[0]
-        assert tuned.needs[0].name == "kl16-pretrained-s0-whole"
-        commands += [made.command.replace(arm, "ARM"), tuned.command.replace(arm, "ARM")]
-    refit, tune, refit_eq, tune_eq = commands
-    assert refit == refit_eq
-    assert tune.replace("--p-alpha 1 ", "--p-alpha 0.5 ") == tune_eq
+        chains[arm] = make.closure([reproduce.generation(arm, "dit", 1)[-1]])
+    assert chains["standard"][0] is chains["eq"][0]
+    assert "--init scratch" in chains["eq"][0].command
+    for one, other in zip(chains["standard"][1:], chains["eq"][1:], strict=True):
+        plain = re.sub("--p-alpha 0.[15]", "--p-alpha 1", other.command)
+        assert one.command == plain.replace("f8-eq-", "f8-standard-")
+    alphas = re.findall("--p-alpha ([^ ]+)", " ".join(cell.command for cell in chains["eq"]))
+    assert alphas == ["1", "0.1", "0.5"]
 
 
 def test_a_generator_that_trains_longer_goes_on_from_the_shorter_one():
-    row = [row for row in reproduce.TABLES["2"].rows if row.network == "sit"][-1]
-    (samples,) = reproduce.generation(row, 0).needs
+    (samples,) = reproduce.generation("eq", "sit", 0)[-1].needs
     trained = samples.needs[0]
-    assert row.steps == 4000 and trained.command.endswith("--steps 4000")
-    assert trained.start.command.endswith("--steps 2000")
-    assert trained.start.start.command.endswith("--steps 1000")
+    assert trained.command.endswith("--steps 1500")
+    assert trained.start.command.endswith("--steps 1000")
+    assert trained.start.start.command.endswith("--steps 500")
+    assert trained.start.start.start is None
 
 
 def test_every_score_is_measured_on_efficientnet_and_becomes_a_record():
     for goal in all_goals():
         assert "--features efficientnet" in goal.command and goal.records == reproduce.RECORDS
-
-
-def test_no_command_has_the_flag_that_is_gone():
-    for cell in make.closure(all_goals()):
-        assert "--interpolation" not in cell.command
 
 
 def test_a_try_has_all_cells_with_fewer_steps():
@@ -7250,14 +7204,15 @@ def test_a_try_has_all_cells_with_fewer_steps():
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, text=True, capture_output=True
     )
-    assert "'dit': (3, 6), 'sit': (3, 6, 12)" in done.stdout, done.stderr
-    assert done.stdout.endswith("out/small-try/records.jsonl out/small-try/README.md\n")
+    assert done.stdout == "(2, 4, 6) out/small-try/records.jsonl out/small-try/README.md\n", (
+        done.stderr
+    )
 
 
 def test_the_help_of_the_small_tables_needs_no_environment():
     words = ["bash", str(RESULTS / "reproduce.sh"), "--help"]
     done = subprocess.run(words, text=True, capture_output=True, env=dict(PATH="/usr/bin:/bin"))
-    assert done.returncode == 0 and "bash results/reproduce.sh all" in done.stdout
+    assert done.returncode == 0 and "bash results/reproduce.sh sit" in done.stdout
 
 
 def test_every_recipe_is_understood(only_parse, capsys):
@@ -7283,7 +7238,8 @@ def small_records(tmp_path, monkeypatch):
     keys = {goal.name: goal.key for goal in all_goals()}
 
     def write(name, key=None, **scores):
-        chain = [dict(commands=[f"python {name}"], seconds=3600.0)]
+        chain = [dict(commands=["python pretrained"], seconds=7200.0)]
+        chain.append(dict(commands=[f"python {name}"], seconds=3600.0))
         about = dict(cell=name, key=key or keys[name], chain=chain)
         with open(records, "a") as file:
             file.write(json.dumps({name: {"N": 4} | scores, "about": about}) + "\n")
@@ -7291,65 +7247,75 @@ def small_records(tmp_path, monkeypatch):
     return write
 
 
-def reported(number):
-    """The page of reproduce.py: the lines of one of its tables, cell by cell."""
+def reported():
+    """The page of reproduce.py."""
     reproduce.report()
-    page = reproduce.PAGE.read_text().partition(f"**Table {number}:")[2].partition("**Table ")[0]
-    return [tables.cells(line) for line in page.splitlines() if line.startswith("|")]
+    return reproduce.PAGE.read_text()
 
 
-def test_the_report_shows_a_score_beside_the_papers(small_records):
-    small_records("kl16-eq-s0-dit-2000-efficientnet", **{"FD-EfficientNet": 123.4})
-    header, _, *rows = reported("6")
-    assert header[2:4] == ["gFD-EfficientNet", "gFID, paper"]
-    assert rows[2] == [
-        "KL, 16 channels + EQ",
-        "DiT-Ti/2, 2,000 steps",
-        "123",
-        "34.1",
-        "not run",
-        ".82",
-    ]
+def write_distances(small_records, steps, standard, eq):
+    """Distances of DiT, one of each seed; None where there is no record."""
+    for arm, distances in (("standard", standard), ("eq", eq)):
+        for seed, distance in enumerate(distances):
+            if distance is not None:
+                name = f"f8-{arm}-s{seed}-dit-{steps}"
+                small_records(name, **{"FD-EfficientNet": float(distance)})
 
 
-def test_the_report_shows_the_mean_and_deviation_of_seeds(small_records):
-    for seed, distance in enumerate((10.0, 11.0, 12.0)):
-        name = f"kl4-eq-s{seed}-dit-2000-efficientnet"
-        small_records(name, **{"FD-EfficientNet": distance})
-    row = [row for row in reported("1") if row[0] == "KL, 4 channels + EQ"][0]
-    assert "11 ± 1 (3)" in row
+def test_the_report_tells_what_changes_in_each_seed(small_records):
+    """A pair of which one arm is missing is no pair. The t-test is that of the differences."""
+    write_distances(small_records, 1000, (200, 100, 50), (180, 85, None))
+    line = "| FD of DiT-Ti/1, 1,000 steps | 150 ± 71 (2) | 132 ± 67 (2) | -10, -15 % |"
+    p = 2 * (1 - math.atan(7.0) / math.pi - 0.5)  # Student's t of 7 with one degree of freedom
+    assert f"{line} p = {p:.2g} |" in reported()
 
 
-def test_the_report_tells_what_eq_changes_in_each_seed(small_records):
-    for seed, distance in enumerate((11.0, 24.0)):
-        small_records(f"kl4-eq-s{seed}-dit-2000-efficientnet", **{"FD-EfficientNet": distance})
-        standard = 10.0 * (seed + 1)
-        name = f"kl4-standard-s{seed}-dit-2000-efficientnet"
-        small_records(name, **{"FD-EfficientNet": standard})
+def test_the_report_gives_psnr_in_decibels(small_records):
+    small_records("f8-standard-s0", R=0.8, S=0.5, PSNR=23.0, **{"rFD-EfficientNet": 80.0})
+    small_records("f8-explicit-s0", R=0.2, S=0.4, PSNR=22.5, **{"rFD-EfficientNet": 88.0})
+    page = reported()
+    assert "| PSNR | 23 | 22.5 | -0.5 dB | - |" in page
+    assert "| FD of reconstructions | 80 | 88 | +10 % | - |" in page
+
+
+def test_the_report_draws_curves_and_tells_the_speed_up_once_all_seeds_are_there(small_records):
+    """The standard arm has 60 after 1,500 steps, EQ between 1,000 (70) and 1,500 (50)."""
+    curves = reproduce.PAGE.parent / "figures" / "gain-curves.png"
+    write_distances(small_records, 500, (100, 101, 99), (90, 91, 89))
+    write_distances(small_records, 1000, (80, 81, 79), (70, 71, 69))
+    write_distances(small_records, 1500, (60, 61, None), (50, 51, 49))
+    assert "Speed-up" not in reported() and not curves.exists()
+    small_records("f8-standard-s2-dit-1500", **{"FD-EfficientNet": 59.0})
+    assert f"Speed-up: {1500 / 1250:.2g}." in reported()
+    assert np.asarray(Image.open(curves).convert("L")).std() > 10
+
+
+def test_the_report_draws_samples_of_both_arms_where_they_are_there(
+    small_records, tmp_path, monkeypatch
+):
+    drawn = reproduce.PAGE.parent / "figures" / "gain-samples.png"
+    monkeypatch.chdir(tmp_path)
+    reported()
+    assert not drawn.exists()
+    for arm in ("standard", "eq"):
+        file = reproduce.generation(arm, "dit", 0)[-1].needs[0].file
+        file.parent.mkdir(parents=True)
+        np.savez(file, arr_0=np.zeros((12, 64, 64, 3), np.uint8))
     reproduce.report()
-    line = "| KL, 4 channels | DiT-Ti/2, 2,000 steps | +15 ± 7.1 % (2) |"
-    assert line in reproduce.PAGE.read_text()
+    dark = (np.asarray(Image.open(drawn).convert("L")) == 0).sum()
+    assert dark >= 2 * 12 * 64 * 64
 
 
 def test_the_report_leaves_out_records_of_other_commands(small_records):
-    small_records("kl16-eq-s0-dit-2000-efficientnet", key="old", **{"FD-EfficientNet": 123.4})
-    reproduce.report()
-    assert "Nothing was run yet." in reproduce.PAGE.read_text()
+    small_records("f8-eq-s0-dit-1500", key="old", **{"FD-EfficientNet": 123.4})
+    small_records("f8-standard-s0-dit-1500", **{"FD-EfficientNet": 123.4})
+    page = reported()
+    assert "**EQ-VAE and DiT: the paper's gain.** Not run." in page and "| FD" not in page
 
 
-def test_a_table_without_records_is_one_line(small_records):
-    small_records("kl16-eq-s0-dit-2000-efficientnet", **{"FD-EfficientNet": 123.4})
-    assert reported("3") == []
-    assert "**Table 3: masked generation.** Not run." in reproduce.PAGE.read_text()
-
-
-def test_the_time_of_a_command_that_rows_share_counts_once(small_records):
-    for name in ("kl16-eq-s0-dit-2000-efficientnet", "kl16-p3-s0-dit-2000-efficientnet"):
-        small_records(name, **{"FD-EfficientNet": 123.4})  # an hour each
-    reproduce.report()
-    page = reproduce.PAGE.read_text()
-    assert "**Table 8: p_alpha.** One seed; 2.0 core hours." in page
-    assert "All tables: 2.0 core hours." in page
+def test_the_time_of_a_command_that_scores_share_counts_once(small_records):
+    write_distances(small_records, 1000, (10,), (11,))  # two hours for both, one for each
+    assert "All tables: 4.0 core hours." in reported()
 
 
 def test_a_distance_under_a_transform_is_not_taken_for_the_distance():
@@ -7360,8 +7326,7 @@ def test_a_distance_under_a_transform_is_not_taken_for_the_distance():
 def test_the_report_keeps_what_stands_around_its_markers(small_records):
     before = "# Title\n\n<!-- records -->\nold\n<!-- /records -->\n\nThe rest.\n"
     reproduce.PAGE.write_text(before)
-    reproduce.report()
-    after = reproduce.PAGE.read_text()
+    after = reported()
     assert after.startswith("# Title\n\n<!-- records -->") and after.endswith("\n\nThe rest.\n")
     assert "old" not in after
 

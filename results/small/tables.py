@@ -5,8 +5,8 @@
 A line of history.jsonl holds a name and a record of evaluate.py. kl16-eq-s0-dit-2000-random is the
 name of the samples of a DiT after 2,000 steps, on the latents of a KL autoencoder of 16 channels,
 fine-tuned with EQ from seed 0, and scored on features of random convolutions. The name of the
-autoencoder's own record, kl16-eq-s0-random, has no generator in it. results/reproduce.py gives its
-records such names, too, and makes its tables with the functions of this file.
+autoencoder's own record, kl16-eq-s0-random, has no generator in it. results/reproduce.py formats
+its tables with functions of this file.
 """
 
 import json
@@ -49,7 +49,6 @@ NETWORKS = {
 # The steps after which samples of each generator are scored
 STEPS = dict(dit=(1000, 2000), sit=(1000, 2000, 4000), repa=(1000, 2000), maskgit=(1000, 2000))
 PAIR = ("standard", "eq")
-NOT_RUN = "not run"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,16 +70,16 @@ class Table(NamedTuple):
     rows: list
 
 
-def make_tables(steps):
-    """{number in the paper: table}. Generators are scored after `steps`.
+def make_tables():
+    """{number in the paper: table}.
 
     rFD and gFD are Frechet distances: of reconstructions, and of a generator's samples.
     """
 
     def rows(arms, kind="kl16", network="dit", all_steps=False):
         found = []
-        for count in steps[network]:
-            last = count == steps[network][-1]
+        for count in STEPS[network]:
+            last = count == STEPS[network][-1]
             if last or all_steps:
                 found += [Row(kind, arm, network, count, last) for arm in arms]
         return found
@@ -238,16 +237,13 @@ def effect_tables(tables, scores):
     columns = scores.columns(("R", "S", "PSNR", "rFD"))
     body = []
     for row in one_of_each_kind.values():
-        changes = [effect(scores, row, column) for column in columns]
-        if set(changes) != {NOT_RUN}:
-            body.append([KINDS[row.kind][0], *changes])
+        body.append([KINDS[row.kind][0], *[effect(scores, row, column) for column in columns]])
     lines = [*markdown(["autoencoder", *columns], body), ""]
     columns = scores.columns(("gFD",))
     body = []
     for row in rows:
         changes = [effect(scores, row, column) for column in columns]
-        if set(changes) != {NOT_RUN}:
-            body.append([KINDS[row.kind][0], generator_name(row), *changes])
+        body.append([KINDS[row.kind][0], generator_name(row), *changes])
     return [*lines, *markdown(["autoencoder", "generator", *columns], body), ""]
 
 
@@ -261,8 +257,6 @@ def effect(scores, row, column):
             changes.append(equivariant[seed] - standard[seed])
         else:
             changes.append(100 * (equivariant[seed] / standard[seed] - 1))
-    if not changes:
-        return NOT_RUN
     unit = "dB" if column == "PSNR" else "%"
     return f"{statistics.mean(changes):+.2g}{spread(changes)} {unit} ({len(changes)})"
 
@@ -270,8 +264,6 @@ def effect(scores, row, column):
 def table_lines(number, table, scores, paper):
     """One of the paper's tables: our scores, and after each the paper's."""
     hours = scores.core_hours(table)
-    if hours == 0:
-        return [f"**Table {number}: {table.title}.** Not run.", ""]
     header = ["autoencoder", "generator"]
     body = [[KINDS[row.kind][0] + ARMS[row.arm][0], generator_name(row)] for row in table.rows]
     for name in table.columns:
@@ -293,8 +285,6 @@ def generator_name(row):
 
 
 def show(values, seeds):
-    if not values:
-        return NOT_RUN
     text = f"{statistics.mean(values):.3g}"
     return text if seeds == 1 else f"{text}{spread(values)} ({len(values)})"
 
@@ -327,7 +317,7 @@ def write_between(path, marker, lines):
 def read_history():
     """{name: record}, and the tables with the rows that were run only then."""
     lines = [json.loads(line) for line in (FOLDER / "history.jsonl").read_text().splitlines()]
-    tables = make_tables(STEPS)
+    tables = make_tables()
     for arm in PAIR:
         tables["1"].rows.append(Row("photo", arm, "dit", 2000, last=True))
     for arm in ("bicubic", "bilinear"):
