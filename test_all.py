@@ -6911,6 +6911,7 @@ def test_curves_join_what_differs_in_steps_and_seed_alone(full_size):
     for end, factor in ((3, 400 / 150), (6, 325 / 200)):
         assert figures.speed_up(base, [(100, 7), (200, end)]) == pytest.approx(factor)
     assert figures.speed_up(base, [(100, 4), (200, 3)]) is None
+    assert figures.speed_up(base, [(100, 4), (200, 9), (300, 3)]) is None
 
 
 def test_figures_are_drawn_from_checkpoints_and_records(
@@ -7205,6 +7206,11 @@ def test_the_arms_of_a_seed_differ_in_their_objective_alone():
     assert alphas == ["1", "0.1", "0.5"]
 
 
+def test_the_arm_without_a_fine_tune_is_the_pretrained_file():
+    names = [cell.name for cell in make.closure([reproduce.reconstruction("untuned", 0)])]
+    assert names == ["f8-pretrained-s0", "f8-untuned-s0"]
+
+
 def test_a_generator_that_trains_longer_goes_on_from_the_shorter_one():
     (samples,) = reproduce.generation("eq", "sit", 0)[-1].needs
     trained = samples.needs[0]
@@ -7220,14 +7226,12 @@ def test_every_score_is_measured_on_efficientnet_and_becomes_a_record():
 
 
 def test_a_try_has_all_cells_with_fewer_steps():
-    code = "import reproduce; print(reproduce.STEPS, reproduce.RECORDS, reproduce.PAGE)"
+    code = "import reproduce; print(reproduce.STEPS, reproduce.SAMPLES, reproduce.RECORDS)"
     environment = os.environ | dict(SMALL_SCALE="0.003", PYTHONPATH=str(RESULTS))
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, text=True, capture_output=True
     )
-    assert done.stdout == "(2, 4, 6) out/small-try/records.jsonl out/small-try/README.md\n", (
-        done.stderr
-    )
+    assert done.stdout == "(2, 4, 6) 16 out/small-try/records.jsonl\n", done.stderr
 
 
 def test_the_help_of_the_small_tables_needs_no_environment():
@@ -7251,27 +7255,24 @@ def test_every_recipe_is_understood(only_parse, capsys):
 
 # ---------------------------------------------------------------- the tables
 @pytest.fixture
-def small_records(tmp_path, monkeypatch):
-    """reproduce.py with records and a page of its own -> write(name, scores, key=None)."""
-    records = tmp_path / "records.jsonl"
-    monkeypatch.setattr(reproduce, "RECORDS", records)
-    monkeypatch.setattr(reproduce, "PAGE", tmp_path / "README.md")
+def small_records(tmp_path):
+    """records.jsonl of a folder of reproduce.py -> write(name, scores, key=None)."""
     keys = {goal.name: goal.key for goal in all_goals()}
 
     def write(name, key=None, **scores):
         chain = [dict(commands=["python pretrained"], seconds=7200.0)]
         chain.append(dict(commands=[f"python {name}"], seconds=3600.0))
         about = dict(cell=name, key=key or keys[name], chain=chain)
-        with open(records, "a") as file:
+        with open(tmp_path / "records.jsonl", "a") as file:
             file.write(json.dumps({name: {"N": 4} | scores, "about": about}) + "\n")
 
     return write
 
 
-def reported():
+def reported(folder):
     """The page of reproduce.py."""
-    reproduce.report()
-    return reproduce.PAGE.read_text()
+    reproduce.report(folder)
+    return (folder / "README.md").read_text()
 
 
 def write_distances(small_records, steps, standard, eq):
@@ -7283,60 +7284,97 @@ def write_distances(small_records, steps, standard, eq):
                 small_records(name, **{"FD-EfficientNet": float(distance)})
 
 
-def test_the_report_tells_what_changes_in_each_seed(small_records):
+def test_the_report_tells_what_changes_in_each_seed(small_records, tmp_path):
     """A pair of which one arm is missing is no pair. The t-test is that of the differences."""
     write_distances(small_records, 1000, (200, 100, 50), (180, 85, None))
-    line = "| FD of DiT-Ti/1, 1,000 steps | 150 ± 71 (2) | 132 ± 67 (2) | -10, -15 % |"
+    line = "| FD of DiT-Ti/1, 1,000 steps | 150 ± 71 (2) | 132 ± 67 (2) | -10.0, -15.0 % |"
     p = 2 * (1 - math.atan(7.0) / math.pi - 0.5)  # Student's t of 7 with one degree of freedom
-    assert f"{line} p = {p:.2g} |" in reported()
+    page = reported(tmp_path)
+    assert f"{line} p = {p:.2g} |" in page
+    assert "Not complete." in page
 
 
-def test_the_report_gives_psnr_in_decibels(small_records):
-    small_records("f8-standard-s0", R=0.8, S=0.5, PSNR=23.0, **{"rFD-EfficientNet": 80.0})
-    small_records("f8-explicit-s0", R=0.2, S=0.4, PSNR=22.5, **{"rFD-EfficientNet": 88.0})
-    page = reported()
+def test_the_report_gives_psnr_in_decibels(small_records, tmp_path):
+    for arm, psnr in (("standard", 23.0), ("untuned", 22.5)):
+        small_records(f"f8-{arm}-s0", R=0.8, S=0.5, PSNR=psnr, **{"rFD-EfficientNet": 4 * psnr})
+        small_records(f"f8-{arm}-s0-dit-500", **{"FD-EfficientNet": 200.0})
+    page = reported(tmp_path)
     assert "| PSNR | 23 | 22.5 | -0.5 dB | - |" in page
-    assert "| FD of reconstructions | 80 | 88 | +10 % | - |" in page
+    assert "| FD of reconstructions | 92 | 90 | -2.2 % | - |" in page
 
 
-def test_the_report_draws_curves_and_tells_the_speed_up_once_all_seeds_are_there(small_records):
-    """The standard arm has 60 after 1,500 steps, EQ between 1,000 (70) and 1,500 (50)."""
-    curves = reproduce.PAGE.parent / "figures" / "gain-curves.png"
-    write_distances(small_records, 500, (100, 101, 99), (90, 91, 89))
-    write_distances(small_records, 1000, (80, 81, 79), (70, 71, 69))
-    write_distances(small_records, 1500, (60, 61, None), (50, 51, 49))
-    assert "Speed-up" not in reported() and not curves.exists()
-    small_records("f8-standard-s2-dit-1500", **{"FD-EfficientNet": 59.0})
-    assert f"Speed-up: {1500 / 1250:.2g}." in reported()
-    assert np.asarray(Image.open(curves).convert("L")).std() > 10
-
-
-def test_the_report_draws_samples_of_both_arms_where_they_are_there(
-    small_records, tmp_path, monkeypatch
-):
-    drawn = reproduce.PAGE.parent / "figures" / "gain-samples.png"
-    monkeypatch.chdir(tmp_path)
-    reported()
-    assert not drawn.exists()
+def test_a_comparison_of_which_no_generator_was_run_is_one_line(small_records, tmp_path):
+    """The autoencoders of SiT's comparison are those of DiT's."""
     for arm in ("standard", "eq"):
-        file = reproduce.generation(arm, "dit", 0)[-1].needs[0].file
-        file.parent.mkdir(parents=True)
-        np.savez(file, arr_0=np.zeros((12, 64, 64, 3), np.uint8))
-    reproduce.report()
+        small_records(f"f8-{arm}-s0", R=0.8, S=0.5, PSNR=20.0, **{"rFD-EfficientNet": 80.0})
+    write_distances(small_records, 500, (100,), (90,))
+    page = reported(tmp_path)
+    assert "| R | 0.8 (1) | 0.8 (1) |" in page
+    assert "**EQ-VAE's latents, SiT.** Not run." in page and page.count("| R |") == 1
+
+
+CURVE = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
+
+
+@pytest.mark.parametrize(
+    "eq, speed",
+    [
+        ((90, 70, 50), f"EQ is {1500 / 1250:.2g} times as fast."),
+        ((60, 55, 50), "EQ is more than 3 times as fast."),
+        ((120, 110, 100), "EQ is less than 0.33 times as fast."),
+    ],
+)
+def test_the_report_tells_the_speed_up_once_all_seeds_are_there(small_records, tmp_path, eq, speed):
+    for (steps, standard), distance in zip(CURVE.items(), eq):
+        kept = standard if steps < 1500 else standard[:2]
+        write_distances(small_records, steps, kept, (distance,) * 3)
+    curves = tmp_path / "figures" / "gain-curves.png"
+    assert "Not complete." in reported(tmp_path) and not curves.exists()
+    small_records("f8-standard-s2-dit-1500", **{"FD-EfficientNet": 59.0})
+    assert speed in reported(tmp_path)
+    assert np.asarray(Image.open(curves).convert("L")).std() > 10
+    (tmp_path / "records.jsonl").unlink()
+    reported(tmp_path)
+    assert not curves.exists()
+
+
+def test_the_report_draws_samples_of_both_arms_once_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = tmp_path / "figures" / "gain-samples.png"
+    for arm in ("standard", "eq"):
+        reproduce.report(tmp_path)
+        assert not drawn.exists()
+        (samples,) = reproduce.generation(arm, "dit", 0)[-1].needs
+        samples.file.parent.mkdir(parents=True)
+        np.savez(samples.file, arr_0=np.zeros((12, 64, 64, 3), np.uint8))
+        samples.write_state(key=samples.key, done=True)
+    reproduce.report(tmp_path)
     dark = (np.asarray(Image.open(drawn).convert("L")) == 0).sum()
     assert dark >= 2 * 12 * 64 * 64
 
 
-def test_the_report_leaves_out_records_of_other_commands(small_records):
+def test_the_report_leaves_out_records_of_other_commands(small_records, tmp_path):
     small_records("f8-eq-s0-dit-1500", key="old", **{"FD-EfficientNet": 123.4})
     small_records("f8-standard-s0-dit-1500", **{"FD-EfficientNet": 123.4})
-    page = reported()
-    assert "**EQ-VAE and DiT: the paper's gain.** Not run." in page and "| FD" not in page
+    page = reported(tmp_path)
+    assert "**EQ-VAE's latents, DiT.** Not run." in page and "| FD" not in page
 
 
-def test_the_time_of_a_command_that_scores_share_counts_once(small_records):
+def test_the_time_of_a_command_that_scores_share_counts_once(small_records, tmp_path):
     write_distances(small_records, 1000, (10,), (11,))  # two hours for both, one for each
-    assert "All tables: 4.0 core hours." in reported()
+    assert "All tables: 4.0 core hours." in reported(tmp_path)
+
+
+def test_scores_are_reported_also_where_a_command_fails(small_records, tmp_path, monkeypatch):
+    def fail(*_):
+        raise SystemExit("failed: python dit.py")
+
+    write_distances(small_records, 1000, (10,), (11,))
+    monkeypatch.setattr(reproduce, "make", fail)
+    monkeypatch.setattr(reproduce, "OUT", tmp_path)
+    with pytest.raises(SystemExit, match="failed"):
+        run(reproduce.main)
+    assert "| FD of DiT-Ti/1, 1,000 steps |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_distance_under_a_transform_is_not_taken_for_the_distance():
@@ -7344,29 +7382,27 @@ def test_a_distance_under_a_transform_is_not_taken_for_the_distance():
     assert tables.value_of(record, "rFD-random") == 1.0
 
 
-def test_the_report_keeps_what_stands_around_its_markers(small_records):
+def test_the_report_keeps_what_stands_around_its_markers(tmp_path):
     before = "# Title\n\n<!-- records -->\nold\n<!-- /records -->\n\nThe rest.\n"
-    reproduce.PAGE.write_text(before)
-    after = reported()
+    (tmp_path / "README.md").write_text(before)
+    after = reported(tmp_path)
     assert after.startswith("# Title\n\n<!-- records -->") and after.endswith("\n\nThe rest.\n")
     assert "old" not in after
 
 
-def test_a_page_without_markers_is_refused(small_records):
-    reproduce.PAGE.write_text("# Title\n")
+def test_a_page_without_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(SystemExit, match="wanted: one line <!-- records -->"):
-        reproduce.report()
-    assert reproduce.PAGE.read_text() == "# Title\n"
+        reproduce.report(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Title\n"
 
 
-def test_the_small_readme_has_the_tables_of_its_records():
-    page = RESULTS / "small" / "README.md"
-    keys = {goal.name: goal.key for goal in all_goals()}
-    records = {}
-    for record in make.read_records(RESULTS / "small" / "records.jsonl"):
-        if record["about"]["key"] == keys.get(record["about"]["cell"]):
-            records[record["about"]["cell"]] = record
-    assert "\n".join(reproduce.page(records)) in page.read_text()
+def test_the_small_readme_has_the_tables_of_its_records(tmp_path):
+    small = RESULTS / "small"
+    if (small / "records.jsonl").exists():
+        shutil.copy(small / "records.jsonl", tmp_path)
+    tables_alone = reported(tmp_path).strip()
+    assert tables_alone in (small / "README.md").read_text()
 
 
 def test_the_small_readme_has_the_tables_of_the_history():

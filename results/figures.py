@@ -208,6 +208,8 @@ def speed_up(base, other):
 
 
 def first_step(goal, curve):
+    if curve[0][1] <= goal:
+        return None
     for (step, value, *_), (later, lower, *_) in zip(curve, curve[1:]):
         if value > goal >= lower:
             return step + (later - step) * (value - goal) / (value - lower)

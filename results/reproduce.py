@@ -1,23 +1,26 @@
 """A test of the paper's gain: does a DiT learn faster on latents that EQ has made equivariant?
 
     bash results/reproduce.sh               # an environment, the pictures, all commands, the table
-    bash results/reproduce.sh sit explicit  # one seed of SiT, and of the explicit loss
-    python results/reproduce.py report      # only writes the tables of the records again
-    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: .3 % of all steps
+    bash results/reproduce.sh sit untuned   # one seed of SiT; and of no fine-tune beside standard
+    bash results/reproduce.sh report        # only writes the tables of the records again
+    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of everything
 
 The setting was found in small/search.md and then frozen. A small autoencoder with SD-VAE's tight
-bottleneck (f8 c4) is trained on emoji of 64 px until its latents are nearly as far from equivariant
-as the paper's. From there it is fine-tuned in two arms of equal length, each in two stages: with a
-high and with a low learning rate. The arm of EQ has p_alpha .1 and then .5, the standard arm has
-Eq. 1 alone. A DiT is trained on the latents of each arm, and its samples are compared with the
-training pictures. The distance is measured on features of EfficientNet-Lite0, because
-FID-Inception cannot be had everywhere: it is no FID.
+bottleneck (f8 c4: 8 x 8 x 4 numbers for a picture of 64 px) is trained on emoji, until its latents
+are far from equivariant. From there it is fine-tuned in two arms of equal length, each in two
+stages: with a high and with a low learning rate. In a share p_alpha of its steps EQ leaves the
+picture as it is; this is .1 in the first stage, .5 in the second. The standard arm always does,
+which is Eq. 1. A DiT is trained on the latents of each arm, and its samples are compared with the
+training pictures. The distance is measured on features of EfficientNet-Lite0, because FID-Inception
+cannot be had everywhere: it is no FID. The autoencoders of both arms were trained with a perceptual
+loss on features of the same network.
 
-A command is not run again unless it or one before it has changed, and a run that was stopped goes
-on when the same command is given again. Commands run in one thread each, as many side by side as
-there are cores, or $SMALL_JOBS. Files are left in out/small/, each with its log. A score becomes a
-line of small/records.jsonl, with the commands that led to it, and the tables are written into
-small/README.md. A try leaves everything in out/small-try/.
+Commands run in one thread each, as many side by side as there are cores, or $SMALL_JOBS. A command
+is not run again unless its words, or those of one before it, have changed; a change of the code is
+not noticed. A run that was stopped goes on when the same command is given again. All is left in
+out/small/, or out/small-try/: each file with its log; records.jsonl, a line for each score, with
+the commands that led to it; README.md, the tables. `report FOLDER` writes the tables of another
+folder's records.jsonl, as of results/small, which has those of our run.
 """
 
 import functools
@@ -37,17 +40,9 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS / "small"))
 import tables  # noqa: E402
 
-SCALE = float(os.environ.get("SMALL_SCALE", 1))
-JOBS = int(os.environ.get("SMALL_JOBS", 0)) or os.cpu_count()
-if "SMALL_JOBS" not in os.environ and hasattr(os, "sched_getaffinity"):
-    JOBS = len(os.sched_getaffinity(0))  # the cores that this process may use
-OUT = Path("out/small")
-RECORDS = Path("results/small/records.jsonl")
-PAGE = Path("results/small/README.md")
-if SCALE != 1:
-    OUT = Path("out/small-try")
-    RECORDS = OUT / "records.jsonl"
-    PAGE = OUT / "README.md"
+SCALE = float(os.environ.get("SMALL_SCALE") or 1)
+OUT = Path("out/small") if SCALE == 1 else Path("out/small-try")
+RECORDS = OUT / "records.jsonl"
 
 
 def scaled(count, least=2):
@@ -66,21 +61,22 @@ class Comparison(NamedTuple):
 
 
 COMPARISONS = {
-    "gain": Comparison("EQ-VAE and DiT: the paper's gain", "eq", "dit", 3),
-    "sit": Comparison("EQ-VAE and SiT", "eq", "sit", 1),
-    "explicit": Comparison("The explicit loss and DiT", "explicit", "dit", 1),
+    "gain": Comparison("EQ-VAE's latents, DiT", "eq", "dit", 3),
+    "sit": Comparison("EQ-VAE's latents, SiT", "eq", "sit", 1),
+    # Does a DiT simply like the latents of a blurrier autoencoder? And Table 6: of longer training?
+    "untuned": Comparison("No fine-tune at all, DiT", "untuned", "dit", 1),
 }
 
 
 class Arm(NamedTuple):
     title: str
-    stages: tuple  # the flags of the two stages of its fine-tune
+    stages: tuple  # the flags of each stage of its fine-tune
 
 
 ARMS = {
     "standard": Arm("standard", ("--p-alpha 1", "--p-alpha 1")),
     "eq": Arm("EQ", ("--p-alpha 0.1", "--p-alpha 0.5")),
-    "explicit": Arm("explicit", ("--p-alpha 0 --explicit-weight 0.1",) * 2),
+    "untuned": Arm("only pretrained", ()),
 }
 PRETRAINING = (1500, 1e-3)  # steps, learning rate
 STAGES = ((1250, 1e-3), (1250, 3e-4))
@@ -88,6 +84,7 @@ GENERATORS = {  # name -> model, flags of its sampler
     "dit": ("DiT-Ti/1", "--sampler ddim --sampling-steps 25"),
     "sit": ("SiT-Ti/1", "--sampler heun --sampling-steps 25"),
 }
+# In a try the three stay different: 2, 4 and 6
 STEPS = tuple(scaled(count, least=2 + 2 * k) for k, count in enumerate((500, 1000, 1500)))
 SAMPLES = scaled(2048, 16)
 
@@ -154,7 +151,7 @@ def generation(arm, network, seed):
 
 
 def goals(comparison):
-    """All scores, seed by seed, so that a run that is stopped leaves whole pairs."""
+    """The cells of all scores, seed by seed."""
     found = []
     for seed in range(comparison.seeds):
         for arm in arms(comparison):
@@ -166,19 +163,21 @@ def goals(comparison):
 # The report
 
 
-def report():
-    """Writes the tables of all records that were made by the commands of today, and the figures."""
+def report(folder):
+    """Writes the tables and figures of a folder's records, as far as today's commands made them."""
     cells = [cell for comparison in COMPARISONS.values() for cell in goals(comparison)]
     keys = {cell.name: cell.key for cell in cells}
     records = {}
-    for record in read_records(RECORDS):
+    for record in read_records(folder / "records.jsonl"):
         name = record["about"]["cell"]
         if record["about"]["key"] == keys.get(name):
             records[name] = record
-    tables.write_between(PAGE, "records", page(records))
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    tables.write_between(folder / "README.md", "records", page(records))
     for name, comparison in COMPARISONS.items():
-        draw(name, comparison, records)
-    print(f"{PAGE}: the scores of {len(records)} of {len(keys)} cells")
+        draw_curves(comparison, records, folder / "figures" / f"{name}-curves.png")
+        draw_samples(comparison, folder / "figures" / f"{name}-samples.png")
+    print(f"{folder / 'README.md'}: the tables of {len(records)} scores")
 
 
 def page(records):
@@ -191,9 +190,7 @@ def page(records):
             continue
         seeds = f"Seeds 0 to {comparison.seeds - 1}" if comparison.seeds > 1 else "One seed"
         about = f"{seeds}; {SAMPLES:,} samples of each generator."
-        factor = speed_up(comparison, records)
-        if factor is not None:
-            about += f" Speed-up: {factor:.2g}."
+        about += f" {speed_up(comparison, records) or 'Not complete'}."
         header = ["", "standard", ARMS[comparison.arm].title, "change in each seed", "t-test"]
         lines += [f"**{comparison.title}.** {about}", "", *tables.markdown(header, rows), ""]
     seconds = {}
@@ -204,28 +201,40 @@ def page(records):
 
 
 def table_rows(comparison, records):
-    """A row for each score that some seed has of both arms."""
-    scores = [(column, "f8-{arm}-s{seed}", column) for column in ("R", "S", "PSNR")]
-    scores.append(("FD of reconstructions", "f8-{arm}-s{seed}", "rFD-EfficientNet"))
-    model, _ = GENERATORS[comparison.network]
-    for steps in STEPS:
-        scores.append((f"FD of {model}, {steps:,} steps", *distance(comparison, steps)))
+    """A row for each score that some seed has of both arms; none before a generator has one."""
     rows = []
-    for title, name, column in scores:
-        found = pairs(comparison, records, name, column)
-        if found:
-            means = [tables.show(values, comparison.seeds) for values in zip(*found)]
-            rows.append([title, *means, changes(found, column), p_value(found)])
-    return rows
+    for column in ("R", "S", "PSNR", "rFD-EfficientNet"):
+        found = pairs(comparison, records, "f8-{arm}-s{seed}", column)
+        title = "FD of reconstructions" if column == "rFD-EfficientNet" else column
+        rows += table_row(comparison, title, found, column == "PSNR")
+    model, _ = GENERATORS[comparison.network]
+    distances = []
+    for steps in STEPS:
+        found = distance_pairs(comparison, records, steps)
+        distances += table_row(comparison, f"FD of {model}, {steps:,} steps", found)
+    return rows + distances if distances else []
 
 
-def distance(comparison, steps):
-    """Where the distance of a generator's samples stands: the records' names, the score's."""
-    return f"f8-{{arm}}-s{{seed}}-{comparison.network}-{steps}", "FD-EfficientNet"
+def table_row(comparison, title, found, decibels=False):
+    if not found:
+        return []
+    means = [tables.show(values, comparison.seeds) for values in zip(*found)]
+    if decibels:
+        changes = ", ".join(f"{other - base:+.1f}" for base, other in found) + " dB"
+    else:
+        changes = ", ".join(f"{100 * (other / base - 1):+.1f}" for base, other in found) + " %"
+    return [[title, *means, changes, p_value(found)]]
+
+
+def arms(comparison):
+    return ("standard", comparison.arm)
 
 
 def pairs(comparison, records, name, column):
-    """[(score of the standard arm, score of the other one), ...] of the seeds that have both."""
+    """[(score of the standard arm, score of the other one), ...] of the seeds that have both.
+
+    name  of the records, as "f8-{arm}-s{seed}"
+    """
     found = []
     for seed in range(comparison.seeds):
         both = [records.get(name.format(arm=arm, seed=seed)) for arm in arms(comparison)]
@@ -234,14 +243,9 @@ def pairs(comparison, records, name, column):
     return found
 
 
-def arms(comparison):
-    return ("standard", comparison.arm)
-
-
-def changes(found, column):
-    if column == "PSNR":
-        return ", ".join(f"{other - base:+.2g}" for base, other in found) + " dB"
-    return ", ".join(f"{100 * (other / base - 1):+.2g}" for base, other in found) + " %"
+def distance_pairs(comparison, records, steps):
+    name = f"f8-{{arm}}-s{{seed}}-{comparison.network}-{steps}"
+    return pairs(comparison, records, name, "FD-EfficientNet")
 
 
 def p_value(found):
@@ -256,7 +260,7 @@ def curves(comparison, records):
     """{arm: [(step, mean, deviation), ...]} of the distance; empty until all seeds have it."""
     drawn = {}
     for steps in STEPS:
-        found = pairs(comparison, records, *distance(comparison, steps))
+        found = distance_pairs(comparison, records, steps)
         if len(found) < comparison.seeds:
             return {}
         for arm, values in zip(arms(comparison), zip(*found)):
@@ -266,45 +270,73 @@ def curves(comparison, records):
 
 
 def speed_up(comparison, records):
-    """How many times as fast the other arm comes to the distance that both reach, or None."""
+    """How much faster the mean curve of the other arm is, in words; "" until all seeds are there.
+
+    Both curves are followed to the distance that both reach: the greater one of their last ones.
+    """
     drawn = curves(comparison, records)
-    return figures.speed_up(*drawn.values()) if drawn else None
+    if not drawn:
+        return ""
+    base, other = drawn.values()
+    factor = figures.speed_up(base, other)
+    name = ARMS[comparison.arm].title
+    if factor is not None:
+        return f"{name} is {factor:.2g} times as fast"
+    if other[0][1] <= base[-1][1]:
+        return f"{name} is more than {base[-1][0] / other[0][0]:.2g} times as fast"
+    return f"{name} is less than {base[0][0] / other[-1][0]:.2g} times as fast"
 
 
-def draw(name, comparison, records):
-    """Fig. 1, right: NAME-curves.png. Fig. 4: NAME-samples.png, where the samples are there."""
-    folder = PAGE.parent / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_curves(comparison, records, path):
+    """Fig. 1, right."""
     drawn = curves(comparison, records)
+    if not drawn:
+        path.unlink(missing_ok=True)
+        return
+    seeds = f"mean ± deviation of {comparison.seeds} seeds" if comparison.seeds > 1 else "one seed"
+    title = f"{comparison.title}: {seeds}\n{speed_up(comparison, records)}"
     model, _ = GENERATORS[comparison.network]
-    if drawn:
-        title = f"Fig. 1: {comparison.title}"
-        factor = speed_up(comparison, records)
-        if factor is not None:
-            title += f"\n{ARMS[comparison.arm].title}: {factor:.2g} times as fast"
-        figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet")
-        figures.draw_curves(axes, drawn)
-        figures.save(figure.savefig, folder / f"{name}-curves.png")
+    figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
+    figures.draw_curves(axes, drawn)
+    figures.save(figure.savefig, path)
+
+
+def draw_samples(comparison, path):
+    """Fig. 4, where the samples of seed 0 are there."""
     rows = []
     for arm in arms(comparison):
-        file = generation(arm, comparison.network, 0)[-1].needs[0].file
-        if file.exists():
-            with np.load(file) as stored:
-                images = torch.from_numpy(stored["arr_0"][:12]).permute(0, 3, 1, 2)
-            rows.append((ARMS[arm].title, figures.pictures_of(images)))
-    if len(rows) == 2:
-        title = f"{model} after {STEPS[-1]:,} steps: samples of equal noise and labels (Fig. 4)"
-        figures.save(figures.panel(title, rows).save, folder / f"{name}-samples.png")
+        (samples,) = generation(arm, comparison.network, 0)[-1].needs
+        if not samples.is_made():
+            return
+        with np.load(samples.file) as stored:
+            images = torch.from_numpy(stored["arr_0"][:12]).permute(0, 3, 1, 2)
+        rows.append((ARMS[arm].title, figures.pictures_of(images)))
+    model, _ = GENERATORS[comparison.network]
+    title = f"{model} after {STEPS[-1]:,} steps: samples of equal noise and labels"
+    figures.save(figures.panel(title, rows).save, path)
+
+
+def cores():
+    """How many commands run side by side: $SMALL_JOBS, or the cores that this process may use."""
+    if os.environ.get("SMALL_JOBS"):
+        return int(os.environ["SMALL_JOBS"])
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def main():
     os.chdir(RESULTS.parent)
     wanted = sys.argv[1:] or ["gain"]
-    if wanted != ["report"]:
-        if not set(wanted) <= set(COMPARISONS):
-            raise SystemExit(__doc__)
-        make([goal for name in wanted for goal in goals(COMPARISONS[name])], OUT, JOBS)
-    report()
+    if wanted[0] == "report" and len(wanted) <= 2:
+        report(Path(wanted[1]) if len(wanted) == 2 else OUT)
+        return
+    if not set(wanted) <= set(COMPARISONS):
+        raise SystemExit(__doc__)
+    try:
+        make([goal for name in wanted for goal in goals(COMPARISONS[name])], OUT, cores())
+    finally:
+        report(OUT)
 
 
 if __name__ == "__main__":
