@@ -7310,7 +7310,7 @@ def test_a_comparison_of_which_no_generator_was_run_is_one_line(small_records, t
     write_distances(small_records, 500, (100,), (90,))
     page = reported(tmp_path)
     assert "| R | 0.8 (1) | 0.8 (1) |" in page
-    assert "**EQ-VAE's latents, SiT.** Not run." in page and page.count("| R |") == 1
+    assert "**SiT on EQ-VAE's latents.** Not run." in page and page.count("| R |") == 1
 
 
 CURVE = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
@@ -7357,7 +7357,7 @@ def test_the_report_leaves_out_records_of_other_commands(small_records, tmp_path
     small_records("f8-eq-s0-dit-1500", key="old", **{"FD-EfficientNet": 123.4})
     small_records("f8-standard-s0-dit-1500", **{"FD-EfficientNet": 123.4})
     page = reported(tmp_path)
-    assert "**EQ-VAE's latents, DiT.** Not run." in page and "| FD" not in page
+    assert "**DiT on EQ-VAE's latents.** Not run." in page and "| FD" not in page
 
 
 def test_the_time_of_a_command_that_scores_share_counts_once(small_records, tmp_path):

@@ -61,10 +61,10 @@ class Comparison(NamedTuple):
 
 
 COMPARISONS = {
-    "gain": Comparison("EQ-VAE's latents, DiT", "eq", "dit", 3),
-    "sit": Comparison("EQ-VAE's latents, SiT", "eq", "sit", 1),
+    "gain": Comparison("DiT on EQ-VAE's latents", "eq", "dit", 3),
+    "sit": Comparison("SiT on EQ-VAE's latents", "eq", "sit", 1),
     # Does a DiT simply like the latents of a blurrier autoencoder? And Table 6: of longer training?
-    "untuned": Comparison("No fine-tune at all, DiT", "untuned", "dit", 1),
+    "untuned": Comparison("DiT, the autoencoder only pretrained", "untuned", "dit", 1),
 }
 
 
