@@ -6,21 +6,21 @@
     SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of everything
 
 The setting was found in small/search.md and then frozen. A small autoencoder with SD-VAE's tight
-bottleneck (f8 c4: 8 x 8 x 4 numbers for a picture of 64 px) is trained on emoji, until its latents
-are far from equivariant. From there it is fine-tuned in two arms of equal length, each in two
-stages: with a high and with a low learning rate. In a share p_alpha of its steps EQ leaves the
-picture as it is; this is .1 in the first stage, .5 in the second. The standard arm always does,
-which is Eq. 1. A DiT is trained on the latents of each arm, and its samples are compared with the
-training pictures. The distance is measured on features of EfficientNet-Lite0, because FID-Inception
-cannot be had everywhere: it is no FID. The autoencoders of both arms were trained with a perceptual
-loss on features of the same network.
+bottleneck (f8 c4: 8 x 8 x 4 numbers for a picture of 64 px) is trained on emoji. Then it is
+fine-tuned in two arms of equal length, each in two stages: with a high and with a low learning
+rate. In a share p_alpha of its steps EQ transforms nothing; this is .1 in the first stage, .5 in
+the second. The standard arm never transforms: Eq. 1. A DiT is trained on the latents of each arm,
+and its samples are compared with the training pictures. The distance is measured on features of
+EfficientNet-Lite0, because FID-Inception cannot be had everywhere: it is no FID. The autoencoders
+of both arms were trained with a perceptual loss on features of the same network.
 
 Commands run in one thread each, as many side by side as there are cores, or $SMALL_JOBS. A command
 is not run again unless its words, or those of one before it, have changed; a change of the code is
-not noticed. A run that was stopped goes on when the same command is given again. All is left in
-out/small/, or out/small-try/: each file with its log; records.jsonl, a line for each score, with
-the commands that led to it; README.md, the tables. `report FOLDER` writes the tables of another
-folder's records.jsonl, as of results/small, which has those of our run.
+not noticed. A run that was stopped goes on when the same command is given again.
+
+All is left in out/small/, and a try's in out/small-try/: each file with its log; records.jsonl,
+with a line for each score and the commands that led to it; README.md, with the tables. `report
+FOLDER` writes the tables of another folder's records.jsonl: results/small has those of our run.
 """
 
 import functools
@@ -270,21 +270,32 @@ def curves(comparison, records):
 
 
 def speed_up(comparison, records):
-    """How much faster the mean curve of the other arm is, in words; "" until all seeds are there.
-
-    Both curves are followed to the distance that both reach: the greater one of their last ones.
-    """
+    """A text: of the means' curves, and of each seed's. "" until all seeds are there."""
     drawn = curves(comparison, records)
     if not drawn:
         return ""
-    base, other = drawn.values()
+    text = f"{ARMS[comparison.arm].title} is {ratio(*drawn.values())} times as fast"
+    if comparison.seeds == 1:
+        return text
+    points = [distance_pairs(comparison, records, steps) for steps in STEPS]
+    of_seeds = []
+    for seed in range(comparison.seeds):
+        base, other = zip(*[pairs_of_step[seed] for pairs_of_step in points])
+        of_seeds.append(ratio(list(zip(STEPS, base)), list(zip(STEPS, other))))
+    return f"{text} (by seed: {', '.join(of_seeds)})"
+
+
+def ratio(base, other):
+    """The steps that two curves need to the same distance: base's, divided by the other's.
+
+    It is the distance that both reach, the greater one of their last ones.
+    """
     factor = figures.speed_up(base, other)
-    name = ARMS[comparison.arm].title
     if factor is not None:
-        return f"{name} is {factor:.2g} times as fast"
+        return f"{factor:.2g}"
     if other[0][1] <= base[-1][1]:
-        return f"{name} is more than {base[-1][0] / other[0][0]:.2g} times as fast"
-    return f"{name} is less than {base[0][0] / other[-1][0]:.2g} times as fast"
+        return f"more than {base[-1][0] / other[0][0]:.2g}"
+    return f"less than {base[0][0] / other[-1][0]:.2g}"
 
 
 def draw_curves(comparison, records, path):
@@ -312,7 +323,7 @@ def draw_samples(comparison, path):
             images = torch.from_numpy(stored["arr_0"][:12]).permute(0, 3, 1, 2)
         rows.append((ARMS[arm].title, figures.pictures_of(images)))
     model, _ = GENERATORS[comparison.network]
-    title = f"{model} after {STEPS[-1]:,} steps: samples of equal noise and labels"
+    title = f"{model} after {STEPS[-1]:,} steps, seed 0: samples of equal noise and labels"
     figures.save(figures.panel(title, rows).save, path)
 
 
