@@ -7320,8 +7320,8 @@ CURVE = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
 @pytest.mark.parametrize(
     "eq, speed",
     [
-        ((90, 70, 50), "EQ is 1.2 times as fast (by seed: 1.2, 1.2, 1.2)."),
-        ((60, 55, 50), "EQ is more than 3 times as fast (by seed: more than 3, more than 3, 2.5)."),
+        ((90, 70, 50), "EQ is 1.2 times as fast (by seed: 1.2, 1.2, 1.2)]"),
+        ((60, 55, 50), "EQ is more than 3 times as fast (by seed: more than 3, more than 3, 2.5)]"),
         ((120, 110, 100), "EQ is less than 0.33 times as fast (by seed: less than 0.33, 0.35,"),
     ],
 )

@@ -63,8 +63,8 @@ class Comparison(NamedTuple):
 COMPARISONS = {
     "gain": Comparison("DiT on EQ-VAE's latents", "eq", "dit", 3),
     "sit": Comparison("SiT on EQ-VAE's latents", "eq", "sit", 1),
-    # Does a DiT simply like the latents of a blurrier autoencoder? And Table 6: of longer training?
-    "untuned": Comparison("DiT, the autoencoder only pretrained", "untuned", "dit", 1),
+    # A control: does a DiT simply like the latents of a blurrier autoencoder?
+    "untuned": Comparison("DiT on the pretrained autoencoder's latents", "untuned", "dit", 1),
 }
 
 
@@ -76,7 +76,7 @@ class Arm(NamedTuple):
 ARMS = {
     "standard": Arm("standard", ("--p-alpha 1", "--p-alpha 1")),
     "eq": Arm("EQ", ("--p-alpha 0.1", "--p-alpha 0.5")),
-    "untuned": Arm("only pretrained", ()),
+    "untuned": Arm("pretrained", ()),
 }
 PRETRAINING = (1500, 1e-3)  # steps, learning rate
 STAGES = ((1250, 1e-3), (1250, 3e-4))
@@ -183,15 +183,16 @@ def report(folder):
 def page(records):
     """The lines of all tables, and the time that they took."""
     lines = []
-    for comparison in COMPARISONS.values():
+    for name, comparison in COMPARISONS.items():
         rows = table_rows(comparison, records)
         if not rows:
             lines += [f"**{comparison.title}.** Not run.", ""]
             continue
-        seeds = f"Seeds 0 to {comparison.seeds - 1}" if comparison.seeds > 1 else "One seed"
+        seeds = f"Seeds 0 to {comparison.seeds - 1}" if comparison.seeds > 1 else "Seed 0"
         about = f"{seeds}; {SAMPLES:,} samples of each generator."
-        about += f" {speed_up(comparison, records) or 'Not complete'}."
-        header = ["", "standard", ARMS[comparison.arm].title, "change in each seed", "t-test"]
+        speed = speed_up(comparison, records)
+        about += f" [{speed}](figures/{name}-curves.png)." if speed else " Not complete."
+        header = ["", "standard", ARMS[comparison.arm].title, "change of each seed", "t-test"]
         lines += [f"**{comparison.title}.** {about}", "", *tables.markdown(header, rows), ""]
     seconds = {}
     for record in records.values():
@@ -274,7 +275,8 @@ def speed_up(comparison, records):
     drawn = curves(comparison, records)
     if not drawn:
         return ""
-    text = f"{ARMS[comparison.arm].title} is {ratio(*drawn.values())} times as fast"
+    title = ARMS[comparison.arm].title
+    text = f"{title[0].upper()}{title[1:]} is {ratio(*drawn.values())} times as fast"
     if comparison.seeds == 1:
         return text
     points = [distance_pairs(comparison, records, steps) for steps in STEPS]
@@ -304,7 +306,7 @@ def draw_curves(comparison, records, path):
     if not drawn:
         path.unlink(missing_ok=True)
         return
-    seeds = f"mean ± deviation of {comparison.seeds} seeds" if comparison.seeds > 1 else "one seed"
+    seeds = f"mean ± deviation of {comparison.seeds} seeds" if comparison.seeds > 1 else "seed 0"
     title = f"{comparison.title}: {seeds}\n{speed_up(comparison, records)}"
     model, _ = GENERATORS[comparison.network]
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
