@@ -3,7 +3,7 @@
     bash results/reproduce.sh               # an environment, the pictures, all commands, the table
     bash results/reproduce.sh sit untuned   # one seed of SiT; and of no fine-tune beside standard
     bash results/reproduce.sh report        # only writes the tables of the records again
-    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of each, 12 minutes
+    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of each, 15 minutes
 
 The setting was found in small/search.md and then frozen. A small autoencoder with SD-VAE's tight
 bottleneck (f8 c4: 8 x 8 x 4 numbers for a picture of 64 px) is trained on emoji. Then it is
