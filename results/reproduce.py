@@ -62,9 +62,9 @@ class Comparison(NamedTuple):
 
 COMPARISONS = {
     "gain": Comparison("DiT on EQ-VAE's latents", "eq", "dit", 3),
-    "sit": Comparison("SiT on EQ-VAE's latents", "eq", "sit", 1),
+    "sit": Comparison("SiT on EQ-VAE's latents", "eq", "sit", 3),
     # A control: does a DiT simply like the latents of a blurrier autoencoder?
-    "untuned": Comparison("DiT on the pretrained autoencoder's latents", "untuned", "dit", 1),
+    "untuned": Comparison("DiT on the pretrained autoencoder's latents", "untuned", "dit", 3),
 }
 
 
@@ -132,7 +132,8 @@ def generation(arm, network, seed):
     made = fine_tuned(arm, seed)
     model, sampler = GENERATORS[network]
     latents = f"--vae {made.file}"
-    cache = f"{OUT}/f8-{arm}-s{seed}-{network}-{STEPS[0]}/cache"
+    # With the model, so that a command which changes takes its cache with it
+    cache = f"{OUT}/f8-{arm}-s{seed}-{network}-{STEPS[0]}-model/cache"
     trained = None
     scores = []
     for steps in STEPS:
