@@ -21,18 +21,19 @@ command again goes on where the run stopped. Expect on ImageNet's validation set
 rFID .90 -> .82, error under rotation R .93 -> .49, error under scaling S .80 -> .15, PSNR 25.8 ->
 26.0 dB.
 
-Read this file from the top. Networks, losses and training are its first third. Then come the
-command line, the reading and writing of other people's files, and the run kit: helper functions
-that all scripts here share.
+From the top: the networks, the losses, training (train() is the method), the command line; then
+what a first reading may leave out: files in and out (load_autoencoder(), LDM's and diffusers'
+layouts, read_file()), and the run kit, helper functions that all scripts here share (flags,
+processes, randomness, pictures in and out, averages, resuming, Log, saving).
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import functools
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -57,22 +58,27 @@ import torch.distributed.nn.functional  # its all_reduce has gradients
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.flop_counter
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import eqloss
 from eqloss import identity_transform, released_transform, sample_transform, scale_transform
+
+# Widths and depths of all published autoencoders, and of the small ones of the tests and results/
+FULL = dict(ch=128, num_res_blocks=2, attn_levels=(), use_quant_conv=True, norm_groups=32)
+SMALL = dict(ch=16, num_res_blocks=1, attn_levels=(), use_quant_conv=True, norm_groups=8)
 
 # name -> arguments of AutoencoderKL, which explains them. To add a preset, add a line: n numbers in
 # ch_mult make latents that are 2^(n - 1) times smaller than the image. Scale and shift belong to
 # published weights; leave them out where there are none, since a finished run measures its own.
 CONFIGS = {
     # f8 c4: kl-f8, sd-vae-ft-*, eq-vae
-    "sd": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),
+    "sd": dict(FULL, ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.18215),
     # f8 c4: the same networks as sd, with another scale
-    "sdxl": dict(ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025),
+    "sdxl": dict(FULL, ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025),
     # f8 c16
     "sd3": dict(
+        FULL,
         ch_mult=(1, 2, 4, 4),
         z_channels=16,
         use_quant_conv=False,
@@ -80,11 +86,11 @@ CONFIGS = {
         shift_factor=0.0609,
     ),
     # f16 c16: LDM's kl-f16
-    "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
-    # f4 c4, f4 c16 and f8 c4, small: for the tests and results/
-    "tiny": dict(ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8),
-    "tiny-16": dict(ch=16, ch_mult=(1, 2, 4), z_channels=16, num_res_blocks=1, norm_groups=8),
-    "tiny-f8": dict(ch=16, ch_mult=(1, 2, 4, 4), z_channels=4, num_res_blocks=1, norm_groups=8),
+    "sd-16": dict(FULL, ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
+    # f4 c4, f4 c16 and f8 c4
+    "tiny": dict(SMALL, ch_mult=(1, 2, 4), z_channels=4),
+    "tiny-16": dict(SMALL, ch_mult=(1, 2, 4), z_channels=16),
+    "tiny-f8": dict(SMALL, ch_mult=(1, 2, 4, 4), z_channels=4),
 }
 
 
@@ -426,38 +432,60 @@ class PatchDiscriminator(nn.Sequential):
 # Losses: the GAN's adaptive weight, the discriminator's own loss, LPIPS
 
 
-def adversarial_gradients(nll, gan_loss, reconstruction, last_layer, gan_weight):
-    """The gradients of both losses at the reconstruction, and VQ-GAN's adaptive weight.
+def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_acts):
+    """The gradient of L_rec + weight * L_gan at the reconstruction, and VQ-GAN's adaptive weight.
 
     The weight makes the GAN's gradient `gan_weight` times as long as that of the reconstruction
-    loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841):
+    loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841). With
+    plain autograd a whole step, this function and the backward pass that follows it, is
 
-        weight = gan_weight * |d nll / d W| / (|d gan_loss / d W| + 1e-4), the ratio at most 10^4
+        rec_norm = torch.autograd.grad(rec_loss, W, retain_graph=True)[0].norm()
+        gan_norm = torch.autograd.grad(g_loss, W, retain_graph=True)[0].norm()
+        weight = gan_weight * (rec_norm / (gan_norm + 1e-4)).clamp(0, 1e4)
+        (rec_loss + weight * g_loss + regularizer).backward()
 
-    LDM differentiates each loss down to W for its norm, and then the total once more. But both
-    losses depend on the autoencoder through the reconstruction alone. So each loss is
-    differentiated down to the reconstruction, once. Going on from there to W costs one convolution
-    per loss. The caller then adds the two gradients with the weight, and sends the sum through
-    decoder and encoder in one pass. The discriminator's own gradients stay untouched, because
-    autograd.grad computes only what it is asked for.
+    Both losses depend on the autoencoder through the reconstruction alone. So this function cuts
+    the graph there: it takes each loss's gradient at the reconstruction once, and carries the two
+    on to W for their norms, which costs one convolution each. The caller sends the gradient of the
+    sum through decoder and encoder, in one backward pass instead of three. The discriminator gets
+    no gradient here, because autograd.grad computes only what it is asked for.
 
-    nll, gan_loss   scalars that depend on `reconstruction` (b, 3, H, W)
-    last_layer      the weight of the convolution that made the reconstruction
+    rec_loss, g_loss   scalars that depend on `reconstruction` (b, 3, H, W); g_loss None: no GAN
+    last_layer         W, the weight of the convolution that made the reconstruction
+    gan_acts           whether L_gan is in the sum; if not, only its weight is computed
 
-    -> (gradient of nll, gradient of gan_loss, weight, 1 if the ratio was clamped else 0). The first
-       two are (b, 3, H, W), the others scalars. With several processes the norms are those of the
-       gradients' mean, so all processes get the same weight.
+    -> (gradient (b, 3, H, W), dict of scalars for the log). With several processes the norms are
+       those of the gradients' mean over processes, so all of them get the same weight.
     """
-    (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
-    (gan_gradient,) = torch.autograd.grad(gan_loss, reconstruction)
+    (gradient,) = torch.autograd.grad(rec_loss, reconstruction)
+    told = {}
+    if g_loss is not None:
+        (gan_gradient,) = torch.autograd.grad(g_loss, reconstruction)
 
-    def norm_at_last_layer(gradient):
-        (at_weight,) = torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)
-        return average(at_weight).norm()
+        def norm_at_last_layer(at_picture):
+            (at_weight,) = torch.autograd.grad(
+                reconstruction, last_layer, at_picture, retain_graph=True
+            )
+            return mean_over_processes(at_weight).norm()
 
-    ratio = norm_at_last_layer(nll_gradient) / (norm_at_last_layer(gan_gradient) + 1e-4)
-    weight = gan_weight * ratio.clamp(max=1e4)
-    return nll_gradient, gan_gradient, weight, (ratio >= 1e4).float()
+        ratio = norm_at_last_layer(gradient) / (norm_at_last_layer(gan_gradient) + 1e-4)
+        weight = gan_weight * ratio.clamp(max=1e4)
+        told = dict(d_weight=weight, clamped=(ratio >= 1e4).float())
+        if gan_acts:
+            gradient = gradient + weight * gan_gradient
+    # L1 has no gradient where a value is NaN. But NaN x 0 is NaN: this makes the step a skipped one
+    return gradient + 0 * rec_loss.detach(), told
+
+
+def backward_from(reconstruction, gradient, regularizer, share):
+    """The backward pass through the autoencoder, from the gradient at its reconstruction and from
+    the regulariser, a scalar; both count by `share`, the part of the batch that they are of."""
+    ends = [reconstruction]
+    gradients = [gradient * share]
+    if regularizer.requires_grad:  # it does not with --train decoder
+        ends.append(regularizer)
+        gradients.append(torch.full_like(regularizer, share))
+    torch.autograd.backward(ends, gradients)
 
 
 def hinge_loss(real, fake):
@@ -536,7 +564,7 @@ def train(args, rank, world, device):
     resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
-    found = starting_point(args, resumed, CONFIGS, AutoencoderKL, read)
+    found = starting_point(args, resumed, CONFIGS, read)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
     discriminator = make_discriminator(args, found, step)
@@ -544,27 +572,28 @@ def train(args, rank, world, device):
 
     # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = smallest_cells(args, grid, model.factor)
+    least_cells = smallest_cells(args, grid, model.factor)
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, "random", args.seed)
     shown = next(evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
 
     # The optimisers, and the average of the weights
-    networks = [net for net in (model, discriminator) if net is not None]
-    for net in networks:
-        net.to(device, memory_format=convolution_layout(device)).train()
+    networks = [network for network in (model, discriminator) if network is not None]
+    for network in networks:
+        network.to(device, memory_format=convolution_layout(device)).train()
     freeze_encoder(model, args.train == "decoder")
     optimizers = [
-        torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
-        for net in networks
+        torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+        for network in networks
     ]
     restore_optimizers(optimizers, resumed, args.lr)
     parameters = trainable_parameters(*networks)
-    buffers = list(discriminator.buffers()) if discriminator is not None else []
-    ema = start_average(model, args.ema_decay, resumed, device)
+    batch_norm = list(discriminator.buffers()) if discriminator is not None else []
+    ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     log = Log(args, step, world, device)
+    check_processes(step, model, data)
     say_start(args, model, data, world, micro_batch, device)
     batches = endless_batches(data, args, step, rank, world)
     if resumed is None:
@@ -572,75 +601,72 @@ def train(args, rank, world, device):
     # A complete run, whose latents were measured, is not measured and saved again
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = found = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not stop_requested():
+    while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step) and is drawn for the
         # whole batch; this process takes its share. The batch has one tau, in all processes.
         # `before` is the identity, except with --recipe release, which shrinks some batches first
-        host_rng, rng = generators(args.seed, step, device)
-        before, tau, explicit_tau = draw_transform(args, grid, smallest, host_rng)
+        host_rng, rng = step_rngs(args.seed, step, device)
+        before, tau = draw_transform(args, grid, least_cells, host_rng)
+        tau, explicit_tau = for_explicit_loss(args, tau)  # Table 7's ablation, else (tau, None)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *before.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
-        statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
+        batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         for images_part, noise_part in parts:
-            # Target and reconstruction of Eq. 5; those of Eq. 1 where tau is the identity
             x = before(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
-                target = tau(x)  # smaller and turned, or x
-                reconstruction = model.decode(tau(z))  # the target's shape
+                target = tau(x)  # EQ-VAE: smaller and turned, or x
+                reconstruction = model.decode(tau(z))  # EQ-VAE: of the target's shape
 
-            # L_rec (LDM calls it nll) and L_reg: sums over an image's values, means over images.
-            # LDM adds an image's LPIPS to the L1 of every value and then sums, so LPIPS is also
-            # multiplied by the number of values
+            # L_rec and the KL term. LDM adds up an image's values where these are means over them,
+            # so they are multiplied by their number. (LDM adds an image's LPIPS to each of its
+            # values and then sums: LPIPS is multiplied, too.)
+            values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
-            nll = (l1 + args.lpips_weight * lpips) * target[0].numel()
+            rec_loss = (l1 + args.lpips_weight * lpips) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
-            if explicit_tau is not None:  # Table 7's ablation: Eq. 4 in the place of Eq. 5
+            if explicit_tau is not None:
                 with autocast:
                     explicit = eqloss.explicit_loss(
                         model.encode_mean, x, explicit_tau, args.stop_gradient
                     )
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
-            log.add(l1=l1, lpips=lpips, nll=nll, kl=kl)
+            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, kl=kl)
 
-            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. (LDM
-            # runs the autoencoder a second time for the latter.) Here gradients are computed with
-            # respect to the reconstruction alone; the backward pass through the autoencoder follows
-            if discriminator is None:
-                (gradient,) = torch.autograd.grad(nll, reconstruction)
-            else:
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
+            # (LDM runs the autoencoder a second time for the latter)
+            g_loss = None
+            if discriminator is not None:
                 with autocast:
                     g_loss = -discriminator(reconstruction).float().mean()
-                gradient, gan_gradient, weight, clamped = adversarial_gradients(
-                    nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
-                )
-                if step >= args.disc_start:
-                    gradient = gradient + weight * gan_gradient
-                with autocast:
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
-                log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
-                log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
+                log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # The gradient of L1 is 0 where a value is NaN. Such a loss must not pass for a good one
-            gradient = gradient + 0 * nll.detach()
-
-            # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
-            # backward pass carries it and the regulariser through the whole autoencoder
-            total = (gradient * reconstruction).sum() + regularizer
-            (total / len(parts)).backward()
+            # The losses' gradient at the reconstruction, then one backward pass from there
+            gradient, told = loss_gradient(
+                rec_loss,
+                g_loss,
+                reconstruction,
+                model.decoder.conv_out.weight,
+                args.gan_weight,
+                gan_acts=step >= (args.disc_start or 0),
+            )
+            log.add(**told)
+            backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. Where a gradient of either network is not finite, all processes leave both as
         # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
@@ -652,8 +678,8 @@ def train(args, rank, world, device):
             optimizer.found_inf = skipped
             optimizer.step()
             optimizer.zero_grad()
-        restore_where(skipped, buffers, statistics)  # BatchNorm's, of the discriminator
-        update_average(ema, model, args.ema_decay, step)
+        restore_where(skipped, batch_norm, batch_norm_before)
+        update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
@@ -665,26 +691,27 @@ def train(args, rank, world, device):
     if not was_finished:
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
-    end_run(args, step, log)
+    log.end(step)
 
 
 def draw_transform(args, grid, smallest, generator):
-    """-> (before, tau, explicit tau), three transforms.
-
-    before        of the images, before they are encoded: only the released code has one
-    tau           of images and latents alike (Eq. 5)
-    explicit tau  None, except with --explicit-weight (Table 7's ablation): then it is the drawn
-                  transform, for Eq. 4, and `tau` is the identity, so the reconstruction is plain
-    """
+    """-> (before, tau): `before` acts on the images before they are encoded, and is the identity
+    but with --recipe release; tau acts on images and latents alike (Eq. 5)."""
     options = dict(p_alpha=args.p_alpha, kind=args.tau, smallest=smallest, generator=generator)
     if args.recipe == "release":
-        before, tau = released_transform(grid, **options)
-    else:
-        before = identity_transform(grid)
-        tau = sample_transform(grid, **options)
-    if tau.is_identity or not getattr(args, "explicit_weight", 0):  # vqgan.py has no such flag
-        return before, tau, None
-    return before, identity_transform(tau.grid), tau
+        return released_transform(grid, **options)
+    return identity_transform(grid), sample_transform(grid, **options)
+
+
+def for_explicit_loss(args, tau):
+    """-> (tau of the reconstruction, tau of the explicit loss or None).
+
+    With --explicit-weight (Table 7's ablation) the drawn transform is for Eq. 4 in the place of
+    Eq. 5, and reconstructions are plain.
+    """
+    if tau.is_identity or not args.explicit_weight:
+        return tau, None
+    return identity_transform(tau.grid), tau
 
 
 def smallest_cells(args, grid, factor):
@@ -826,48 +853,28 @@ def arguments(description, configs, init, out):
     """The parser of a script that trains an autoencoder (vqgan.py adds its own flags to it)."""
     parser = make_parser(description)
     group = parser.add_argument_group("autoencoder")
-    group.add_argument("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
-    group.add_argument(
-        "--init", default=init, help="file or folder to start from or export, or scratch"
-    )
-    group.add_argument(
-        "--model", choices=configs, help="preset, if --init is scratch or a file that names none"
-    )
-    group.add_argument(
-        "--export", metavar="DIR", help="convert --init to this new folder, do not train"
-    )
-    group.add_argument(
-        "--train", choices=("all", "decoder"), default="all", help="the part to train"
-    )
-    group.add_argument(
-        "--ema-decay", type=probability, default=0.0, help="keep an average of the weights; 0: none"
-    )
+    add = group.add_argument
+    add("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
+    add("--init", default=init, help="file or folder to start from or export, or scratch")
+    words = "preset, if --init is scratch or a file that names none"
+    add("--model", choices=configs, help=words)
+    add("--export", metavar="DIR", help="convert --init to this new folder, do not train")
+    add("--train", choices=("all", "decoder"), default="all", help="the part to train")
+    words = "keep an average of the weights; 0: none"
+    add("--ema-decay", type=probability, default=0.0, help=words)
     group = parser.add_argument_group("objective")
-    group.add_argument(
-        "--p-alpha", type=probability, default=0.5, help="probability of tau = identity"
-    )
-    group.add_argument(
-        "--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)"
-    )
-    group.add_argument(
-        "--recipe",
-        choices=("paper", "release"),
-        default="paper",
-        help="draw tau as the paper says, or as the released code does",
-    )
-    group.add_argument("--lpips-weight", type=non_negative, default=1.0)
-    group.add_argument(
-        "--perceptual",
-        default="lpips",
-        help="the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()",
-    )
-    group.add_argument("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
-    group.add_argument("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
-    group.add_argument(
-        "--disc-start",
-        type=count,
-        help="first step of the GAN term (default: 0 if --init has a discriminator, else 1000)",
-    )
+    add = group.add_argument
+    add("--p-alpha", type=probability, default=0.5, help="probability of tau = identity")
+    add("--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)")
+    words = "draw tau as the paper says, or as the released code does"
+    add("--recipe", choices=("paper", "release"), default="paper", help=words)
+    add("--lpips-weight", type=non_negative, default=1.0)
+    words = "the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()"
+    add("--perceptual", default="lpips", help=words)
+    add("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
+    add("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
+    words = "first step of the GAN term (default: 0 if --init has a discriminator, else 1000)"
+    add("--disc-start", type=count, help=words)
     add_run_arguments(
         parser,
         data="data/openimages",
@@ -883,26 +890,18 @@ def arguments(description, configs, init, out):
 
 def main():
     parser, group = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
-    group.add_argument("--kl-weight", type=non_negative, default=1e-6)
-    group.add_argument(
-        "--explicit-weight",
-        type=non_negative,
-        default=0.0,
-        help="train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)",
-    )
-    group.add_argument(
-        "--stop-gradient", action="store_true", help="Eq. 4: take E(tau o x) as a fixed target"
-    )
-    group = parser.add_argument_group("result")
-    group.add_argument(
-        "--latent-scale",
-        choices=("measured", "published"),
-        default="measured",
-        help="what a finished run stores as the scale of its latents",
-    )
-    group.add_argument(
-        "--layout", choices=("diffusers", "ldm"), default="diffusers", help="--export's format"
-    )
+    add = group.add_argument
+    add("--kl-weight", type=non_negative, default=1e-6)
+    words = "train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)"
+    add("--explicit-weight", type=non_negative, default=0.0, help=words)
+    words = "Eq. 4: take E(tau o x) as a fixed target"
+    add("--stop-gradient", action="store_true", help=words)
+    add = parser.add_argument_group("result").add_argument
+    scales = ("measured", "published")
+    words = "what a finished run stores as the scale of its latents"
+    add("--latent-scale", choices=scales, default="measured", help=words)
+    layouts = ("diffusers", "ldm")
+    add("--layout", choices=layouts, default="diffusers", help="--export's format")
     launch(parser, run)
 
 
@@ -928,36 +927,36 @@ class Stored:
     image_size: tuple | None = None  # (H, W) that it was trained at, where the file tells
 
 
-def starting_point(args, resumed, configs, network, read):
+def starting_point(args, resumed, configs, read):
     """-> Stored: what training begins with. Sets --model where it was not given."""
     if resumed is not None:
         found = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
     elif args.init == "scratch":
         found = Stored("scratch", configs[args.model or next(iter(configs))], None)
-    elif os.path.exists(args.init):
-        found = read(args.init, args.model)
     else:
-        raise InputError(
-            f"--init {args.init}: no such file; download it (--help has the URL), or give scratch"
-        )
+        found = read(args.init, args.model)
     if args.model is None:
-        args.model = next(iter(presets(found.config, configs, network)), None)
+        args.model = next(iter(presets(found.config, configs)), None)
     return found
 
 
 def build(network, found):
-    """The network of a Stored, on the CPU. InputError if its configuration describes no network."""
+    """The network of a Stored, on the CPU. It is built on "meta" first, where weights take no
+    memory, and compared with the file. InputError if its configuration describes no network, or one
+    with other weights."""
     try:
         check_sizes(found.config)
-        model = network(**found.config)
+        with torch.device("meta"):
+            planned = network(**found.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{found.path}: its configuration does not describe a {network.__name__} ({reason})"
         ) from None
-    if found.weights is not None:
-        load_weights(model, found.weights, found.path)
-    return model
+    if found.weights is None:
+        return network(**found.config)
+    check_fit(planned, found.weights, found.path)
+    return load_weights(network(**found.config), found.weights, found.path)
 
 
 def check_sizes(config):
@@ -995,11 +994,10 @@ def read_autoencoder(path, model=None, default=None, flag="--model"):
         found = read_ours(file, checkpoint, "AutoencoderKL")
     else:
         found = read_foreign(file, checkpoint, model or default, flag)
-    if model and model not in presets(found.config, CONFIGS, AutoencoderKL):
-        fitting = (
-            " or ".join(presets(found.config, CONFIGS, AutoencoderKL)) or "none of the presets"
-        )
-        raise InputError(f"{path}: does not match {flag} {model}; it matches {fitting}")
+    fitting = presets(found.config)
+    if model and model not in fitting:
+        names = " or ".join(fitting) or "none of the presets"
+        raise InputError(f"{path}: does not match {flag} {model}; it matches {names}")
     return found
 
 
@@ -1023,9 +1021,6 @@ def find_file(path):
     )
 
 
-OUR_KEYS = ("arch", "config", "model", "ema", "disc", "step", "args", "latent")
-
-
 def is_ours(checkpoint):
     """Whether one of our scripts wrote it."""
     archs = ("AutoencoderKL", "VQGAN", "DiT", "SiT", "REPA", "MaskGIT")
@@ -1036,25 +1031,15 @@ def read_ours(path, checkpoint, arch):
     """-> Stored, from a checkpoint of vae.py or vqgan.py, the average where there is one."""
     if checkpoint["arch"] != arch:
         raise InputError(f"{path}: holds a {checkpoint['arch']}, not a {arch}")
-    check_keys(path, checkpoint, OUR_KEYS)
-    try:
-        config = dict(checkpoint["config"])
-        if arch == "AutoencoderKL":
-            config["scaling_factor"] = None
-            if checkpoint["latent"]:
-                config["scaling_factor"] = checkpoint["latent"]["scale"]
-                config["shift_factor"] = checkpoint["latent"]["shift"]
-        size = checkpoint["args"].get("image_size")
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"{path}: not as {arch} checkpoints are written ({error})") from None
+    check_entries(path, checkpoint, ("model", "ema", "disc", "step", "args", "latent"))
+    config = dict(checkpoint["config"])
+    if arch == "AutoencoderKL":
+        latent = checkpoint["latent"] or dict(scale=None, shift=config.get("shift_factor"))
+        config["scaling_factor"] = latent.get("scale")
+        config["shift_factor"] = latent.get("shift")
     weights = checkpoint["ema"] or checkpoint["model"]
+    size = checkpoint["args"].get("image_size")
     return Stored(path, config, weights, checkpoint["disc"], size)
-
-
-def check_keys(path, checkpoint, keys):
-    missing = [key for key in keys if key not in checkpoint]
-    if missing:
-        raise InputError(f"{path}: an incomplete checkpoint: {', '.join(missing)} is missing")
 
 
 def read_foreign(path, checkpoint, preset, flag):
@@ -1146,24 +1131,13 @@ def weights_under(weights, prefix):
     }
 
 
-def presets(config, configs=CONFIGS, network=None):
-    """Names in configs that describe this network; those of equal scale come first.
-
-    network  its class. Then arguments that a preset leaves out must have their defaults; else they
-             may have any value
-    """
-    defaults = {}
-    if network is not None:
-        arguments = inspect.signature(network).parameters
-        defaults = {name: argument.default for name, argument in arguments.items()}
+def presets(config, configs=CONFIGS):
+    """Names in configs that describe this network; those of equal scale come first. A preset tells
+    all that its kind of network is known by; what else the configuration has may be anything."""
 
     def is_same(preset):
-        for key, value in (defaults | preset).items():
-            if key.endswith("_factor"):
-                continue
-            if config.get(key, value) != value:
-                return False
-        return True
+        names = [name for name in preset if not name.endswith("_factor")]
+        return all(config.get(name) == preset[name] for name in names)
 
     def has_other_scale(name):
         return configs[name].get("scaling_factor") != config.get("scaling_factor")
@@ -1282,7 +1256,8 @@ def diffusers_config(given):
         raise ValueError(f"scaling_factor = {scale}")
     if not math.isfinite(config.get("shift_factor", 0.0)):
         raise ValueError(f"shift_factor = {config['shift_factor']}")
-    config.setdefault("num_res_blocks", 1)  # diffusers' default
+    defaults = dict(num_res_blocks=1, z_channels=4, norm_groups=32, use_quant_conv=True)
+    config = defaults | config  # diffusers' defaults
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels {widths} are no multiples of the first")
     config["ch"] = widths[0]
@@ -1341,18 +1316,29 @@ def write_diffusers(folder, model, found):
     for name, theirs in ARGUMENTS.items():
         told[theirs] = config[name]
     told["shift_factor"] = config["shift_factor"] or None
-    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    write_json(folder / "config.json", told)
 
 
 def write_ldm(folder, model, found):
     """model.ckpt and config.yaml, in LDM's words (JSON is YAML), with our own arguments beside."""
     config = model.config
-    weights = dict(model.state_dict())
-    for name, value in (found.disc or {}).items():
-        weights[f"loss.discriminator.{name}"] = value
-    torch.save(dict(state_dict=weights), folder / "model.ckpt")
-    network = dict(
-        double_z=True,
+    autoencoder = dict(
+        target="ldm.models.autoencoder.AutoencoderKL",
+        params=dict(
+            embed_dim=config["z_channels"],
+            ddconfig=ldm_network(config, double_z=True),
+            lossconfig=dict(target="torch.nn.Identity"),
+        ),
+    )
+    told = dict(model=autoencoder, scale_factor=config["scaling_factor"], eqvae=config)
+    torch.save(dict(state_dict=ldm_weights(model, found)), folder / "model.ckpt")
+    write_json(folder / "config.yaml", told)
+
+
+def ldm_network(config, double_z):
+    """Encoder and decoder in the words of LDM and taming, whose code builds them from this."""
+    return dict(
+        double_z=double_z,
         z_channels=config["z_channels"],
         resolution=256,
         in_channels=3,
@@ -1363,16 +1349,16 @@ def write_ldm(folder, model, found):
         attn_resolutions=[256 >> level for level in config["attn_levels"]],
         dropout=0.0,
     )
-    autoencoder = dict(
-        target="ldm.models.autoencoder.AutoencoderKL",
-        params=dict(
-            embed_dim=config["z_channels"],
-            ddconfig=network,
-            lossconfig=dict(target="torch.nn.Identity"),
-        ),
-    )
-    told = dict(model=autoencoder, scale_factor=config["scaling_factor"], eqvae=config)
-    (folder / "config.yaml").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def ldm_weights(model, found):
+    """The weights of the autoencoder and of its discriminator under LDM's and taming's names."""
+    disc = {f"loss.discriminator.{name}": value for name, value in (found.disc or {}).items()}
+    return dict(model.state_dict()) | disc
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_folder(folder, write):
@@ -1397,7 +1383,8 @@ def write_folder(folder, write):
 
 
 class Inert:
-    """Takes the place of every class that a foreign checkpoint names: it keeps nothing."""
+    """Takes the place of whatever a foreign checkpoint names that torch does not know, classes and
+    functions alike. It does nothing and keeps nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -1420,60 +1407,10 @@ class InertList:
         return []
 
 
-# Classes of the standard library and of configuration packages that trainers leave in checkpoints.
-# They are loaded as Inert. A file that names anything else is refused, since it could run code.
-HARMLESS = (
-    "argparse.Namespace",
-    "collections.",
-    "copyreg._reconstructor",
-    "datetime.",
-    "decimal.Decimal",
-    "enum.",
-    "pathlib.",
-    "types.SimpleNamespace",
-    "typing.",
-    "uuid.UUID",
-    "_codecs.encode",
-    "numpy.",
-)
-CONFIGURATIONS = (
-    "addict.",
-    "easydict.",
-    "lightning.",
-    "lightning_fabric.",
-    "lightning_utilities.",
-    "ml_collections.",
-    "munch.",
-    "omegaconf.",
-    "pytorch_lightning.",
-    "yacs.",
-)
-HARMLESS_BUILTINS = (
-    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
-    "range", "set", "slice", "str", "tuple",
-)  # fmt: skip
-
-
-def is_harmless(name):
-    module, _, attribute = name.rpartition(".")
-    if module in ("builtins", "__builtin__"):
-        return attribute in HARMLESS_BUILTINS
-    return name.startswith(HARMLESS + CONFIGURATIONS)
-
-
-def stand_in(name):
-    if name == "collections.deque":
-        return InertList
-    if name.startswith(("collections.defaultdict", *CONFIGURATIONS)):
-        return InertDict
-    return Inert
-
-
 def read_file(path):
     """Loads any checkpoint as plain data, on the CPU, mapped from disk where torch can.
 
-    InputError for what is no checkpoint, is truncated, or could run code; it says what the file
-    looks like.
+    InputError for what is no checkpoint, or is truncated; it says what the file looks like.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -1520,19 +1457,36 @@ def is_safetensors(path):
 
 
 def unpickle(path):
+    """The file's dictionaries, lists, tensors, numbers and texts; all else becomes None."""
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    code = [name for name in names if not is_harmless(name)]
-    if code:
-        raise InputError(
-            f"{path}: refused, because it holds code and not weights alone ({', '.join(code[:3])})"
-        )
-    with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
+    try:  # a file does not say which of its classes are dictionaries
+        return plain(load_inert(path, names, InertDict))
+    except Exception:
+        if not names:
+            raise
+        return plain(load_inert(path, names, Inert))
+
+
+def load_inert(path, names, stand_in):
+    stand_ins = [(InertList if name == "collections.deque" else stand_in, name) for name in names]
+    with torch.serialization.safe_globals(stand_ins):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def plain(value):
+    """A copy without what stand-ins left. Tensors are not copied."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in dict.items(value)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    if value is None or isinstance(value, (torch.Tensor, bool, int, float, str, bytes)):
+        return value
+    return None
 
 
 def import_safetensors():
@@ -1544,13 +1498,29 @@ def import_safetensors():
 
 
 def load_weights(module, weights, path):
-    """load_state_dict, strictly; InputError tells in one line what does not fit. -> the module"""
-    try:
-        module.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: does not fit the network: {reason}") from None
+    """load_state_dict, strictly. InputError tells in one line what does not fit. -> the module"""
+    check_fit(module, weights, path)
+    module.load_state_dict(weights)
     return module
+
+
+def check_fit(module, weights, path):
+    """InputError for the first tensor that the module lacks or that the file lacks, that is of
+    another shape, or that holds a number that is not finite."""
+    wanted = module.state_dict()
+    for name in [*wanted, *weights]:
+        if name not in weights:
+            reason = f"{name} is missing"
+        elif name not in wanted:
+            reason = f"{name} is not part of it"
+        elif getattr(weights[name], "shape", None) != wanted[name].shape:
+            found = list(getattr(weights[name], "shape", []))
+            reason = f"{name} is {found} in the file, {list(wanted[name].shape)} in the network"
+        elif not weights[name].isfinite().all():
+            raise InputError(f"{path}: {name} holds numbers that are not finite")
+        else:
+            continue
+        raise InputError(f"{path}: does not fit the network: {reason}")
 
 
 def download(url, why, hint):
@@ -1603,7 +1573,7 @@ def weights_hash(module):
 
 # ==================================================================================================
 # The run kit: what every script here needs besides its paper. The generators' scripts and
-# evaluate.py import it inside their functions, so that one can copy their networks alone.
+# evaluate.py import it only if it is there, so that one can copy their networks alone.
 
 
 class InputError(ValueError):
@@ -1616,10 +1586,12 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells errors in one line, without the usage."""
+    """Tells errors in one line, without the usage; under torchrun one process tells it for all."""
+
+    words_from = ""  # where the words come from, if they are not the command line's
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {self.words_from}{message}\n" if MAIN else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1643,7 +1615,7 @@ def make_parser(description):
 def number_type(convert, is_valid, words):
     """An argparse type whose error says what is wanted."""
 
-    def parse(text):
+    def parse_number(text):
         try:
             value = convert(text)
         except (ValueError, OverflowError):
@@ -1652,7 +1624,7 @@ def number_type(convert, is_valid, words):
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
 
-    return parse
+    return parse_number
 
 
 positive_int = number_type(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
@@ -1674,39 +1646,40 @@ def image_size(text):
 
 def add_run_arguments(parser, **defaults):
     """The flags that all trainers share."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--data", help="folder of images, flat or with a folder for each class")
-    group.add_argument("--out", help="checkpoint to write, or to go on with")
-    group.add_argument("--steps", type=count, help="steps in all")
-    group.add_argument("--batch-size", type=positive_int, help="images a step, over all processes")
-    group.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        help="images per forward pass (default: all of a process's)",
-    )
-    group.add_argument("--lr", type=positive_number, help="not scaled by batch or processes")
-    group.add_argument("--seed", type=seed_number, default=0)
-    group.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="auto: bf16 where it is fast",
-    )
-    group.add_argument(
-        "--workers", type=count, default=8 if torch.cuda.is_available() else 0, help="data loaders"
-    )
-    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
-    group.add_argument("--sample-every", type=count, help="steps between pictures; 0: none")
-    group.add_argument("--save-every", type=positive_int, help="steps between checkpoints")
-    group.add_argument("--bench", action="store_true", help="measure speed, write nothing")
+    add = parser.add_argument_group("run").add_argument
+    add("--data", help="folder of images, flat or with a folder for each class")
+    add("--out", help="checkpoint to write, or to go on with")
+    add("--steps", type=count, help="steps in all")
+    add("--batch-size", type=positive_int, help="images a step, over all processes")
+    words = "images per forward pass (default: all of a process's)"
+    add("--micro-batch", type=positive_int, help=words)
+    add("--lr", type=positive_number, help="not scaled by batch or processes")
+    add("--seed", type=seed_number, default=0)
+    precisions = ("auto", "bf16", "fp32")
+    add("--precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
+    workers = 8 if torch.cuda.is_available() else 0
+    add("--workers", type=count, default=workers, help="data loaders")
+    add("--log-every", type=positive_int, default=100, help="steps")
+    add("--sample-every", type=count, help="steps between pictures; 0: none")
+    add("--save-every", type=positive_int, help="steps between checkpoints")
+    add("--bench", action="store_true", help="measure speed, write nothing")
     parser.set_defaults(**defaults)
 
 
 def parse(parser):
-    """The command line's arguments; args.given names those that stand on it."""
+    """The command line's arguments. args.given names the flags that stand on it, args.parser is the
+    parser, through which a checkpoint's arguments go, too."""
+    if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
+        parser.error("--local-rank: start this with torchrun, which tells it otherwise")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"argument --{name.replace('_', '-')}: is empty")
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(args, name, os.path.expanduser(value))
     words = {word.partition("=")[0] for word in sys.argv[1:]}
     args.given = [a.dest for a in parser._actions if words.intersection(a.option_strings)]
+    args.parser = parser
     return args
 
 
@@ -1714,8 +1687,14 @@ def parse(parser):
 # Processes: their start and their end. RANK and WORLD_SIZE are torchrun's
 
 MAIN = os.environ.get("RANK", "0") == "0"  # the process that speaks and writes
-SIGNALS = []  # SIGTERM and Ctrl-C that came, for stop_signal()
+PARENT = os.getppid()  # torchrun, where there are several processes
+SIGNALS = []  # the signals that came, for stop_signal()
 LOCKS = []  # files held open while this process must be the only one on its output
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # USR1: SLURM's warning
+    if hasattr(signal, name)
+]
 
 
 def launch(parser, run):
@@ -1725,37 +1704,111 @@ def launch(parser, run):
     In both cases the process ends at once: it waits neither for its data loaders nor, under
     torchrun, for the other processes, which torchrun then stops.
     """
-    args = parse(parser)
-    rank, world, device = start_process(args)
+    world = 1
     code = 0
+    with own_process():
+        args = parse(parser)
+        try:
+            rank, world, device = start_process(args)
+            if getattr(args, "bench", False):
+                benchmark(args, rank, world, device, run)
+            else:
+                run(args, rank, world, device)
+        except SystemExit as end:
+            code = end.code
+        except torch.OutOfMemoryError:
+            tell(f"{parser.prog}: {out_of_memory(args, world)}")
+            code = 2
+        except InputError as error:
+            tell(f"{parser.prog}: {last_line(error)}")
+            code = 2
+        except BaseException:
+            if world == 1:
+                raise
+            traceback.print_exc()
+            code = 1
+        if world > 1:
+            leave_processes(code)
+    if code:
+        raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def own_process():
+    """What a run changes in its process is put back afterwards, however it ends: streams, handlers
+    of signals, locks, data loaders. So a notebook can call main() twice."""
+    streams = (sys.stdout, sys.stderr)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    others = multiprocessing.active_children()
+    sys.stdout = GuardedStream(sys.stdout)
+    sys.stderr = GuardedStream(sys.stderr)
     try:
-        if getattr(args, "bench", False):
-            benchmark(args, rank, world, device, run)
-        else:
-            run(args, rank, world, device)
-    except SystemExit as end:
-        code = end.code
-    except torch.OutOfMemoryError:
-        print(f"{parser.prog}: {out_of_memory(args, world)}", file=sys.stderr)
-        code = 2
-    except ValueError as error:
-        if not is_input_error(error):
-            fail(world)
-            raise
-        print(f"{parser.prog}: {last_line(error)}", file=sys.stderr)
-        code = 2
-    except BaseException:
-        fail(world)
-        raise
+        yield
     finally:
-        tidy()
-    end_process(world, code)
+        end_loaders(others)
+        while LOCKS:
+            os.close(LOCKS.pop())
+        SIGNALS.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
 
 
-def is_input_error(error):
-    """By name: a script that runs as __main__ has a class of its own, beside that of the module vae
-    that others import. Data loaders' processes raise either."""
-    return type(error).__name__ == "InputError"
+def end_loaders(others=()):
+    """Ends the data loaders, which would outlive an exception and keep this process waiting."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
+    for child in multiprocessing.active_children():
+        if child not in others:
+            child.kill()
+
+
+class GuardedStream:
+    """stdout or stderr that never ends a run: what a closed, full or broken stream does not take is
+    lost. Where a write waits for ever, a signal gives the stream up (remember_signal)."""
+
+    def __init__(self, stream):
+        self.stream = stream  # None, if it was closed when Python started
+        self.is_writing = False
+        self.is_broken = stream is None
+
+    def write(self, text):
+        self.call("write", text)
+        return len(text)
+
+    def flush(self):
+        self.call("flush")
+
+    def call(self, name, *values):
+        if self.is_broken:
+            return
+        self.is_writing = True
+        try:
+            getattr(self.stream, name)(*values)
+        except UnicodeEncodeError as error:  # a letter that the stream cannot show
+            text = values[0].encode(error.encoding, "backslashreplace")
+            self.call(name, text.decode(error.encoding))
+        except (OSError, ValueError):
+            pass
+        finally:
+            self.is_writing = False
+
+    def isatty(self):
+        return not self.is_broken and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def tell(text):
+    """Writes a line to stderr, above a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def say(text):
+    if MAIN:
+        tell(text)
 
 
 def last_line(error):
@@ -1778,34 +1831,14 @@ def out_of_memory(args, world):
     return f"out of the GPU's memory with {micro_batch} images a pass: give --micro-batch {smaller}"
 
 
-def fail(world):
-    """After an error that is no InputError: with several processes, ends this one at once."""
-    if world > 1:
-        traceback.print_exc()
-        tidy()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def tidy():
-    """Ends the data loaders, which would outlive an exception and keep this process waiting."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
-    for child in multiprocessing.active_children():
-        child.kill()
-    while LOCKS:
-        os.close(LOCKS.pop())
-
-
-def end_process(world, code):
-    if world > 1:
-        if code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
-            dist.destroy_process_group()  # it waits for the others, which come here too
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # gloo may abort an interpreter that is ending (pytorch pull 179291)
-    if code:
-        raise SystemExit(code)
+def leave_processes(code):
+    """Ends one of several processes. After an error it does not wait for the others."""
+    if code == 0 or code in [128 + number for number in STOP_SIGNALS]:
+        dist.destroy_process_group()  # waits for the others, which come here, too
+    end_loaders()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo may abort an interpreter that is ending (pytorch pull 179291)
 
 
 def start_process(args):
@@ -1814,14 +1847,13 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    if not (0 <= rank < world and local_rank >= 0 and finds_others):
-        print(
-            "RANK, WORLD_SIZE, LOCAL_RANK: start this with torchrun, which sets them",
-            file=sys.stderr,
-        )
+    is_one_of_slurms = world == 1 and environment_number("SLURM_NTASKS", 1) > 1
+    if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
+        tell("for several processes start this with torchrun, which sets RANK and WORLD_SIZE")
         raise SystemExit(2)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember_signal)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, remember_signal)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -1864,47 +1896,38 @@ def full_precision():
 
 
 def remember_signal(number, frame):
-    """Loops look at SIGNALS after every step. A second signal ends the process at once."""
+    """Only remembers it, for stop_signal(). A second signal ends the process at once."""
     SIGNALS.append(number)
-    print("stopping after this step; a second signal ends at once", file=sys.stderr)
     signal.signal(number, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "is_writing", False):
+            stream.is_broken = True
+            raise BlockingIOError  # out of a write that may never return; call() passes over it
 
 
 def stop_signal():
-    """The signal that some process received, or 0: so all of them stop after the same step."""
+    """The signal that some process received, or 0. All of them get the same answer here, so they
+    stop after the same step. The end of torchrun counts as SIGTERM."""
+    if dist.is_initialized() and os.getppid() != PARENT:
+        SIGNALS.append(signal.SIGTERM)
     flag = torch.tensor(SIGNALS[0] if SIGNALS else 0)
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return int(flag)
 
 
-def stop_requested():
-    return stop_signal() != 0
+def leave_if_stopped(text):
+    """After a signal to any of the processes: says so, and ends all of them with its code."""
+    stopped = stop_signal()
+    if stopped:
+        say(text)
+        raise SystemExit(128 + stopped)
 
 
 def barrier():
     """Waits until all processes are here."""
-    stop_signal()
-
-
-def end_run(args, step, log):
-    """Says how the run ended and where its results are; after a signal, leaves with its code."""
-    log.close()
-    stopped = stop_signal()  # the other processes wait here until all is saved
-    if not args.bench:
-        stem = Path(args.out).with_suffix("")
-        say(
-            f"{'stopped' if stopped else 'finished'} at step {step} of {args.steps}: {args.out}, "
-            f"losses in {stem}.jsonl, pictures in {stem}/"
-        )
-    if stopped:
-        say("run the same command to go on")
-        raise SystemExit(128 + stopped)
-
-
-def say(text):
-    if MAIN:
-        tqdm.write(text, file=sys.stderr)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def gather_objects(value):
@@ -1917,6 +1940,23 @@ def gather_objects(value):
     return values or []
 
 
+def check_processes(step, model, images, *others):
+    """InputError, on all processes, if they do not begin with the same step, weights, pictures and
+    `others`: on several machines each may see a disk of its own."""
+    if not dist.is_initialized():
+        return
+    sums = [value.double().sum().item() for value in model.state_dict().values()]
+    digest = hashlib.sha256(repr((step, sums, others)).encode())
+    digest.update(images.files.data.tobytes())
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        raise InputError(
+            "the processes begin with different files: --out, --data, --init and --vae must be on "
+            "a disk that all machines see"
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Randomness: functions of (seed, step), or of (seed, index)
 
@@ -1927,7 +1967,7 @@ def seeded(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def generators(seed, step, device):
+def step_rngs(seed, step, device):
     """-> (host, device generator) for all that is random in a training step.
 
     The host's is for what Python must know (tau's sizes), the other for tensors. Each process
@@ -1963,18 +2003,24 @@ def to_device(tensor, device):
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ENDINGS = {
-    ".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jp2", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
-    ".tif", ".tiff", ".webp",
+    ".bmp", ".gif", ".jfif", ".jpg", ".jpeg", ".jpe", ".jp2", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # ComfyUI keeps whole workflows in a PNG
 
 
 def open_image(path):
     """The one opener of pictures: -> PIL image, RGB. What is transparent is white, 16 bits are
-    scaled to 8. ValueError or OSError for what cannot be converted rightly, or would be too large.
-    (EXIF rotation is not applied, as in ADM's and LDM's code.)"""
-    with Image.open(path, formats=FORMATS) as image:
+    scaled to 8. (EXIF rotation is not applied, as in ADM's and LDM's code.)
+
+    OSError with an errno where the disk is at fault. Any other exception is the content's fault: it
+    cannot be decoded, or not rightly, or is too large.
+    """
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if max(image.size) > 32 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} is too long and thin")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is too large")
         return to_rgb(image)
 
 
@@ -1997,7 +2043,7 @@ def find_images(root, flag="--data"):
 
     Sub-folders of `root` that hold images, at any depth, are the classes, sorted by name as
     torchvision sorts them ("10" before "2"). Without any, all labels are 0 and classes is [].
-    Links are followed, each real folder once. Hidden files and folders and __MACOSX are no data.
+    Links are followed, each real folder once. Hidden folders and those of services are no data.
     InputError if there are no images, or some beside the class folders.
     """
     if not os.path.isdir(root):
@@ -2007,16 +2053,20 @@ def find_images(root, flag="--data"):
         )
     root = os.path.normpath(root)
     seen = {os.path.realpath(root)}
-    stray, folders = list_folder(root)
+    others = collections.Counter()
+    stray, folders = list_folder(root, others)
     files = []
     labels = []
     classes = []
     for name in folders:
-        inside = walk(os.path.join(root, name), seen)
+        inside = walk(os.path.join(root, name), seen, others)
         if inside:
             labels += [len(classes)] * len(inside)
             files += inside
             classes.append(name)
+    if others:
+        told = ", ".join(f"{number:,} {ending}" for ending, number in others.most_common(5))
+        say(f"{flag} {root}: passed over what is no picture: {told}")
     if classes and stray:
         raise InputError(
             f"{flag} {root}: {len(stray)} images lie beside the class folders "
@@ -2027,34 +2077,62 @@ def find_images(root, flag="--data"):
     return files or stray, labels or [0] * len(stray), classes
 
 
-def list_folder(folder):
-    """-> (paths of the images, names of the sub-folders), sorted; others are passed over."""
+def list_folder(folder, others):
+    """-> (paths of the images, names of the sub-folders), sorted. Counts others by their ending."""
     images = []
     folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
-                if entry.is_file():
-                    images.append(entry.path)
-                else:
-                    say(f"skipped, no file: {entry.path}")
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        say(f"passed over, {error.strerror}: {folder}")
+        entries = []
+    for entry in entries:
+        if is_service_name(entry.name):
+            continue
+        ending = os.path.splitext(entry.name)[1].lower()
+        if os.path.isdir(entry.path):
+            folders.append(entry.name)
+        elif ending not in ENDINGS:
+            others[ending or "without an ending"] += 1
+        elif os.path.isfile(entry.path):
+            images.append(entry.path)
+        else:
+            say(f"passed over, no file: {entry.path}")
     return sorted(images), sorted(folders)
 
 
-def walk(folder, seen):
+def is_service_name(name):
+    """Of hidden files, and of what systems and NAS put into every folder."""
+    return name.startswith((".", "@", "#", "$")) or name in ("__MACOSX", "lost+found")
+
+
+def walk(folder, seen, others):
     """The images in a folder and below; folders that were seen already give none."""
     real = os.path.realpath(folder)
     if real in seen:
         return []
     seen.add(real)
-    images, folders = list_folder(folder)
+    images, folders = list_folder(folder, others)
     for name in folders:
-        images += walk(os.path.join(folder, name), seen)
+        images += walk(os.path.join(folder, name), seen, others)
     return images
+
+
+class Paths:
+    """A list of paths as one array of bytes, which data loaders share with the main process. A list
+    of a million texts they would copy page by page, since whoever reads a text counts it."""
+
+    def __init__(self, paths):
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.data = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]  # IndexError at the end, for loops
+        return os.fsdecode(self.data[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -2078,7 +2156,9 @@ class ImageFolder(torch.utils.data.Dataset):
         self.crop = crop
         self.seed = seed
         self.mirror = mirror
-        self.files, self.labels, self.classes = find_images(root, flag)
+        files, labels, self.classes = find_images(root, flag)
+        self.files = Paths(files)
+        self.labels = np.array(labels)
         self.named = set()
 
     def centred(self):
@@ -2093,7 +2173,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image, place = self.open_next(index)
+        image, found = self.open_next(index, is_training=isinstance(item, tuple))
         if self.crop == "random":
             rng = np.random.default_rng((self.seed, epoch, index))
             image = random_crop(image, self.size, rng)
@@ -2102,21 +2182,23 @@ class ImageFolder(torch.utils.data.Dataset):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.mirror and is_mirrored(self.seed, epoch, index):
             pixels = pixels.flip(2)
-        return pixels, self.labels[place], index, place == index
+        return pixels, int(self.labels[found]), index, found == index
 
-    def open_next(self, index):
-        """-> (the first picture from `index` on that can be read, its index)."""
+    def open_next(self, index, is_training):
+        """-> (the first picture from `index` on that can be read, its index). Where the disk is at
+        fault, not a picture, training takes the next one; caches and scores end in an InputError,
+        because they would be without it for good."""
         for step in range(len(self)):
-            place = (index + step) % len(self)
+            at = (index + step) % len(self)
             try:
-                return open_image(self.files[place]), place
+                return open_image(self.files[at]), at
             except Exception as error:  # Pillow's many readers raise many kinds
-                if place not in self.named:
+                if isinstance(error, OSError) and error.errno and not is_training:
+                    raise InputError(f"{self.files[at]}: {error.strerror}") from None
+                if at not in self.named:
+                    self.named.add(at)
                     reason = f"{type(error).__name__}: {error}"
-                    print(
-                        f"skipped, cannot be read: {self.files[place]} ({reason})", file=sys.stderr
-                    )
-                    self.named.add(place)
+                    tell(f"passed over, cannot be read: {self.files[at]} ({reason})")
         raise InputError(f"--data {self.root}: none of the images in this folder can be read")
 
 
@@ -2244,7 +2326,7 @@ def image_grid(rows, margin=2):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimisers and averages
+# Optimisers, and averages of weights
 
 
 def convolution_layout(device):
@@ -2259,7 +2341,7 @@ def trainable_parameters(*networks):
     return parameters
 
 
-def average(tensor):
+def mean_over_processes(tensor):
     """The mean over processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -2268,11 +2350,12 @@ def average(tensor):
 
 
 def average_gradients(parameters):
-    """What DistributedDataParallel does, for a step with several forward and backward passes."""
+    """The mean of all gradients over processes: what DistributedDataParallel does, for a step with
+    several networks and backward passes."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters]
-    flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts):
         gradient.copy_(part.view_as(gradient))
@@ -2294,9 +2377,9 @@ def sync_gradients(network, is_last):
     return network.no_sync()
 
 
-def restore_where(skipped, buffers, kept):
+def restore_where(skipped, buffers, before):
     """In a skipped step buffers become again what they were, without a host sync."""
-    for buffer, old in zip(buffers, kept):
+    for buffer, old in zip(buffers, before):
         buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
@@ -2307,7 +2390,7 @@ def restore_optimizers(optimizers, resumed, lr):
             continue
         try:
             optimizer.load_state_dict(resumed[key])
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # whatever somebody's file makes of it
             raise InputError(f"--out: the optimiser's state in it does not fit ({error})") from None
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -2315,9 +2398,10 @@ def restore_optimizers(optimizers, resumed, lr):
         for parameter, state in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.empty_like(parameter).copy_(state[name])
+            state["step"] = state["step"].clone()  # else it stays mapped to the file
 
 
-def start_average(model, decay, resumed, device):
+def start_ema(model, decay, resumed, device):
     """The average of the weights: the checkpoint's, else a copy of the weights; None without."""
     if not decay:
         return None
@@ -2328,7 +2412,7 @@ def start_average(model, decay, resumed, device):
 
 
 @torch.no_grad()
-def update_average(ema, model, decay, step):
+def update_ema(ema, model, decay, step):
     """average <- average + (1 - d) (weights - average), in place, with the decay warmed up:
     d = min(decay, (1 + step) / (10 + step)).
 
@@ -2358,16 +2442,14 @@ def load_run(args, arch, configs, required=()):
     if checkpoint.get("arch") != arch:
         held = checkpoint.get("arch", "something else")
         raise InputError(f"{args.out}: holds {held}, not a {arch}; give another --out")
-    check_keys(args.out, checkpoint, ("config", "model", "opt", "step", "args", *required))
-    stored = checkpoint["args"]
+    check_entries(args.out, checkpoint, ("model", "opt", "step", "args", *required))
     if "model" in args.given and args.model not in presets(checkpoint["config"], configs):
         raise InputError(
             f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
+    stored = stored_arguments(args, checkpoint["args"])
     changes = []
     for name, value in stored.items():
-        if name not in vars(args) or name in ("out", "workers"):
-            continue
         given = getattr(args, name)
         if name not in args.given or name == "init":
             setattr(args, name, value)
@@ -2376,6 +2458,63 @@ def load_run(args, arch, configs, required=()):
             changes.append(f"--{name.replace('_', '-')} {given} {note}")
     say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
+
+
+# What entries of our checkpoints must be
+ENTRY_TYPES = dict(config=dict, model=dict, opt=dict, step=int, args=dict, classes=list)
+OPTIONAL_TYPES = dict(ema=dict, disc=dict, opt_disc=dict, latent=dict, vae=dict, vqgan=dict)
+
+
+def check_entries(path, checkpoint, names):
+    """InputError if an entry of one of our checkpoints is missing, or is not what it should be."""
+    for name in ("config", *names):
+        if name not in checkpoint:
+            raise InputError(f"{path}: an incomplete checkpoint: {name} is missing")
+        value = checkpoint[name]
+        is_right = isinstance(value, ENTRY_TYPES.get(name, object))
+        if name in OPTIONAL_TYPES and value is not None:
+            is_right = isinstance(value, OPTIONAL_TYPES[name])
+        if name == "step" and is_right:
+            is_right = 0 <= value < 2**31
+        if not is_right:
+            raise InputError(f"{path}: not a checkpoint of ours: its {name} is {str(value)[:40]!r}")
+
+
+# Of this command alone
+NOT_STORED = ("out", "workers", "bench", "export", "sample_from", "samples")
+
+
+def stored_arguments(args, stored):
+    """A checkpoint's arguments, through the parser that reads the command line, because they are
+    somebody's input as well. -> {name: value} of those that a run takes from its checkpoint.
+
+    A function to call, and a folder to write to, are never taken from a file: InputError asks for
+    them, if this run was made with one.
+    """
+    actions = {action.dest: action for action in args.parser._actions if action.option_strings}
+    actions = {name: actions[name] for name in actions if name in stored and name not in NOT_STORED}
+    words = []
+    for name, action in actions.items():
+        value = stored[name]
+        flag = action.option_strings[0]
+        is_code = name in ("perceptual", "encoder") and ":" in str(value)
+        if (is_code or name == "cache") and value is not None and name not in args.given:
+            raise InputError(
+                f"{args.out}: was made with {flag} {value}: give it again, since what to call and "
+                "where to write is not taken from a file"
+            )
+        if isinstance(value, (tuple, list)):
+            value = "x".join(map(str, value))
+        if action.nargs == 0 and value:
+            words.append(flag)
+        elif action.nargs == 0 and value is not None:
+            words += action.option_strings[1:]  # its --no- form, where it has one
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    args.parser.words_from = f"{args.out}: its stored arguments: "
+    parsed = vars(args.parser.parse_args(words))
+    args.parser.words_from = ""
+    return {name: parsed[name] for name in actions}
 
 
 def check_same_network(args, resumed, config, images):
@@ -2402,17 +2541,26 @@ def training_size(args, autoencoder):
 
 def saved_arguments(args):
     """The arguments that a checkpoint keeps."""
-    return {name: value for name, value in vars(args).items() if name != "given"}
+    return {name: value for name, value in vars(args).items() if name not in ("given", "parser")}
 
 
-def say_start(args, model, data, world, micro_batch, device):
+def say_start(args, model, data, world, micro_batch, device, classes=()):
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     passes = args.batch_size // (world * micro_batch)
+    images = f"{len(data):,} images"
+    if classes:
+        images += f" of {len(classes):,} classes ({shortened(classes)})"
     say(
-        f"{type(model).__name__}, {count:,} parameters in training; {len(data):,} images; training "
+        f"{type(model).__name__}, {count:,} parameters in training; {images}; training "
         f"to step {args.steps} with {args.batch_size} images a step ({world} processes x {passes} "
         f"passes x {micro_batch}), lr {args.lr:g}; {device.type}, {args.precision}"
     )
+
+
+def shortened(names):
+    """The first of some names, for messages."""
+    more = ", ..." if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def is_due(step, every, last=None):
@@ -2426,7 +2574,7 @@ class Log:
     On a terminal that is a progress bar. In a file it is a line of text for each line of OUT.jsonl;
     the first comes ten steps after the start. Values that are added are logged as means over the
     steps since the last line and over processes, those that are counted as sums. The host waits for
-    a GPU only when a line is written.
+    a GPU only when a line is written. begin() starts the clock, before the first step.
     """
 
     def __init__(self, args, step, world, device):
@@ -2438,14 +2586,16 @@ class Log:
         if self.writes:
             open_run(args, step)
         self.skipped = torch.zeros((), device=device)  # steps skipped, in all
-        self.streak = torch.zeros((), device=device)  # in a row
-        self.longest = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+        self.longest = torch.zeros((), device=device)  # such row
         self.bar = Progress(args.steps, step, Path(args.out).stem, lines=False)
-        self.begin(step)
 
     def begin(self, step):
+        """After all that comes before the first step, and after each line."""
+        if step == self.first:
+            BENCH.begin(self.device)
         self.since = step
-        self.started = time.time()
+        self.started = time.monotonic()
         self.means = {}
         self.counts = {}
 
@@ -2463,13 +2613,13 @@ class Log:
     def step(self, step, skipped, grad_norm, lr):
         """After every step. InputError after 20 steps in a row whose gradients were not finite."""
         self.skipped = self.skipped + skipped
-        self.streak = (self.streak + 1) * skipped  # 0 again after a good step
-        self.longest = torch.maximum(self.longest, self.streak)
+        self.in_a_row = (self.in_a_row + 1) * skipped  # 0 again after a good step
+        self.longest = torch.maximum(self.longest, self.in_a_row)
         self.bar.update()
         if step % self.args.log_every and step not in (self.first + 10, self.args.steps):
             return
         record = self.averages()
-        seconds = time.time() - self.started
+        seconds = max(time.monotonic() - self.started, 1e-9)
         record["skipped"] = int(self.skipped)
         record["grad_norm"] = grad_norm.item()
         record["lr"] = lr
@@ -2482,7 +2632,7 @@ class Log:
         if self.longest >= 20:
             raise InputError(
                 f"20 steps in a row without a finite gradient (step {step}): lower --lr and go on "
-                f"from {self.args.out}"
+                f"from {self.args.out}, if it was saved"
             )
         self.begin(step)
 
@@ -2490,20 +2640,23 @@ class Log:
         names = [*self.means, *self.counts]
         values = [total / n for total, n in self.means.values()]
         values += [value.to(self.device) for value in self.counts.values()]
-        values = average(torch.stack([value.float() for value in values])).tolist()
-        record = dict(zip(names, values))
+        stacked = torch.stack([value.float() for value in values])
+        record = dict(zip(names, mean_over_processes(stacked).tolist()))
         for name in self.counts:
             record[name] = round(record[name] * self.world)
         return record
 
     def write(self, record):
-        """Appends a line. JSON has no NaN: it becomes null."""
+        """Appends a line. JSON has no NaN: it becomes null. A full disk costs the line alone."""
         if self.args.bench:
-            BENCH_RECORDS.append(record)
+            BENCH.records.append(record)
         if self.writes:
             finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            with open(Path(self.args.out).with_suffix(".jsonl"), "a") as file:
-                file.write(json.dumps(finite) + "\n")
+            try:
+                with open(Path(self.args.out).with_suffix(".jsonl"), "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                say(f"a line of the log is lost ({error.strerror})")
 
     def show(self, step, record):
         hidden = ("skipped", "lr", "seconds", "images_per_second", "memory_gb", "unreadable")
@@ -2521,8 +2674,19 @@ class Log:
             folder = Path(self.args.out).with_suffix("")
             write_file(folder / f"{step:07d}.png", lambda path: image.save(path, "PNG"))
 
-    def close(self):
+    def end(self, step):
+        """Says how the run ended and where its results are; after a signal, leaves with its code.
+        The other processes wait here until all is saved."""
         self.bar.close()
+        BENCH.end()
+        stopped = stop_signal()
+        if not self.args.bench:
+            stem = Path(self.args.out).with_suffix("")
+            say(
+                f"{'stopped' if stopped else 'finished'} at step {step} of {self.args.steps}: "
+                f"{self.args.out}, losses in {stem}.jsonl, pictures in {stem}/"
+            )
+        leave_if_stopped("run the same command to go on")
 
 
 def duration(seconds):
@@ -2547,14 +2711,14 @@ class Progress:
         self.label = f"{label}, {unit}"
         self.total = total
         self.done = initial
-        self.told = time.time()
+        self.told = time.monotonic()
 
     def update(self, n=1):
         self.bar.update(n)
         self.done += n
-        if self.lines and time.time() - self.told > 60:
+        if self.lines and time.monotonic() - self.told > 60:
             say(f"{self.label} {self.done:,} of {self.total:,}")
-            self.told = time.time()
+            self.told = time.monotonic()
 
     def note(self, text):
         self.bar.set_postfix_str(text)
@@ -2572,11 +2736,19 @@ def open_run(args, step):
     try:
         out.with_suffix("").mkdir(parents=True, exist_ok=True)
         lock_folder(out.with_suffix(""), f"--out {out}")
-        lines = log.read_text().splitlines() if log.exists() and out.exists() else []
+        lines = log.read_bytes().splitlines() if log.exists() and out.exists() else []
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+    kept = [line + b"\n" for line in lines if is_log_line(line, step)]
+    write_file(log, lambda path: path.write_bytes(b"".join(kept)))
+
+
+def is_log_line(line, step):
+    """Whether it is a line of Log's, of a step up to `step`; a crash leaves half a line."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def lock_folder(folder, what):
@@ -2608,19 +2780,19 @@ def save_run(args, checkpoint):
     if not finite:
         say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
-    save_checkpoint(args.out, checkpoint)
-
-
-def save_checkpoint(path, checkpoint):
-    write_file(path, lambda part: torch.save(checkpoint, part))
+    write_file(args.out, lambda part: torch.save(checkpoint, part))
 
 
 def write_file(path, write):
     """Calls write(a temporary path), then moves the result to its place: a kill or a full disk
-    leaves the old file whole. InputError if it cannot be written."""
+    leaves the old file whole. Through a link it writes where that leads. InputError if it cannot be
+    written."""
+    path = Path(os.path.realpath(path))
     part = Path(f"{path}.tmp")
     try:
         write(part)
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
@@ -2630,23 +2802,51 @@ def write_file(path, write):
             part.unlink()
 
 
+# --------------------------------------------------------------------------------------------------
+# --bench
+
+
+class Bench:
+    """What --bench measures between a run's first step and its end."""
+
+    def __init__(self):
+        self.records = []  # what Log would have written
+        self.counter = None  # of floating-point operations, while they are counted
+
+    def begin(self, device):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if self.counter is not None:
+            self.counter.__enter__()
+
+    def end(self):
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+
+
+BENCH = Bench()
+
+
 def benchmark(args, rank, world, device, run):
     """--bench: prints a line of JSON with the speed of twenty steps. Nothing else is written, apart
     from caches of latents or tokens.
 
-    tflops counts what the networks' matrix products and convolutions take. `share` is its part of
-    the ceiling, the speed of one large matrix product on the same device, in the same precision.
+    tflops counts what the networks' matrix products and convolutions take. mfu, the model FLOPs
+    utilisation, is its part of the ceiling, the speed of one large matrix product on the same
+    device, in the same precision.
     """
     args.sample_every = 0
     args.save_every = 2**31
     args.log_every = 10
     args.steps = 20
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        run(args, rank, world, device)  # counts, warms up, and fills the caches
-    BENCH_RECORDS.clear()
+    BENCH.counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    run(args, rank, world, device)  # counts, and warms up
+    flops = BENCH.counter.get_total_flops()
+    BENCH.counter = None
+    BENCH.records.clear()
     run(args, rank, world, device)
-    seconds = sum(record["seconds"] for record in BENCH_RECORDS) / args.steps
-    rate = counter.get_total_flops() / args.steps / seconds
+    seconds = sum(record["seconds"] for record in BENCH.records) / args.steps
+    rate = flops / args.steps / seconds
     ceiling = matmul_speed(device, args.precision)
     result = dict(
         script=Path(sys.argv[0]).name,
@@ -2659,15 +2859,12 @@ def benchmark(args, rank, world, device, run):
         images_per_second=round(args.batch_size / seconds, 2),
         tflops=round(rate / 1e12, 4),
         ceiling_tflops=round(ceiling / 1e12, 4),
-        share=round(rate / ceiling, 3),
-        memory_gb=round(peak_memory(device) / 2**30, 3),
-        torch=torch.__version__,
+        mfu=round(rate / ceiling, 3),
     )
+    if device.type == "cuda":
+        result["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     if MAIN:
-        print(json.dumps(result))
-
-
-BENCH_RECORDS = []  # what Log would have written
+        print(json.dumps(dict(result, torch=torch.__version__)))
 
 
 def matmul_speed(device, precision):
@@ -2690,382 +2887,13 @@ def wait_for(device):
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device):
-    """Bytes: a GPU's allocated by torch, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows on disk: the caches of latents and tokens, and samples
-
-
-# What status.npy says of a row
-MISSING = 0
-THERE = 1
-UNREADABLE = 2
-
-
-class Rows:
-    """An array (N, ...) on disk, which several processes fill row by row, over several runs.
-
-    FOLDER/rows.npy      the array
-    FOLDER/status.npy    a byte for each row: MISSING, THERE or UNREADABLE
-    FOLDER/manifest.json what the rows belong to; written last, so a folder without it is made anew
-
-    Each process fills a contiguous share and writes it by offset, so several machines can fill one
-    folder on a network file system. InputError if the folder belongs to something else, is not
-    whole, or does not fit on the disk.
-    """
-
-    def __init__(self, folder, shape, dtype, flag, **manifest):
-        self.folder = Path(folder)
-        self.flag = flag
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        manifest = dict(manifest, shape=self.shape, dtype=self.dtype.name)
-        manifest = json.loads(json.dumps(manifest))
-        if MAIN:
-            try:
-                self.prepare(manifest)
-            except OSError as error:
-                reason = error.strerror or error
-                raise InputError(f"{flag} {folder}: cannot be used ({reason})") from None
-        barrier()
-        self.check_sizes()
-        self.status = np.array(np.load(self.folder / "status.npy"))
-        barrier()  # before one of them fills any
-
-    @property
-    def path(self):
-        return self.folder / "rows.npy"
-
-    def prepare(self, manifest):
-        path = self.folder / "manifest.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            try:
-                kept = json.loads(path.read_text())
-            except ValueError:
-                kept = {}
-            if not isinstance(kept, dict):
-                kept = {}
-            wrong = [name for name in manifest if kept.get(name) != manifest[name]]
-            if wrong:
-                raise InputError(
-                    f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; "
-                    f"delete the folder, or give another {self.flag}"
-                )
-            self.check_sizes()
-            if (np.load(self.folder / "status.npy") != MISSING).all():
-                return  # no lock: any number of runs may read what is complete
-        lock_folder(self.folder, f"{self.flag} {self.folder}")
-        if path.exists():
-            return
-        size = math.prod(self.shape) * self.dtype.itemsize
-        say(f"{self.folder}: {size / 1e9:.3g} GB")
-        reserve(self.path, self.shape, self.dtype)
-        reserve(self.folder / "status.npy", self.shape[:1], np.dtype("uint8"))
-        write_file(path, lambda part: part.write_text(json.dumps(manifest, indent=1)))
-
-    def check_sizes(self):
-        """InputError if a file is not as long as its header says: it was cut short."""
-        for name in ("rows.npy", "status.npy"):
-            try:
-                np.load(self.folder / name, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
-                raise InputError(
-                    f"{self.folder / name}: not whole ({error}); delete {self.folder}"
-                ) from None
-
-    def missing(self, rank, world):
-        """Indices of the rows that this process is to fill: a contiguous share."""
-        return np.array_split(np.flatnonzero(self.status == MISSING), world)[rank]
-
-    def write(self, indices, rows):
-        """Rows (len(indices), ...) to their places, then their status."""
-        write_rows(self.path, indices, np.asarray(rows, dtype=self.dtype))
-        self.mark(indices, THERE)
-
-    def mark(self, indices, status):
-        marks = np.full(len(indices), status, dtype=np.uint8)
-        write_rows(self.folder / "status.npy", indices, marks)
-        self.status[indices] = status
-
-    def complete(self):
-        """Waits for all processes; -> indices of the rows that are there. InputError if some that
-        should be are not."""
-        barrier()
-        status = np.array(np.load(self.folder / "status.npy"))
-        missing = int((status == MISSING).sum())
-        if missing:
-            raise InputError(
-                f"{self.folder}: {missing:,} rows are missing; the same command goes on"
-            )
-        unreadable = int((status == UNREADABLE).sum())
-        if unreadable:
-            say(f"{self.folder}: {unreadable:,} unreadable pictures are left out")
-        return np.flatnonzero(status == THERE)
-
-
-def reserve(path, shape, dtype):
-    """An .npy file of zeros whose space on the disk is taken now. OSError if it does not fit."""
-    np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-            except OSError:
-                os.unlink(path)
-                raise
-
-
-class RowReader:
-    """Reads parts of an .npy file, each from where it lies.
-
-    A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
-    than memory, a batch of latents then takes many times as long.
-    """
-
-    def __init__(self, path):
-        array = np.load(path, mmap_mode="r")  # reads the header alone
-        self.shape = array.shape
-        self.dtype = array.dtype
-        self.offset = array.offset
-        self.file = open(path, "rb", buffering=0)
-
-    def read(self, *place):
-        """array[place], a copy; `place` are the first indices."""
-        shape = self.shape[len(place) :]
-        size = math.prod(shape) * self.dtype.itemsize
-        number = int(np.ravel_multi_index(place, self.shape[: len(place)]))
-        data = os.pread(self.file.fileno(), size, self.offset + number * size)
-        return np.frombuffer(bytearray(data), self.dtype).reshape(shape)
-
-
-def write_rows(path, indices, rows):
-    """Writes rows of an .npy file by offset, each run of neighbours at once."""
-    if not len(indices):
-        return
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    with open(path, "r+b", buffering=0) as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
-        size = rows.nbytes // len(rows)
-        for places, part in zip(np.split(indices, breaks), np.split(rows, breaks)):
-            file.seek(start + int(places[0]) * size)
-            write_all(file, part.tobytes())
-
-
-def write_all(file, data):
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
-def fill_rows(rows, images, compute, args, rank, world, label):
-    """Fills the missing rows with compute(uint8 (b, 3, H, W)) -> (b, ...), in batches.
-
-    Pictures that cannot be read are marked and left out. After a signal all processes stop; the
-    same command goes on. -> indices of the rows that are there
-    """
-    missing = rows.missing(rank, world)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(images, missing.tolist()),
-        min(32, args.micro_batch or 32),
-        num_workers=args.workers,
-        worker_init_fn=leave_signals,
-        pin_memory=torch.cuda.is_available(),
-    )
-    progress = Progress(len(missing), 0, label, "image")
-    for batch, _, indices, readable in loader if len(missing) else ():
-        if SIGNALS:
-            break
-        good = indices[readable].numpy()
-        if len(good):
-            rows.write(good, compute(batch[readable]).cpu().numpy())
-        rows.mark(indices[~readable].numpy(), UNREADABLE)
-        progress.update(len(batch))
-    progress.close()
-    leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
-    return rows.complete()
-
-
-def leave_if_stopped(text):
-    """After a signal to any of the processes: says so, and ends all of them with its code."""
-    stopped = stop_signal()
-    if stopped:
-        say(text)
-        raise SystemExit(128 + stopped)
-
-
-def data_fingerprint(images):
-    """SHA-256 of what an ImageFolder reads: the folder, and every name, size and time."""
-    root = os.path.normpath(images.root)
-    digest = hashlib.sha256(os.path.realpath(root).encode())
-    for file in images.files:
-        about = os.stat(file)
-        digest.update(f"{file[len(root) :]} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# Samples: ADM's npz, arr_0 uint8 (N, H, W, 3), arr_1 labels
-
-
-class Stopped(Exception):
-    """A signal came between two steps of a sampler."""
-
-
-def add_sampling_arguments(parser):
-    """The flags of sampling that all generators share; -> their group."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--sample-from", help="checkpoint, ours or official, to sample from")
-    group.add_argument("--samples", help="FILE.npz to write or go on with (default: beside it)")
-    group.add_argument("--num-samples", type=positive_int, default=50_000)
-    group.add_argument(
-        "--labels",
-        default="uniform",
-        help="uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360",
-    )
-    return group
-
-
-def samples_path(args, world):
-    """The npz to write. InputError if it cannot be."""
-    out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise InputError(
-            f"--samples {out}: give a name that ends in .npz, in a folder that is there"
-        )
-    if args.num_samples < world:
-        raise InputError(
-            f"--num-samples {args.num_samples}: fewer than the {world} processes; at least one each"
-        )
-    return out
-
-
-def check_guidance(cfg_scale, num_classes):
-    if cfg_scale < 0 or (cfg_scale != 1 and not num_classes):
-        raise InputError(
-            f"--cfg-scale {cfg_scale:g}: at least 0, and 1 for a generator without classes"
-        )
-
-
-def choose_labels(args, num_classes, names):
-    """--labels -> an array of args.num_samples labels. `names` are those of the classes, or []."""
-    known = max(1, num_classes)
-    if args.labels == "uniform":  # DiT's protocol; a function of (seed, index)
-        draws = [
-            torch.randint(known, (), generator=seeded(args.seed, "label", i))
-            for i in range(args.num_samples)
-        ]
-        return np.array([int(label) for label in draws])
-    if args.labels == "balanced":
-        return np.arange(args.num_samples) % known
-    numbers = {str(label): label for label in range(known)}
-    numbers |= {name: label for label, name in enumerate(names)}
-    given = args.labels.split(",")
-    unknown = [word for word in given if word not in numbers]
-    if unknown:
-        wanted = f"0 to {known - 1}"
-        if names:
-            wanted += f", or {', '.join(names[:5])}"
-        raise InputError(
-            f"--labels {args.labels}: no class {unknown[0]}; uniform, balanced, or some of {wanted}"
-        )
-    chosen = np.array([numbers[word] for word in given])
-    return chosen[np.arange(args.num_samples) % len(given)]
-
-
-def write_samples(args, rank, world, out, labels, shape, steps, draw, record):
-    """Fills the npz `out` with samples, and draws the first of them beside it.
-
-    labels   (N,)
-    shape    (H, W, 3) of a picture
-    steps    calls of the network that a batch takes, for the progress bar
-    draw     (indices, labels, tick) -> uint8 pictures (b, H, W, 3); sample i must depend on
-             (seed, i) alone, and tick() be called before every call of the network
-    record   all that the pictures depend on: kept beside them, and compared when it goes on
-    """
-    if already_there(out, record):
-        say(f"{out}: already there")
-        return
-    rows = Rows(f"{out}.part", (len(labels), *shape), "uint8", "--samples", **record)
-    missing = rows.missing(rank, world)
-    batch = max(1, args.batch_size // world)
-    batches = np.split(missing, range(batch, len(missing), batch))
-    progress = Progress(steps * len(batches), 0, f"{out.name}: sampling")
-
-    def tick():
-        progress.update()
-        if SIGNALS:
-            raise Stopped
-
-    with contextlib.suppress(Stopped):
-        for indices in batches:
-            if len(indices):
-                rows.write(indices, draw(indices, labels[indices], tick))
-            if SIGNALS:
-                break
-    progress.close()
-    leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
-    rows.complete()
-    if MAIN:
-        finish_samples(out, rows, labels, record)
-    barrier()
-
-
-def already_there(out, record):
-    if not out.exists():
-        return False
-    beside = out.with_suffix(".json")
-    if not beside.exists() or json.loads(beside.read_text()) != json.loads(json.dumps(record)):
-        raise InputError(f"--samples {out}: exists and was made with other settings")
-    return True
-
-
-def finish_samples(out, rows, labels, record):
-    pictures = np.load(rows.path, mmap_mode="r")
-    shown = torch.from_numpy(pictures[:64] / 127.5 - 1).permute(0, 3, 1, 2)
-    grid = image_grid(shown.split(8))
-    write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
-    text = json.dumps(record, indent=1) + "\n"
-    write_file(out.with_suffix(".json"), lambda path: path.write_text(text))
-
-    def write(path):
-        with open(path, "wb") as file:
-            np.savez(file, arr_0=pictures, arr_1=labels)
-
-    write_file(out, write)
-    shutil.rmtree(rows.folder)
-    say(f"{out}: {len(labels):,} samples, the first of them in {out.with_suffix('.png')}")
-
-
-@torch.no_grad()
-def decode_pictures(decode, latents, source):
-    """Latents or tokens (B, ...) -> uint8 pictures (B, H, W, 3), decoded 32 at a time.
-
-    InputError if a picture is not finite; `source` is the generator's file, to be named.
-    """
-    pictures = []
-    for part in latents.split(32):
-        decoded = decode(part)
-        if not decoded.isfinite().all():
-            raise InputError(f"{source}: some of its samples are not finite")
-        pictures.append(to_uint8(decoded).permute(0, 2, 3, 1).cpu())
-    return torch.cat(pictures).numpy()
-
-
 if __name__ == "__main__":
-    main()
+    import vae  # as the other files import it, so that there is one InputError, one list of signals
+
+    vae.main()

@@ -22,7 +22,6 @@ and 12): rFID 7.94 -> 7.54, R 1.35 -> .64, S 1.22 -> .55.
 """
 
 import argparse
-import json
 
 import torch
 import torch.nn as nn
@@ -31,17 +30,29 @@ import torch.nn.functional as F
 import vae
 from vae import Decoder, Encoder, InputError, constructor_arguments
 
+# Widths and depths of all of taming's VQ-GANs that are read here
+FULL = dict(
+    ch=128,
+    ch_mult=(1, 1, 2, 2, 4),
+    num_res_blocks=2,
+    attn_levels=(4,),
+    norm_groups=32,
+    z_channels=256,
+    embed_dim=256,
+)
+
 # name -> arguments of VQGAN
 CONFIGS = {
-    # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
-    "f16-1024": dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), n_embed=1024),
-    # vqgan_imagenet_f16_16384
-    "f16-16384": dict(ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), n_embed=16384),
+    "f16-1024": dict(
+        FULL, n_embed=1024
+    ),  # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
+    "f16-16384": dict(FULL, n_embed=16384),  # vqgan_imagenet_f16_16384
     # small, for the tests and results/
     "tiny": dict(
         ch=16,
         ch_mult=(1, 2, 4),
         num_res_blocks=1,
+        attn_levels=(),
         norm_groups=8,
         z_channels=16,
         embed_dim=4,
@@ -233,7 +244,7 @@ def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
-    found = vae.starting_point(args, resumed, CONFIGS, VQGAN, read_vqgan)
+    found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
         found.config = dict(found.config, legacy_beta=args.legacy_beta)
     step = resumed["step"] if resumed else 0
@@ -243,93 +254,89 @@ def train(args, rank, world, device):
 
     # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = vae.smallest_cells(args, grid, model.factor)
+    least_cells = vae.smallest_cells(args, grid, model.factor)
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, "random", args.seed)
     shown = next(vae.evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
 
     # The optimisers, and the average of the weights
-    networks = [net for net in (model, discriminator) if net is not None]
-    for net in networks:
-        net.to(device, memory_format=vae.convolution_layout(device)).train()
+    networks = [network for network in (model, discriminator) if network is not None]
+    for network in networks:
+        network.to(device, memory_format=vae.convolution_layout(device)).train()
     vae.freeze_encoder(model, args.train == "decoder")
     optimizers = [
-        torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
-        for net in networks
+        torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+        for network in networks
     ]
     vae.restore_optimizers(optimizers, resumed, args.lr)
     parameters = vae.trainable_parameters(*networks)
-    buffers = list(discriminator.buffers()) if discriminator is not None else []
-    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    batch_norm = list(discriminator.buffers()) if discriminator is not None else []
+    ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     log = vae.Log(args, step, world, device)
+    vae.check_processes(step, model, data)
     vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = found = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not vae.stop_requested():
+    while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. The batch has one tau, in all processes: a function of (seed, step).
         # `before` is the identity, except with --recipe release, which shrinks some batches first
-        host_rng, _ = vae.generators(args.seed, step, device)
-        before, tau, _ = vae.draw_transform(args, grid, smallest, host_rng)
+        host_rng, _ = vae.step_rngs(args.seed, step, device)
+        before, tau = vae.draw_transform(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
-        statistics = [buffer.clone() for buffer in buffers]  # to undo a skipped step
+        batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
 
         parts = images.split(micro_batch)
         for images_part in parts:
-            # Target and reconstruction of Eq. 5; those of Eq. 1 where tau is the identity. tau acts
-            # on the features before they are quantised. (taming's 1x1 quant_conv comes before tau
-            # here; the two commute.)
+            # tau acts on the features before they are quantised. (taming's 1x1 quant_conv comes
+            # before tau here; the two commute.)
             x = before(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
-                target = tau(x)  # smaller and turned, or x
-                quantised, indices, codebook_loss = model.quantize(tau(h))  # (b, e, h2, w2)
-                reconstruction = model.decode(quantised)  # target's shape
+                target = tau(x)  # EQ-VAE: smaller and turned, or x
+                quantised, indices, codebook_loss = model.quantize(tau(h))  # EQ-VAE: (b, e, h2, w2)
+                reconstruction = model.decode(quantised)  # of the target's shape
 
-            # L_rec (taming calls it nll), a mean over pixels where LDM's KL autoencoders have sums
+            # L_rec and the codebook's loss: means over values, where LDM's KL autoencoders have
+            # sums
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
-            nll = l1 + args.lpips_weight * lpips
+            rec_loss = l1 + args.lpips_weight * lpips
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
-            log.add(l1=l1, lpips=lpips, nll=nll, codebook=codebook_loss)
+            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, from disc_start on, and the discriminator's loss, from the first step on. Here
-            # gradients are computed with respect to the reconstruction alone; the backward pass
-            # through the autoencoder follows
-            if discriminator is None:
-                (gradient,) = torch.autograd.grad(nll, reconstruction)
-            else:
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on
+            g_loss = None
+            if discriminator is not None:
                 with autocast:
                     g_loss = -discriminator(reconstruction).float().mean()
-                gradient, gan_gradient, weight, clamped = vae.adversarial_gradients(
-                    nll, g_loss, reconstruction, model.decoder.conv_out.weight, args.gan_weight
-                )
-                if step >= args.disc_start:
-                    gradient = gradient + weight * gan_gradient
-                with autocast:
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
-                log.add(g_loss=g_loss, d_weight=weight, clamped=clamped)
-                log.add(d_loss=d_loss, logits_real=real, logits_fake=fake)
+                log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # The gradient of L1 is 0 where a value is NaN. Such a loss must not pass for a good one
-            gradient = gradient + 0 * nll.detach()
-
-            # `gradient` is a constant, so this sum passes exactly it into the decoder, and one
-            # backward pass carries it and the regulariser through the whole autoencoder
-            total = (gradient * reconstruction).sum() + regularizer
-            (total / len(parts)).backward()
+            # The losses' gradient at the reconstruction, then one backward pass from there
+            gradient, told = vae.loss_gradient(
+                rec_loss,
+                g_loss,
+                reconstruction,
+                model.decoder.conv_out.weight,
+                args.gan_weight,
+                gan_acts=step >= (args.disc_start or 0),
+            )
+            log.add(**told)
+            vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. Where a gradient of either network is not finite, all processes leave both as
         # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
@@ -341,8 +348,8 @@ def train(args, rank, world, device):
             optimizer.found_inf = skipped
             optimizer.step()
             optimizer.zero_grad()
-        vae.restore_where(skipped, buffers, statistics)  # BatchNorm's, of the discriminator
-        vae.update_average(ema, model, args.ema_decay, step)
+        vae.restore_where(skipped, batch_norm, batch_norm_before)
+        vae.update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
@@ -352,9 +359,9 @@ def train(args, rank, world, device):
             vae.save_autoencoder(args, step, networks, optimizers, ema)
 
     if not was_finished:
-        found = final_use(args, step, model, ema, data, device)
-        vae.save_autoencoder(args, step, networks, optimizers, ema, found)
-    vae.end_run(args, step, log)
+        use = final_use(args, step, model, ema, data, device)
+        vae.save_autoencoder(args, step, networks, optimizers, ema, use)
+    log.end(step)
 
 
 def count_codes(indices, n_embed):
@@ -376,12 +383,12 @@ def final_use(args, step, model, ema, data, device):
     """The codebook's use for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps or not vae.MAIN or args.bench:
         return None
-    found = codebook_use(averaged_model(model, ema, device), data.centred())
+    use = codebook_use(averaged_model(model, ema, device), data.centred())
     vae.say(
-        f"codebook: {found['dead']} of {model.config['n_embed']} codes are used by none of "
-        f"{found['images']} images"
+        f"codebook: {use['dead']} of {model.config['n_embed']} codes are used by none of "
+        f"{use['images']} images"
     )
-    return found
+    return use
 
 
 def averaged_model(model, ema, device):
@@ -418,7 +425,7 @@ def read_vqgan(path, model=None):
         found = read_taming(file, checkpoint, model)
     codes = len(found.weights["quantize.embedding.weight"])
     fits = found.config["n_embed"] == codes
-    if not fits or (model and model not in vae.presets(found.config, CONFIGS, VQGAN)):
+    if not fits or (model and model not in vae.presets(found.config, CONFIGS)):
         raise InputError(
             f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
         )
@@ -470,35 +477,19 @@ def export(args):
 def write_taming(folder, model, found):
     """ckpts/last.ckpt and configs/model.yaml, in taming's words (JSON is YAML)."""
     config = model.config
-    weights = dict(model.state_dict())
-    for name, value in (found.disc or {}).items():
-        weights[f"loss.discriminator.{name}"] = value
-    network = dict(
-        double_z=False,
-        z_channels=config["z_channels"],
-        resolution=256,
-        in_channels=3,
-        out_ch=3,
-        ch=config["ch"],
-        ch_mult=config["ch_mult"],
-        num_res_blocks=config["num_res_blocks"],
-        attn_resolutions=[256 >> level for level in config["attn_levels"]],
-        dropout=0.0,
-    )
     told = dict(
         target="taming.models.vqgan.VQModel",
         params=dict(
             embed_dim=config["embed_dim"],
             n_embed=config["n_embed"],
-            ddconfig=network,
+            ddconfig=vae.ldm_network(config, double_z=False),
             lossconfig=dict(target="taming.modules.losses.DummyLoss"),
         ),
     )
     (folder / "ckpts").mkdir()
     (folder / "configs").mkdir()
-    torch.save(dict(state_dict=weights), folder / "ckpts" / "last.ckpt")
-    text = json.dumps(dict(model=told), indent=2)
-    (folder / "configs" / "model.yaml").write_text(text + "\n")
+    torch.save(dict(state_dict=vae.ldm_weights(model, found)), folder / "ckpts" / "last.ckpt")
+    vae.write_json(folder / "configs" / "model.yaml", dict(model=told))
 
 
 # ==================================================================================================
