@@ -5,8 +5,10 @@ transformer. The timestep and the class control it through adaptive layer norms.
 (https://arxiv.org/abs/2502.09509) changes nothing here: only the latents differ, and training on
 them is faster (Table 2).
 
-In this file x0 is the data, a latent, and `noise` is what is added to it: x_t is x0 at t = 0 and
-noise at t = 999. (sit.py calls the data x1 and the noise x0, as its paper does.)
+    here             DiT's paper   SiT's paper   time here
+    latents (data)   x0            x0            t = 0
+    noise            eps           eps           t = 999
+    x                x_t           x_t           in between
 
     python dit.py --vae tiny.pt --data data/emoji/train --model DiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-dit.pt    # minutes on a CPU
@@ -21,11 +23,24 @@ draws 50,000 pictures. Expect after 400,000 steps, without guidance (Tables 2 an
 EQ-VAE's latents, 19.5 on SD-VAE's.
 
 --data is a folder of images, with a sub-folder for each class, or flat for one without classes.
-vae.py is imported inside functions, so that the networks of this file can be copied without it.
+
+From Python:
+
+    model, kept = load_generator("dit.pt")                        # kept["classes"]: their names
+    autoencoder = vae.load_autoencoder("eqvae.pt")
+    pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
+
+From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
+repa.py share all but the training loop; maskgit.py shares the caches and the writing of samples.
 """
 
+import argparse
+import contextlib
+import hashlib
+import json
 import math
 import os
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -33,6 +48,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:  # training and sampling need vae.py; network, diffusion and samplers do without
+    import vae
+except ImportError:
+    vae = None
 
 # name -> (width, blocks, attention heads)
 SIZES = {
@@ -259,9 +279,11 @@ class GaussianDiffusion:
         strides = np.append(0, np.full(steps - 1, 999 / (steps - 1)))
         self.timesteps = strides.cumsum().round().astype(int)
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[self.timesteps]
-        alpha_bar_next = np.append(1.0, alpha_bar[:-1])  # of the step that comes next in sampling
-        beta = 1 - alpha_bar / alpha_bar_next
-        variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
+        alpha_bar_prev = np.append(
+            1.0, alpha_bar[:-1]
+        )  # of the step before, which sampling goes to
+        beta = 1 - alpha_bar / alpha_bar_prev
+        variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
         variance[0] = variance[min(1, steps - 1)]  # it is 0 there, and has no logarithm
 
         def table(values):
@@ -271,10 +293,10 @@ class GaussianDiffusion:
         self.noise = table(np.sqrt(1 - alpha_bar))
         self.x0_from_x = table(np.sqrt(1 / alpha_bar))
         self.x0_from_eps = table(np.sqrt(1 / alpha_bar - 1))
-        self.next_signal = table(np.sqrt(alpha_bar_next))
-        self.next_noise = table(np.sqrt(1 - alpha_bar_next))
-        self.mean_from_x0 = table(beta * np.sqrt(alpha_bar_next) / (1 - alpha_bar))
-        self.mean_from_x = table((1 - alpha_bar_next) * np.sqrt(1 - beta) / (1 - alpha_bar))
+        self.prev_signal = table(np.sqrt(alpha_bar_prev))
+        self.prev_noise = table(np.sqrt(1 - alpha_bar_prev))
+        self.mean_from_x0 = table(beta * np.sqrt(alpha_bar_prev) / (1 - alpha_bar))
+        self.mean_from_x = table((1 - alpha_bar_prev) * np.sqrt(1 - beta) / (1 - alpha_bar))
         self.log_variance_low = table(np.log(variance))
         self.log_variance_high = table(np.log(beta))
 
@@ -324,7 +346,7 @@ class GaussianDiffusion:
         eta = 0) with None."""
         eps, x0, mean, log_variance = self.predict(output, x, i)
         if noise is None:
-            return self.next_signal[i] * x0 + self.next_noise[i] * eps
+            return self.prev_signal[i] * x0 + self.prev_noise[i] * eps
         is_last = (i == 0)[:, None, None, None]  # no noise is added there
         return mean + torch.where(is_last, 0, (0.5 * log_variance).exp() * noise)
 
@@ -396,12 +418,11 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 
 
 def train(args, rank, world, device):
-    import vae  # here, so that networks and samplers can be copied without it
-
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "DiT", CONFIGS, required=("vae", "latent", "ema", "classes"))
+    resumed = vae.load_run(args, "DiT", CONFIGS, required=KEPT)
     torch.manual_seed(args.seed)
     autoencoder, source = load_latent_space(args, resumed, device)
+    set_image_size(args, autoencoder)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
@@ -412,50 +433,52 @@ def train(args, rank, world, device):
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    ema = vae.start_ema(model, args.ema_decay, resumed, device)
     compile_blocks(args, model.blocks)
     network = vae.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    diffusion = GaussianDiffusion(device=device)
+    diffusion = GaussianDiffusion(device=device)  # DiT: 1,000 steps of noise
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
+    vae.check_processes(step, model, images, source)
     data = latent_data(args, rank, world, device, autoencoder, source, images)
-    vae.say_start(args, model, data, world, micro_batch, device)
+    vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not vae.stop_requested():
+    while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
-        latents, labels, _, readable = next(batches)
+        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        moments, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
             torch.randn(shape, generator=rng, device=device), rank, world
         )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.rank_slice(uniform, rank, world)
-        t = (1000 * uniform[:, 0]).long()  # 0 .. 999
+        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
+        t = (1000 * time_draw).long()  # DiT: 0 .. 999, of which 0 is next to the data
         y = labels.to(device, non_blocking=True)
-        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        y = torch.where(drop_draw < LABEL_DROP, null, y)
         log.count(unreadable=(~readable).sum())  # other pictures took their places
 
-        passes = len(latents) // micro_batch
+        passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
-            mean, std = moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x0 = autoencoder.normalize(mean + std * posterior_noise[rows])
-            x = diffusion.add_noise(x0, t[rows], noise[rows])
+            mean, std = mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
+            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
+            x = diffusion.add_noise(latents, t[rows], noise[rows])
             with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
-                    output = network(x, t[rows], y[rows])  # (b, 2C, h, w)
-                mse, vb = diffusion.losses(output, x0, x, t[rows], noise[rows])
+                    output = network(x, t[rows], y[rows])  # DiT: (b, 2C, h, w)
+                mse, vb = diffusion.losses(output, latents, x, t[rows], noise[rows])  # DiT
                 loss = mse.mean() + vb.mean()
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)
@@ -468,7 +491,7 @@ def train(args, rank, world, device):
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_average(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
@@ -480,10 +503,10 @@ def train(args, rank, world, device):
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
         save(args, step, model, ema, optimizer, autoencoder, source, images)
-    vae.end_run(args, step, log)
+    log.end(step)
 
 
-def draw_ddim(predict, noise, labels):
+def draw_ddim(predict, noise, labels, noise_like):
     """Draws the pictures that preview() shows: 50 steps of DDIM."""
     return GaussianDiffusion(50, noise.device).sample(predict, noise, labels, "ddim")
 
@@ -491,38 +514,55 @@ def draw_ddim(predict, noise, labels):
 # --------------------------------------------------------------------------------------------------
 # Shared with sit.py and repa.py: the latent space, the network, pictures, checkpoints
 
+# What a generator's checkpoint keeps besides its networks, for sampling and for going on
+KEPT = ("ema", "step", "args", "latent", "vae", "classes")
 
-def load_latent_space(args, resumed, device):
+
+def load_latent_space(args, kept, device):
     """-> (the autoencoder in --vae, on the device; its file and hash, for checkpoints and caches).
 
-    The autoencoder gets two attributes: image_size (H, W), which is --image-size, else what it was
-    trained at, and latent_size (h, w).
+    kept  entries of the generator's checkpoint, if there is one. The autoencoder must be the one
+          that it was trained on, and the latents get the scale that they had then
     """
-    import vae
-
     if not args.vae:
         raise vae.InputError(
-            "--vae: name the autoencoder whose latents to train on (vae.py makes one: eqvae.pt)"
+            "--vae: name the autoencoder on whose latents to train, or on which the generator was "
+            "trained (vae.py makes one: eqvae.pt)"
         )
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
     source = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
-    autoencoder.image_size = vae.training_size(args, autoencoder)
-    autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
-    if resumed is not None:
-        if resumed["vae"]["sha256"] != source["sha256"]:
-            raise vae.InputError(
-                f"{args.out}: trained on the latents of another autoencoder "
-                f"({resumed['vae']['file']}); give another --out"
-            )
-        autoencoder.scaling_factor = resumed["latent"]["scale"]
-        autoencoder.shift_factor = resumed["latent"]["shift"]
+    if kept:
+        check_source("--vae", args.vae, source, kept["vae"])
+        set_scale(autoencoder, kept["latent"])
     return autoencoder.to(device, memory_format=vae.convolution_layout(device)), source
+
+
+def check_source(flag, path, source, kept):
+    """InputError if the latents or tokens that a generator was trained on came from elsewhere."""
+    if kept["sha256"] != source["sha256"]:
+        raise vae.InputError(
+            f"{flag} {path}: the generator was trained with another one ({kept['file']}, SHA-256 "
+            f"{kept['sha256'][:16]}); give that one, or another --out"
+        )
+
+
+def set_scale(autoencoder, latent):
+    autoencoder.scaling_factor = latent["scale"]
+    autoencoder.shift_factor = latent["shift"]
+
+
+def set_image_size(args, autoencoder):
+    """Gives the autoencoder the image_size (H, W) of training, --image-size or else what it was
+    itself trained at, and the latent_size (h, w)."""
+    if args.image_size is None:
+        args.image_size = max(autoencoder.image_size or (256, 256))
+        vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
+    autoencoder.image_size = (args.image_size, args.image_size)
+    autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
 
 
 def network_config(args, preset, autoencoder, images, **options):
     """The arguments of the network for these latents and classes."""
-    import vae
-
     side = autoencoder.latent_size[0]
     if side % preset["patch_size"]:
         raise vae.InputError(
@@ -539,14 +579,23 @@ def network_config(args, preset, autoencoder, images, **options):
 
 
 def start_network(network, config, args, resumed, images):
-    """A new network, or that of the run to go on with. InputError if its settings are others."""
-    import vae
-
-    model = network(**config)
+    """A new network, or that of the run to go on with. InputError if that has other settings, or
+    other classes."""
     if resumed is None:
-        return model
-    vae.check_same_network(args, resumed, model.config, images)
-    return vae.load_weights(model, resumed["model"], args.out)
+        return network(**config)
+    kept = resumed["config"]
+    changed = [
+        f"{key} {kept.get(key)}, now {config[key]}"
+        for key in config
+        if kept.get(key) != config[key]
+    ]
+    if resumed["classes"] != images.classes:
+        changed.append(f"other classes ({vae.shortened(resumed['classes'])})")
+    if changed:
+        raise vae.InputError(
+            f"{args.out}: was trained with {'; '.join(changed)}; give another --out"
+        )
+    return vae.build(network, vae.Stored(args.out, config, resumed["model"]))
 
 
 def compile_blocks(args, blocks):
@@ -559,12 +608,7 @@ def compile_blocks(args, blocks):
 @torch.no_grad()
 def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
     """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
-    labels each time.
-
-    draw  (predict, noise, labels) -> latents
-    """
-    import vae
-
+    labels each time. `draw` is as draw_latents() takes it."""
     if not vae.MAIN or args.bench or not args.sample_every:
         return
     device = next(model.parameters()).device
@@ -576,16 +620,21 @@ def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
     def average(x, t, y):
         return torch.func.functional_call(model, weights, (x, t, y))
 
-    predict = guided(average, null, args.cfg_scale, *guidance_range(args))
+    predict = guided(average, null, **guidance(args))
     with autocast:
-        z = draw(predict, noise, labels)
+        z = draw(predict, noise, labels, torch.randn_like)
     pictures = autoencoder.decode(autoencoder.denormalize(z.float()))
     log.picture(step, vae.image_grid(pictures.split(8)))
 
 
-def guidance_range(args):
-    """The interval of noise levels and the number of channels that are guided."""
-    return args.guidance_low, args.guidance_high, 3 if args.three_channels else None
+def guidance(args):
+    """The command line's guidance, as guided() takes it."""
+    return dict(
+        cfg_scale=args.cfg_scale,
+        low=args.guidance_low,
+        high=args.guidance_high,
+        channels=3 if args.three_channels else None,
+    )
 
 
 def save(args, step, model, ema, optimizer, autoencoder, source, images):
@@ -598,9 +647,6 @@ def save(args, step, model, ema, optimizer, autoencoder, source, images):
     vae, latent    file and hash of the autoencoder, scale and shift of its latents in training
     classes        names of the classes
     """
-    import vae
-
-    latent = dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor)
     checkpoint = dict(
         arch=type(model).__name__,
         config=model.config,
@@ -609,7 +655,7 @@ def save(args, step, model, ema, optimizer, autoencoder, source, images):
         opt=optimizer.state_dict(),
         step=step,
         args=vae.saved_arguments(args),
-        latent=latent,
+        latent=dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor),
         vae=source,
         classes=images.classes,
     )
@@ -621,166 +667,348 @@ def save(args, step, model, ema, optimizer, autoencoder, source, images):
 # every step draws a fresh sample
 
 
-class Latents(torch.utils.data.Dataset):
-    """The cached moments of pictures.
-
-    path    rows.npy of a cache: float16 (N, 2, 2C, h, w), of each picture and its mirror image
-    places  numbers of the rows whose picture could be read
-    labels  of these rows
-
-    Items are (moments (2C, h, w), label, index, True), as those of vae.ImageFolder, and asked for
-    in the same way, as (epoch, index). With `mirror` a random half of them are the mirror image's.
-    The object holds paths and numbers alone, so it can be sent to data loaders; each opens the file
-    itself.
-    """
-
-    def __init__(self, path, places, labels, seed, mirror):
-        self.path = path
-        self.places = places
-        self.labels = labels
-        self.seed = seed
-        self.mirror = mirror
-        self.rows = None
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getstate__(self):
-        return dict(self.__dict__, rows=None)
-
-    def __getitem__(self, item):
-        import vae
-
-        epoch, index = item
-        if self.rows is None:
-            self.rows = vae.RowReader(self.path)
-        view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = torch.from_numpy(self.rows.read(self.places[index], view))
-        return row, self.labels[index], index, True
-
-
 def latent_data(args, rank, world, device, autoencoder, source, images):
-    """What to train on: the cached Latents of the images, or with --no-cache the images themselves.
+    """What to train on: the cached moments of the images, or with --no-cache the images themselves.
     Also measures the latents' scale where the autoencoder has none."""
-    import vae
-
-    measure_scale(autoencoder, images)
+    if autoencoder.scaling_factor is None:  # as in LDM's kl-f16
+        measured = vae.measure_latents(autoencoder, images.centred())
+        pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
+        scale, shift = vae.mean_over_processes(pair).tolist()
+        set_scale(autoencoder, dict(scale=scale, shift=shift))
     if args.no_cache:
         return images
-    shape = (len(images), 2, 2 * autoencoder.config["z_channels"], *autoencoder.latent_size)
-    rows = open_cache(args, shape, images, "latents", autoencoder=source["sha256"])
 
-    def compute(batch):
-        views = []
-        for view in (batch, batch.flip(3)):
-            views.append(torch.cat(moments(view, autoencoder, device), dim=1))
-        return torch.stack(views, dim=1).half()
+    def encode(batch):
+        return torch.cat(mean_and_std(batch, autoencoder, device), dim=1).half()
 
-    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching latents")
-    labels = np.array(images.labels)[places]
-    return Latents(rows.path, places, labels, args.seed, args.mirror)
-
-
-def open_cache(args, shape, images, what, **manifest):
-    """The vae.Rows in NAME-latents/ beside the autoencoder, or in --cache. What is not latents goes
-    to the same name with -what appended."""
-    import vae
-
-    folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vae))[0]}-latents"
-    if what != "latents":
-        folder = f"{folder}-{what}"
-    return vae.Rows(
-        folder,
-        shape,
-        "float16",
-        "--cache",
-        images=vae.data_fingerprint(images),
-        image_size=images.size,
-        **manifest,
-    )
+    shape = (2 * autoencoder.config["z_channels"], *autoencoder.latent_size)
+    cache = cache_folder(args, args.vae, "latents")
+    made_of = dict(autoencoder=source["sha256"])
+    return cached(args, rank, world, cache, images, encode, shape, "float16", made_of)
 
 
 @torch.no_grad()
-def moments(batch, autoencoder, device):
+def mean_and_std(batch, autoencoder, device):
     """Cached moments (B, 2C, h, w) or uint8 images (B, 3, H, W) -> mean and std of the latents
     (B, C, h, w), float32. Images are encoded in float32, because they are the training data."""
-    import vae
-
     if batch.dtype == torch.uint8:
         posterior = autoencoder.encode(vae.to_float(batch, device))
         return posterior.mean, posterior.std
     return batch.to(device, non_blocking=True).float().chunk(2, dim=1)
 
 
-def measure_scale(autoencoder, images):
-    """Measures the latents' scale where the file has none, as in LDM's kl-f16."""
-    import vae
+# --------------------------------------------------------------------------------------------------
+# Caches: of latents, of REPA's features, of MaskGIT's tokens
 
-    if autoencoder.scaling_factor is None:
-        measured = vae.measure_latents(autoencoder, images.centred())
-        pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
-        scale, shift = vae.average(pair).tolist()
-        autoencoder.scaling_factor = scale
-        autoencoder.shift_factor = shift
+
+def cache_folder(args, source, what):
+    """--cache, else NAME-latents or NAME-tokens beside the autoencoder NAME.pt or NAME/."""
+    if args.cache:
+        return args.cache
+    stem = os.path.normpath(source)
+    if os.path.isfile(source):
+        stem = os.path.splitext(stem)[0]
+    return f"{stem}-{what}"
+
+
+def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mirror=True):
+    """Encodes an ImageFolder once, and its mirror images. -> CachedViews
+
+    encode   uint8 images (b, 3, H, W) -> tensor (b, *shape)
+    made_of  what the rows depend on besides the images, for the folder's manifest
+    mirror   whether the mirror images are needed
+
+    A signal ends the run; what it has cached stays, and the same command caches the rest.
+    """
+    views = 2 if mirror else 1
+    rows = Rows(
+        folder,
+        (len(images), views, *shape),
+        dtype,
+        "--cache",
+        images=images_hash(images),
+        image_size=images.size,
+        **made_of,
+    )
+
+    @torch.no_grad()
+    def encode_views(batch):
+        mirrored = [batch, batch.flip(3)][:views]
+        return torch.stack([encode(view) for view in mirrored], dim=1)
+
+    # Batches of a fixed grid: another batch is rounded otherwise, and a cache should be the same,
+    # however often it was interrupted
+    batches = rows.unfinished(min(32, args.micro_batch or 32), rank, world)
+    loader = torch.utils.data.DataLoader(
+        images.centred(),
+        batch_sampler=[batch.tolist() for batch in batches],
+        num_workers=args.workers,
+        worker_init_fn=vae.leave_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+    progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
+    for batch, _, indices, readable in loader if batches else ():
+        if vae.SIGNALS:
+            break
+        if readable.any():
+            rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
+        rows.mark(indices[~readable].numpy(), UNREADABLE)
+        progress.update(len(batch))
+    progress.close()
+    vae.leave_if_stopped(f"{folder}: stopped; the same command goes on")
+    there = rows.finished()
+    return CachedViews(rows.path, there, images.labels[there], args.seed, mirror and args.mirror)
+
+
+class CachedViews(torch.utils.data.Dataset):
+    """The cached rows of pictures and of their mirror images.
+
+    path     rows.npy of a cache: (N, 2, ...), of each picture and its mirror image
+    indices  of the rows whose picture could be read
+    labels   of these rows
+
+    Items are (row, label, index, True), as those of vae.ImageFolder, and asked for in the same way,
+    as (epoch, index). With `mirror` a random half of them are the mirror image's. The object holds
+    paths and numbers alone, so it can be sent to data loaders; each opens the file itself.
+    """
+
+    def __init__(self, path, indices, labels, seed, mirror):
+        self.path = path
+        self.indices = indices
+        self.labels = labels
+        self.seed = seed
+        self.mirror = mirror
+        self.reader = None
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getstate__(self):
+        return dict(self.__dict__, reader=None)
+
+    def __getitem__(self, item):
+        epoch, index = item
+        if self.reader is None:
+            self.reader = RowReader(self.path)
+        view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
+        row = self.reader.read(self.indices[index], view)
+        return torch.from_numpy(row), int(self.labels[index]), index, True
+
+
+def images_hash(images):
+    """SHA-256 of what an ImageFolder reads: every name, size and time."""
+    root = os.path.normpath(images.root)
+    digest = hashlib.sha256(os.path.realpath(root).encode())
+    for file in images.files:
+        about = os.stat(file)
+        digest.update(os.fsencode(f"{file[len(root) :]} {about.st_size} {about.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows on disk: caches, and samples
+
+# What status.npy says of a row
+MISSING = 0
+THERE = 1
+UNREADABLE = 2
+
+
+class Rows:
+    """An array (N, ...) on disk, which several processes fill, over several runs.
+
+    FOLDER/rows.npy      the array
+    FOLDER/status.npy    a byte for each row: MISSING, THERE or UNREADABLE
+    FOLDER/manifest.json what the rows belong to; written last, so a folder without it is made anew
+
+    Each process fills batches of its own, and writes by offset, so several machines can fill one
+    folder on a network file system. With `exclusive` no other run may even read it. InputError if the folder belongs to something else, is not
+    whole, or does not fit on the disk.
+    """
+
+    def __init__(self, folder, shape, dtype, flag, exclusive=False, **manifest):
+        self.folder = Path(folder)
+        self.flag = flag
+        self.exclusive = exclusive
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(dtype)
+        self.path = self.folder / "rows.npy"
+        self.status_path = self.folder / "status.npy"
+        if vae.MAIN:
+            manifest = dict(manifest, shape=self.shape, dtype=self.dtype.name)
+            try:
+                self.prepare(json.loads(json.dumps(manifest)))
+            except OSError as error:
+                reason = error.strerror or error
+                raise vae.InputError(f"{flag} {folder}: cannot be used ({reason})") from None
+        vae.barrier()
+        self.status = self.read_status()
+        vae.barrier()  # before one of them fills any
+
+    def prepare(self, manifest):
+        path = self.folder / "manifest.json"
+        kept = self.read_manifest(path)
+        wrong = [name for name in manifest if kept and kept.get(name) != manifest[name]]
+        if wrong:
+            raise vae.InputError(
+                f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; delete the "
+                f"folder, or give another {self.flag}"
+            )
+        if kept and not self.exclusive and (self.read_status() != MISSING).all():
+            return  # no lock: any number of runs may read what is complete
+        self.folder.mkdir(parents=True, exist_ok=True)
+        vae.lock_folder(self.folder, f"{self.flag} {self.folder}")
+        if kept:
+            return
+        vae.say(f"{self.folder}: {math.prod(self.shape) * self.dtype.itemsize / 1e9:.3g} GB")
+        reserve(self.path, self.shape, self.dtype)
+        reserve(self.status_path, self.shape[:1], np.dtype("uint8"))
+        vae.write_file(path, lambda part: part.write_text(json.dumps(manifest, indent=1)))
+
+    def read_manifest(self, path):
+        """{} where rows were never begun. InputError for a folder that holds something else."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        if names - {"rows.npy", "status.npy", "manifest.json", "manifest.json.tmp"}:
+            raise vae.InputError(f"{self.flag} {self.folder}: holds other files; give a new folder")
+        try:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError):
+            return dict(manifest="unreadable")
+
+    def read_status(self):
+        """InputError if one of the two files is not what the manifest says, or was cut short."""
+        try:
+            rows = np.load(self.path, mmap_mode="r")
+            status = np.array(np.load(self.status_path))
+        except (OSError, ValueError, EOFError) as error:
+            raise vae.InputError(
+                f"{self.folder}: not whole, or on a disk that not all machines see ({error}); "
+                "delete it"
+            ) from None
+        if (rows.shape, rows.dtype, len(status)) != (self.shape, self.dtype, self.shape[0]):
+            raise vae.InputError(f"{self.folder}: its files do not fit together; delete it")
+        return status
+
+    def unfinished(self, size, rank, world):
+        """This process's share of the batches of a fixed grid (rows 0 .. size - 1, and so on) in
+        which a row is missing: a list of arrays of indices."""
+        grid = np.split(np.arange(self.shape[0]), range(size, self.shape[0], size))
+        missing = [batch for batch in grid if (self.status[batch] == MISSING).any()]
+        return missing[len(missing) * rank // world : len(missing) * (rank + 1) // world]
+
+    def write(self, indices, rows):
+        """Rows (len(indices), ...) to their places, then their status."""
+        write_rows(self.path, indices, np.asarray(rows, dtype=self.dtype))
+        self.mark(indices, THERE)
+
+    def mark(self, indices, status):
+        write_rows(self.status_path, indices, np.full(len(indices), status, dtype=np.uint8))
+        self.status[indices] = status
+
+    def finished(self):
+        """Waits for all processes; -> indices of the rows that are there. InputError if some that
+        should be are not."""
+        vae.barrier()
+        status = self.read_status()
+        missing = int((status == MISSING).sum())
+        if missing:
+            raise vae.InputError(
+                f"{self.folder}: {missing:,} rows are missing; the same command goes on"
+            )
+        unreadable = int((status == UNREADABLE).sum())
+        if unreadable:
+            vae.say(f"{self.folder}: {unreadable:,} unreadable pictures are left out")
+        return np.flatnonzero(status == THERE)
+
+
+def reserve(path, shape, dtype):
+    """An .npy file of zeros whose space on the disk is taken now. OSError if it does not fit."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError:
+                os.unlink(path)
+                raise
+
+
+def write_rows(path, indices, rows):
+    """Writes rows of an .npy file, each to where it lies."""
+    offset = np.load(path, mmap_mode="r").offset
+    with open(path, "r+b") as file:
+        for index, row in zip(indices, rows):
+            file.seek(offset + int(index) * row.nbytes)
+            file.write(row.tobytes())
+
+
+class RowReader:
+    """Reads parts of an .npy file, each from where it lies.
+
+    A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
+    than memory, a batch of latents then takes many times as long.
+    """
+
+    def __init__(self, path):
+        array = np.load(path, mmap_mode="r")  # reads the header alone
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self.offset = array.offset
+        self.file = open(path, "rb", buffering=0)
+
+    def read(self, *place):
+        """array[place], a copy; `place` are the first indices."""
+        part = np.empty(self.shape[len(place) :], self.dtype)
+        number = int(np.ravel_multi_index(place, self.shape[: len(place)]))
+        self.file.seek(self.offset + number * part.nbytes)
+        if self.file.readinto(part.reshape(-1).view(np.uint8)) != part.nbytes:
+            raise vae.InputError(f"{self.file.name}: was cut short; delete its folder")
+        return part
 
 
 # ==================================================================================================
-# Sampling
+# Sampling, from Python: load_generator() and generate()
 
 
-def sample(args, rank, world, device):
-    check_sampling(args)
-    model, kept = load_generator(args, DiT, device)
-    diffusion = GaussianDiffusion(args.sampling_steps, device)
-    settings = dict(sampler=args.sampler)
+def load_generator(file, network=DiT, **options):
+    """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint).
 
-    def draw(predict, noise, labels, noise_like):
-        return diffusion.sample(predict, noise, labels, args.sampler, noise_like)
-
-    calls = args.sampling_steps
-    sample_latents(args, rank, world, device, model, CONFIGS, kept, draw, calls, settings)
-
-
-def check_sampling(args):
-    import vae
-
-    if not 2 <= args.sampling_steps <= 1000:
-        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
-    if args.guidance_low > args.guidance_high:
-        raise vae.InputError("--guidance-low: must not exceed --guidance-high")
-
-
-def load_generator(args, network, device):
-    """--sample-from -> (model, our checkpoint's other entries or {}).
+    options  arguments of the network that official files do not tell
 
     Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
-    average of the weights where there is one. The weights keep requires_grad, because autocast
-    caches the bf16 copies of such weights alone. Others it would cast again at every call.
-    """
-    import vae
+    average of the weights where there is one. model.latent is the scale and shift of the latents
+    that it was trained on, dict(scale=, shift=), and kept["classes"] are the names of its classes;
+    official files tell neither: then model.latent is None, and the entries are {}.
 
-    path = args.sample_from
+    The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
+    Others it would cast again at every call.
+    """
+    path = find_generator(file)
     checkpoint = vae.read_file(path)
+    kept = {}
     if vae.is_ours(checkpoint):
         if checkpoint["arch"] != network.__name__:
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {network.__name__}")
-        keys = ("config", "model", "ema", "step", "args", "latent", "vae", "classes")
-        vae.check_keys(path, checkpoint, keys)
+        vae.check_entries(path, checkpoint, ("model", *KEPT))
         config = checkpoint["config"]
         weights = checkpoint["ema"] or checkpoint["model"]
-        kept = {key: checkpoint[key] for key in keys if key not in ("model", "ema")}
+        kept = {key: checkpoint[key] for key in KEPT if key != "ema"}
     else:
         config, weights = read_official(path, checkpoint, network)
-        kept = {}
-    model = vae.build(network, vae.Stored(path, config, weights)).to(device).eval()
-    compile_blocks(args, model.blocks)
+        config |= options
+    model = vae.build(network, vae.Stored(path, config, weights)).eval()
+    model.latent = kept.get("latent")
     return model, kept
+
+
+def find_generator(path):
+    """path, or the checkpoint of the run whose folder it is: dit/ stands for dit.pt."""
+    beside = Path(f"{os.path.normpath(path)}.pt")
+    return beside if os.path.isdir(path) and beside.is_file() else path
 
 
 def read_official(path, checkpoint, network):
     """-> configuration and weights of an official file, whose shapes tell the configuration."""
-    import vae
-
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(
@@ -792,58 +1020,108 @@ def read_official(path, checkpoint, network):
         raise vae.InputError(f"{path}: not a known {network.__name__} ({error})") from None
 
 
-def load_sampling_autoencoder(args, config, kept, device):
-    """--vae, which must be the one that the generator was trained on, on the device."""
-    import vae
+def generate(
+    model, autoencoder, labels, seed=0, indices=None, sampler="ddpm", steps=250, **options
+):
+    """Draws a picture for each of the labels (N,): uint8 (N, H, W, 3).
 
-    if not args.vae:
-        raise vae.InputError(
-            "--vae: give the autoencoder on whose latents the generator was trained"
-        )
-    autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model").to(device)
-    digest = vae.weights_hash(autoencoder)
-    if kept and kept["vae"]["sha256"] != digest:
-        raise vae.InputError(
-            f"--vae {args.vae}: {args.sample_from} was trained on the latents of another "
-            f"autoencoder ({kept['vae']['file']}, SHA-256 {kept['vae']['sha256'][:16]})"
-        )
-    if kept:
-        autoencoder.scaling_factor = kept["latent"]["scale"]
-        autoencoder.shift_factor = kept["latent"]["shift"]
-    if autoencoder.scaling_factor is None:
-        raise vae.InputError(f"--vae {args.vae}: the scale of its latents is unknown")
+    model        of load_generator(), on any device
+    autoencoder  vae.load_autoencoder()'s, on the same device
+    indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
+                 its number, its label) and of the sampler
+    sampler      "ddpm" or "ddim", in `steps` steps
+    options      cfg_scale, low, high, channels of guided(); precision, "fp32" or "bf16"
+    """
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler {sampler!r}: ddpm or ddim")
+    diffusion = GaussianDiffusion(steps, next(model.parameters()).device)
+
+    def draw(predict, noise, labels, noise_like):
+        return diffusion.sample(predict, noise, labels, sampler, noise_like)
+
+    return draw_pictures(draw, model, autoencoder, labels, seed, indices, **options)
+
+
+@torch.no_grad()
+def draw_pictures(
+    draw, model, autoencoder, labels, seed=0, indices=None, precision="fp32", **options
+):
+    """What generate() of dit.py, sit.py and repa.py have in common.
+
+    draw  (predict, noise, labels, noise_like) -> normalised latents; noise_like(x) is fresh noise
+    """
+    device = next(model.parameters()).device
+    side = model.config["input_size"]
+    shape = (model.config["in_channels"], side, side)
+    labels = torch.as_tensor(labels, device=device)
+    if indices is None:
+        indices = range(len(labels))
+    sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
+
+    def noise_like(x):
+        rows = [torch.randn(shape, generator=source) for source in sources]
+        return vae.to_device(torch.stack(rows), device)
+
+    predict = guided(model, model.config["num_classes"], **options)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        z = draw(predict, noise_like(None), labels, noise_like)
+    if model.latent:
+        set_scale(autoencoder, model.latent)
+    return decode_pictures(autoencoder.decode, autoencoder.denormalize(z.float()))
+
+
+@torch.no_grad()
+def decode_pictures(decode, latents):
+    """Latents or tokens (B, ...) -> uint8 pictures (B, H, W, 3), decoded 32 at a time."""
+    pictures = []
+    for part in latents.split(32):
+        decoded = decode(part)
+        if not decoded.isfinite().all():
+            raise vae.InputError("some of the generator's samples are not finite numbers")
+        pictures.append(vae.to_uint8(decoded).permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures).numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling, from the command line: ADM's npz, arr_0 uint8 (N, H, W, 3), arr_1 labels
+
+
+def sample(args, rank, world, device):
+    settings = dict(sampler=args.sampler, steps=args.sampling_steps)
+    calls = args.sampling_steps
+    sample_latents(args, rank, world, device, load_generator, CONFIGS, generate, settings, calls)
+
+
+def sample_latents(args, rank, world, device, load, configs, generate, settings, calls):
+    """Fills --samples with a generator's pictures: what dit.py, sit.py and repa.py have in common.
+
+    load      a load_generator()
+    configs   the presets, for the model's name in the record
+    settings  arguments of generate(), which the record keeps, too
+    calls     how often it calls the network for a batch
+    """
+    # All arguments are checked before anything is written
+    out = samples_path(args, world)
+    if args.guidance_low > args.guidance_high:
+        raise vae.InputError("--guidance-low: must not exceed --guidance-high")
+    if not 2 <= args.sampling_steps <= 1000:
+        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
+    model, kept = load(args.sample_from)
+    config = model.config
+    check_guidance(args.cfg_scale, config["num_classes"])
+    autoencoder, source = load_latent_space(args, kept, device)
+    autoencoder.check_scale()
     if autoencoder.config["z_channels"] != config["in_channels"]:
         raise vae.InputError(
             f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
             f"the generator's {config['in_channels']}"
         )
-    return autoencoder, digest
-
-
-@torch.no_grad()
-def sample_latents(args, rank, world, device, model, configs, kept, draw, calls, settings):
-    """Fills --samples with pictures of a generator on latents. Sample i depends on (seed, i)
-    alone, to rounding.
-
-    configs   the presets, for the model's name in the record FILE.json
-    kept      the entries of our checkpoint, or {}
-    draw      (predict, noise, labels, noise_like) -> normalised latents
-    calls     how often draw calls predict, for the progress bar
-    settings  what the draw depends on besides, for the record
-    """
-    import vae
-
-    # All arguments are checked before anything is written
-    config = model.config
-    out = vae.samples_path(args, world)
-    vae.check_guidance(args.cfg_scale, config["num_classes"])
-    autoencoder, digest = load_sampling_autoencoder(args, config, kept, device)
-    names = kept.get("classes", [])
-    labels = vae.choose_labels(args, config["num_classes"], names)
+    side = config["input_size"] * autoencoder.factor
+    labels = choose_labels(args, out, side, config["num_classes"], kept.get("classes", []))
     record = dict(
         model=preset_name(args, config, configs),
         generator=vae.weights_hash(model),
-        autoencoder=digest,
+        autoencoder=source["sha256"],
         step=kept.get("step"),
         args=kept.get("args"),
         seed=args.seed,
@@ -854,34 +1132,18 @@ def sample_latents(args, rank, world, device, model, configs, kept, draw, calls,
         three_channels=args.three_channels,
         sampling_steps=args.sampling_steps,
         precision=args.precision,
-        **settings,
+        **{name: value for name, value in settings.items() if name != "steps"},
     )
+    if "path" in config:  # SiT's and REPA's
+        record["path"] = config["path"]
+    model.to(device)
+    compile_blocks(args, model.blocks)
+    options = dict(settings, precision=args.precision, **guidance(args))
 
-    predict = guided(model, config["num_classes"], args.cfg_scale, *guidance_range(args))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    side = config["input_size"]
-    shape = (config["in_channels"], side, side)
+    def draw(indices, labels):
+        return generate(model, autoencoder, labels, seed=args.seed, indices=indices, **options)
 
-    def draw_pictures(indices, labels, tick):
-        sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
-
-        def noise_like(x):
-            rows = [torch.randn(shape, generator=source) for source in sources]
-            return vae.to_device(torch.stack(rows), device)
-
-        def predict_and_tell(x, t, y, level):
-            tick()
-            return predict(x, t, y, level)
-
-        noise = noise_like(torch.empty(0, device=device))
-        with autocast:
-            z = draw(predict_and_tell, noise, torch.from_numpy(labels).to(device), noise_like)
-        z = autoencoder.denormalize(z.float())
-        return vae.decode_pictures(autoencoder.decode, z, args.sample_from)
-
-    size = side * autoencoder.factor
-    picture = (size, size, 3)
-    vae.write_samples(args, rank, world, out, labels, picture, calls, draw_pictures, record)
+    write_samples(args, rank, world, out, model, labels, side, draw, calls, record)
 
 
 def preset_name(args, config, configs):
@@ -892,6 +1154,136 @@ def preset_name(args, config, configs):
     return Path(args.sample_from).stem
 
 
+def samples_path(args, world):
+    """The npz to write. InputError if it cannot be."""
+    out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
+    is_writable = out.suffix == ".npz" and out.parent.is_dir()
+    if not is_writable or out.is_dir() or out.with_suffix(".json").is_dir():
+        raise vae.InputError(
+            f"--samples {out}: give a name that ends in .npz, in a folder that is there"
+        )
+    if args.num_samples < world:
+        raise vae.InputError(
+            f"--num-samples {args.num_samples}: fewer than the {world} processes; at least one each"
+        )
+    return out
+
+
+def check_guidance(cfg_scale, num_classes):
+    if cfg_scale < 0 or (cfg_scale != 1 and not num_classes):
+        raise vae.InputError(
+            f"--cfg-scale {cfg_scale:g}: at least 0, and 1 for a generator without classes"
+        )
+
+
+def choose_labels(args, out, side, num_classes, names):
+    """--labels -> an array of args.num_samples labels. InputError first if the disk has no room for
+    so many samples of `side` pixels. `names` are those of the classes, or []."""
+    size = args.num_samples * side * side * 3
+    if size > shutil.disk_usage(out.parent).free:
+        raise vae.InputError(
+            f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
+        )
+    known = max(1, num_classes)
+    if args.labels == "uniform":  # DiT's protocol; a function of (seed, index)
+        labels = [
+            torch.randint(known, (), generator=vae.seeded(args.seed, "label", i))
+            for i in range(args.num_samples)
+        ]
+        return np.array([int(label) for label in labels])
+    if args.labels == "balanced":
+        return np.arange(args.num_samples) % known
+    numbers = {name: label for label, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):  # else a number would have two meanings
+        numbers |= {str(label): label for label in range(known)}
+    given = [args.labels]
+    if args.labels not in numbers:  # "tench, Tinca tinca" is one name
+        given = args.labels.split(",")
+    unknown = [word for word in given if word not in numbers]
+    if unknown:
+        raise vae.InputError(
+            f"--labels {args.labels}: no class {unknown[0]}; uniform, balanced, or some of "
+            f"{vae.shortened(list(numbers))}"
+        )
+    chosen = np.array([numbers[word] for word in given])
+    return chosen[np.arange(args.num_samples) % len(given)]
+
+
+def write_samples(args, rank, world, out, model, labels, side, draw, calls, record):
+    """Fills the npz `out` with samples, and draws the first of them beside it.
+
+    labels  (N,)
+    side    of the pictures
+    draw    (indices, labels) -> uint8 pictures (b, side, side, 3); sample i must depend on (seed,
+            i) alone
+    calls   how often draw() calls the model, for the progress bar
+    record  all that the pictures depend on: kept beside them, and compared when it goes on
+    """
+    if is_written(out, record):
+        vae.say(f"{out}: already there")
+        return
+    shape = (len(labels), side, side, 3)
+    rows = Rows(f"{out}.part", shape, "uint8", "--samples", exclusive=True, **record)
+    batches = rows.unfinished(min(args.batch_size // world or 1, len(labels)), rank, world)
+    progress = vae.Progress(calls * len(batches), 0, f"{out.name}: sampling")
+
+    def before_call(module, inputs):
+        progress.update()
+        if vae.SIGNALS:
+            raise Stopped
+
+    hook = model.register_forward_pre_hook(before_call)
+    with contextlib.suppress(Stopped):
+        for indices in batches:
+            if vae.SIGNALS:
+                break
+            rows.write(indices, draw(indices, labels[indices]))
+    hook.remove()
+    progress.close()
+    vae.leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
+    rows.finished()
+    if vae.MAIN:
+        finish_samples(out, rows, labels, record)
+    vae.barrier()
+
+
+class Stopped(Exception):
+    """A signal came between two steps of a sampler."""
+
+
+def is_written(out, record):
+    """Whether the npz is there. InputError if it is another command's."""
+    if not out.exists():
+        return False
+    beside = out.with_suffix(".json")
+    try:
+        kept = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        kept = None
+    if kept != json.loads(json.dumps(record)):
+        raise vae.InputError(f"--samples {out}: exists and was made with other settings")
+    if vae.MAIN:
+        shutil.rmtree(f"{out}.part", ignore_errors=True)  # of a run that was killed at its end
+    return True
+
+
+def finish_samples(out, rows, labels, record):
+    pictures = np.load(rows.path, mmap_mode="r")
+    shown = torch.from_numpy(pictures[:64] / 127.5 - 1).permute(0, 3, 1, 2)
+    grid = vae.image_grid(shown.split(8))
+    vae.write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
+    text = json.dumps(record, indent=1) + "\n"
+    vae.write_file(out.with_suffix(".json"), lambda path: path.write_text(text))
+
+    def write(path):
+        with open(path, "wb") as file:
+            np.savez(file, arr_0=pictures, arr_1=labels)
+
+    vae.write_file(out, write)
+    shutil.rmtree(rows.folder)
+    vae.say(f"{out}: {len(labels):,} samples, the first of them in {out.with_suffix('.png')}")
+
+
 # ==================================================================================================
 # The command line
 
@@ -899,82 +1291,78 @@ def preset_name(args, config, configs):
 def arguments(description, models, out):
     """-> the parser of a script that trains a generator on latents and samples from it, and its
     groups of flags for the generator and for sampling."""
-    import vae
-
     parser = vae.make_parser(description)
     generator = parser.add_argument_group("generator")
-    generator.add_argument(
-        "--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)"
-    )
-    generator.add_argument(
-        "--model", choices=models, default=next(iter(models)), help="network's size / patch size"
-    )
-    generator.add_argument("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
-    generator.add_argument(
-        "--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ..."
-    )
-    generator.add_argument(
-        "--cache", help="folder of the latents (default: NAME-latents beside --vae)"
-    )
-    generator.add_argument(
-        "--no-cache", action="store_true", help="encode every image in every step"
-    )
-    generator.add_argument(
-        "--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average"
-    )
-    generator.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    add_mirror(generator)
-    sampling = vae.add_sampling_arguments(parser)
-    sampling.add_argument(
-        "--sampling-steps", type=vae.positive_int, default=250, help="of the sampler"
-    )
-    sampling.add_argument("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
+    add = generator.add_argument
+    add("--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)")
+    words = "network's size / patch size"
+    add("--model", choices=models, default=next(iter(models)), help=words)
+    add("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
+    add("--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ...")
+    add("--cache", help="folder of the latents (default: NAME-latents beside --vae)")
+    add("--no-cache", action="store_true", help="encode every image in every step")
+    add("--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average")
+    add_common_arguments(generator)
+    sampling = add_sampling_arguments(parser)
+    add = sampling.add_argument
+    add("--sampling-steps", type=vae.positive_int, default=250, help="of the sampler")
+    add("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
     level = "noise level at which to guide, 0 (data) to 1 (noise)"
-    sampling.add_argument(
-        "--guidance-low", type=vae.probability, default=0.0, help=f"lowest {level}"
-    )
-    sampling.add_argument(
-        "--guidance-high", type=vae.probability, default=1.0, help=f"highest {level}"
-    )
-    sampling.add_argument(
-        "--three-channels",
-        action="store_true",
-        help="guide the first 3 channels alone, as DiT's code",
-    )
+    add("--guidance-low", type=vae.probability, default=0.0, help=f"lowest {level}")
+    add("--guidance-high", type=vae.probability, default=1.0, help=f"highest {level}")
+    words = "guide the first 3 channels alone, as DiT's code"
+    add("--three-channels", action="store_true", help=words)
+    add_training_arguments(parser, out=out, steps=400_000)
+    return parser, generator, sampling
+
+
+def add_common_arguments(group):
+    """Flags of all generators, maskgit.py's included."""
+    add = group.add_argument
+    mirror = argparse.BooleanOptionalAction
+    add("--mirror", action=mirror, default=True, help="mirror half of the images, at random")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+
+
+def add_sampling_arguments(parser):
+    """The flags of sampling that all generators share; -> their group."""
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--sample-from", help="checkpoint, ours or official, to sample from")
+    add("--samples", help="FILE.npz to write or go on with (default: beside it)")
+    add("--num-samples", type=vae.positive_int, default=50_000)
+    words = "uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360"
+    add("--labels", default="uniform", help=words)
+    return group
+
+
+def add_training_arguments(parser, **defaults):
     vae.add_run_arguments(
         parser,
         data="data/imagenet/train",
-        out=out,
-        steps=400_000,
         batch_size=256,
         lr=1e-4,
         save_every=10_000,
         sample_every=10_000,
-    )
-    return parser, generator, sampling
-
-
-def add_mirror(group):
-    import argparse
-
-    group.add_argument(
-        "--mirror",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the images, at random",
+        **defaults,
     )
 
 
 def main():
-    import vae
-
+    need_vae("dit.py")
     parser, _, sampling = arguments(__doc__, CONFIGS, "dit.pt")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
     vae.launch(parser, run)
 
 
+def need_vae(script):
+    """A generator's file that was copied alone has its network, its loss and its samplers."""
+    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
+        raise SystemExit(f"{script}: to train or sample, put vae.py and eqloss.py beside it")
+
+
 def run(args, rank, world, device):
-    if args.sample_from:
+    if args.sample_from is not None:
         sample(args, rank, world, device)
     else:
         train(args, rank, world, device)

@@ -23,17 +23,28 @@ of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own (Tables 3 and 11).
 
 A run does not depend on the number of processes or on --micro-batch, except through dropout, which
 every forward pass of every process draws for itself.
+
+From Python:
+
+    model, kept = load_generator("maskgit.pt")                    # kept["classes"]: their names
+    tokenizer = vqgan.load_vqgan("eqvqgan.pt")
+    pictures = generate(model, tokenizer, [207, 360], **PRESETS["256"])
 """
 
-import argparse
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:  # training and sampling need the other files; network and decoding do without
+    import dit
+    import vae
+    import vqgan
+except ImportError:
+    dit = vae = vqgan = None
 
 # name -> arguments of MaskGIT
 CONFIGS = {
@@ -209,23 +220,26 @@ class MaskGIT(nn.Module):
 # Masks and losses of training
 
 
-def mask_ratio(r, schedule="arccos"):
-    """Uniform r in [0, 1) -> the probability with which each token of an image is masked.
-
-    Its mean over r is 2 / pi. The schedule "arccos" is v1.0's, "cosine" the original's.
-    """
-    if schedule == "cosine":
-        return torch.cos(r * math.pi / 2)
+def arccos_ratio(r):
     return torch.arccos(r) / (math.pi / 2)
 
 
-def token_losses(logits, tokens, mask=None):
+def cosine_ratio(r):
+    return torch.cos(r * math.pi / 2)
+
+
+# name -> (function of a uniform r in [0, 1) that gives the probability with which each token of an
+# image is masked, its mean over r). arccos is v1.0's, cosine the original's.
+MASK_SCHEDULES = {"arccos": (arccos_ratio, 2 / math.pi), "cosine": (cosine_ratio, 2 / math.pi)}
+
+
+def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
     """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing.
 
     Without a mask it is the mean over all tokens of an image, masked or not, as in v1.0. With a
-    mask it is the sum over the masked tokens, as in the original, divided by 2 N / pi, the mean of
-    their number over all mask ratios. So an image with few masked tokens gets no extra weight, and
-    processes need not exchange counts.
+    mask it is the sum over the masked tokens, as in the original, divided by their mean number over
+    all mask ratios. So an image with few masked tokens gets no extra weight, and processes need not
+    exchange counts.
     """
     losses = F.cross_entropy(
         logits.float().transpose(1, 2),
@@ -235,7 +249,7 @@ def token_losses(logits, tokens, mask=None):
     )  # (B, N)
     if mask is None:
         return losses.mean(dim=1)
-    return (losses * mask).mean(dim=1) * (math.pi / 2)
+    return (losses * mask).mean(dim=1) * (1 / mean_ratio)
 
 
 # ==================================================================================================
@@ -338,12 +352,11 @@ def guided_logits(model, tokens, labels, scale):
 
 
 def train(args, rank, world, device):
-    import vae  # here, so that networks and samplers can be copied without it
-
     # The tokenizer, and the run to go on with, if there is one
     resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=("vqgan", "classes"))
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args, resumed, device)
+    dit.set_image_size(args, tokenizer)
     images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)  # the label that stands for no class
     codes = tokenizer.config["n_embed"]  # K, the number of codes and so the mask token
@@ -354,7 +367,7 @@ def train(args, rank, world, device):
     side = tokenizer.grid(tokenizer.image_size)[0]
     config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
     config["dropout"] = args.dropout
-    model = start_network(args, config, resumed, images).to(device).train()
+    model = dit.start_network(MaskGIT, config, args, resumed, images).to(device).train()
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
@@ -362,29 +375,33 @@ def train(args, rank, world, device):
     network = vae.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
+    schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]
+
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
+    vae.check_processes(step, model, images, source)
     data = token_data(args, rank, world, device, tokenizer, source, images)
-    vae.say_start(args, model, data, world, micro_batch, device)
+    vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         preview(args, step, log, model, tokenizer, autocast)
     resumed = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not vae.stop_requested():
+    while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share. Only dropout is drawn for each pass
-        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
-        # Columns of `uniform`: mask ratio, whether the label is dropped, which tokens are masked
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
+        ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
         tokens = tokens.to(device, non_blocking=True).long()
-        mask = uniform[:, 2:] < mask_ratio(uniform[:, :1], args.mask_schedule)  # (B / world, N)
+        mask = mask_draw < schedule(ratio_draw)  # (B / world, N)
         y = labels.to(device, non_blocking=True)
-        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, y)
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
 
@@ -397,7 +414,7 @@ def train(args, rank, world, device):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
                 counted = mask[rows] if args.masked_only else None
-                loss = token_losses(logits, tokens[rows], counted).mean()
+                loss = token_losses(logits, tokens[rows], counted, mean_ratio).mean()
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
@@ -421,7 +438,7 @@ def train(args, rank, world, device):
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
         save(args, step, model, optimizer, source, images)
-    vae.end_run(args, step, log)
+    log.end(step)
 
 
 def accuracies(logits, tokens, mask):
@@ -432,44 +449,26 @@ def accuracies(logits, tokens, mask):
     return dict(accuracy=right, accuracy_masked=right_masked, masked=mask)
 
 
-def load_tokenizer(args, resumed, device):
+def load_tokenizer(args, kept, device):
     """-> (the VQ-GAN in --vqgan, on the device; its file and hash, for checkpoints and caches).
 
-    Its image_size is set: --image-size, else what it was trained at.
+    kept  entries of the generator's checkpoint, if there is one: the VQ-GAN must be the one that it
+          was trained on
     """
-    import vae
-    import vqgan
-
     if not args.vqgan:
         raise vae.InputError(
-            "--vqgan: give the VQ-GAN on whose tokens to train (vqgan.py makes one: eqvqgan.pt)"
+            "--vqgan: name the VQ-GAN on whose tokens to train, or on which the generator was "
+            "trained (vqgan.py makes one: eqvqgan.pt)"
         )
     tokenizer = vqgan.load_vqgan(args.vqgan)
     source = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
+    if kept:
+        dit.check_source("--vqgan", args.vqgan, source, kept["vqgan"])
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
             f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
         )
-    tokenizer.image_size = vae.training_size(args, tokenizer)
-    tokenizer.grid(tokenizer.image_size)  # InputError where it does not fit
-    if resumed is not None:
-        if resumed["vqgan"]["sha256"] != source["sha256"]:
-            raise vae.InputError(
-                f"{args.out}: trained on the tokens of another VQ-GAN "
-                f"({resumed['vqgan']['file']}); give another --out"
-            )
     return tokenizer.to(device), source
-
-
-def start_network(args, config, resumed, images):
-    """A new network, or that of the run to go on with. InputError if that has other settings."""
-    import vae
-
-    model = MaskGIT(**config)
-    if resumed is None:
-        return model
-    vae.check_same_network(args, resumed, model.config, images)
-    return vae.load_weights(model, resumed["model"], args.out)
 
 
 def compile_blocks(args, model):
@@ -484,8 +483,6 @@ def compile_blocks(args, model):
 def preview(args, step, log, model, tokenizer, autocast):
     """Writes OUT/0001000.png: 16 samples without guidance, of the same random numbers and labels
     each time."""
-    import vae
-
     if not vae.MAIN or args.bench or not args.sample_every:
         return
     device = next(model.parameters()).device
@@ -510,8 +507,6 @@ def save(args, step, model, optimizer, source, images):
     vqgan          file and hash of the tokenizer
     classes        names of the classes
     """
-    import vae
-
     checkpoint = dict(
         arch="MaskGIT",
         config=model.config,
@@ -529,197 +524,69 @@ def save(args, step, model, optimizer, source, images):
 # The tokens: encoded once, of each picture and its mirror image
 
 
-class Tokens(torch.utils.data.Dataset):
-    """The cached tokens of pictures.
-
-    path    rows.npy of a cache: int16 (pictures, 2, N), of each picture and its mirror image
-    places  numbers of the rows whose picture could be read
-    labels  of these rows
-
-    Items are (tokens, label, index, True), as those of vae.ImageFolder, and asked for in the same
-    way, as (epoch, index). With `mirror` a random half of them are the mirror image's. The object
-    holds paths and numbers alone, so it can be sent to data loaders; each opens the file itself.
-    """
-
-    def __init__(self, path, places, labels, seed, mirror):
-        self.path = path
-        self.places = places
-        self.labels = labels
-        self.seed = seed
-        self.mirror = mirror
-        self.rows = None
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getstate__(self):
-        return dict(self.__dict__, rows=None)
-
-    def __getitem__(self, item):
-        import vae
-
-        epoch, index = item
-        if self.rows is None:
-            self.rows = vae.RowReader(self.path)
-        view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = torch.from_numpy(self.rows.read(self.places[index], view))
-        return row, self.labels[index], index, True
-
-
 def token_data(args, rank, world, device, tokenizer, source, images):
-    """The Tokens of the images, cached in --cache, or in NAME-tokens/ beside the VQ-GAN's NAME.pt.
+    """dit.CachedViews of the images' tokens, cached in --cache, or in NAME-tokens/ beside the
+    VQ-GAN's NAME.pt."""
 
-    A signal ends the run; what it has cached stays, and the same command caches the rest.
-    """
-    import vae
-
-    folder = args.cache or f"{os.path.splitext(os.path.normpath(args.vqgan))[0]}-tokens"
-    shape = (len(images), 2, math.prod(tokenizer.grid(images.size)))
-    fingerprint = vae.data_fingerprint(images)
-    manifest = dict(images=fingerprint, image_size=images.size, vqgan=source["sha256"])
-    rows = vae.Rows(folder, shape, "int16", "--cache", **manifest)
-
-    @torch.no_grad()
-    def compute(batch):
+    def encode(batch):
         with vae.full_precision():  # TF32 would change some tokens
-            views = [tokenizer.encode(vae.to_float(v, device)) for v in (batch, batch.flip(3))]
-        return torch.stack(views, dim=1).short()
+            return tokenizer.encode(vae.to_float(batch, device)).short()
 
-    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching tokens")
-    tokens = np.load(rows.path, mmap_mode="r")
+    folder = dit.cache_folder(args, args.vqgan, "tokens")
+    shape = (math.prod(tokenizer.grid(images.size)),)
+    made_of = dict(vqgan=source["sha256"])
+    data = dit.cached(args, rank, world, folder, images, encode, shape, "int16", made_of)
+    tokens = np.load(data.path, mmap_mode="r")
     codes = tokenizer.config["n_embed"]
     if tokens.min() < 0 or tokens.max() >= codes:
         raise vae.InputError(
             f"{folder}: holds tokens {tokens.min()} to {tokens.max()}, but the codebook of "
             f"{args.vqgan} has {codes} codes; delete the folder"
         )
-    labels = np.array(images.labels)[places]
-    return Tokens(rows.path, places, labels, args.seed, args.mirror)
+    return data
 
 
 # ==================================================================================================
-# Sampling
+# Sampling, from Python: load_generator() and generate()
 
 
-@torch.no_grad()
-def sample(args, rank, world, device):
-    """Writes --samples. Apart from rounding, sample i depends on (seed, i), its label and the
-    settings, but not on batches or processes. Pictures are clamped to [-1, 1]. (v1.0 stretches each
-    by its own minimum and maximum.)"""
-    import vae
+def load_generator(path, codes=None):
+    """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
+    {}). kept["classes"] are the names of its classes.
 
-    # All arguments are checked before anything is written
-    out = vae.samples_path(args, world)
-    tokenizer, digest = load_sampling_tokenizer(args, device)
-    model, kept = load_generator(args, tokenizer, digest, device)
-    config = model.config
-    settings = sampling_settings(args, config)
-    labels = vae.choose_labels(args, config["num_classes"], kept.get("classes", []))
-    record = dict(
-        model=model_name(args, config),
-        generator=vae.weights_hash(model),
-        autoencoder=digest,
-        step=kept.get("step"),
-        args=kept.get("args"),
-        seed=args.seed,
-        num_samples=args.num_samples,
-        labels=args.labels,
-        precision=args.precision,
-        preset=args.preset,
-        **settings,
-    )
-
-    n = config["input_size"] ** 2
-    counts, ramps = decoding_schedule(settings["sampling_steps"], n, settings["decoding"])
-    strength = ("cfg_scale", "choice_temperature", "softmax_scale")
-    strength = {name: settings[name] for name in strength}
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    def draw(indices, labels, tick):
-        def before_call(module, inputs):
-            tick()
-
-        hook = model.register_forward_pre_hook(before_call)
-        sources = [vae.seeded(args.seed, "sample", int(i)) for i in indices]
-        uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
-        uniform = vae.to_device(torch.stack(uniform), device)
-        try:
-            with autocast:
-                y = torch.from_numpy(labels).to(device)
-                tokens = parallel_decoding(model, y, uniform, counts, ramps, **strength)
-        finally:
-            hook.remove()
-        return vae.decode_pictures(tokenizer.decode, tokens, args.sample_from)
-
-    size = config["input_size"] * tokenizer.factor
-    vae.write_samples(args, rank, world, out, labels, (size, size, 3), len(counts), draw, record)
-
-
-def load_sampling_tokenizer(args, device):
-    import vae
-    import vqgan
-
-    if not args.vqgan:
-        raise vae.InputError("--vqgan: give the VQ-GAN on whose tokens the generator was trained")
-    tokenizer = vqgan.load_vqgan(args.vqgan).to(device)
-    return tokenizer, vae.weights_hash(tokenizer)
-
-
-def load_generator(args, tokenizer, digest, device):
-    """--sample-from -> (model, our checkpoint's other entries or {}).
+    codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
+           codes end and the classes begin
 
     The weights keep requires_grad: autocast caches the bf16 copies only of such weights, and would
     cast frozen ones anew in every call.
     """
-    import vae
-
-    config, weights, kept = read_maskgit(args.sample_from, tokenizer.config["n_embed"])
-    if kept and kept["vqgan"]["sha256"] != digest:
-        raise vae.InputError(
-            f"--vqgan {args.vqgan}: {args.sample_from} was trained on the tokens of another VQ-GAN "
-            f"({kept['vqgan']['file']}, SHA-256 {kept['vqgan']['sha256'][:16]})"
-        )
-    model = vae.build(MaskGIT, vae.Stored(args.sample_from, config, weights))
-    compile_blocks(args, model)
-    return model.to(device).eval(), kept
-
-
-def read_maskgit(path, codes):
-    """A file of ours or of Maskgit-pytorch's -> (MaskGIT's arguments, weights, our checkpoint's
-    other entries or {}).
-
-    codes  size of the VQ-GAN's codebook: Maskgit-pytorch's files do not say where the codes end and
-           the classes begin
-    """
-    import vae
-
+    path = dit.find_generator(path)
     checkpoint = vae.read_file(path)
+    kept = {}
     if vae.is_ours(checkpoint):
         if checkpoint["arch"] != "MaskGIT":
             raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
-        vae.check_keys(path, checkpoint, ("config", "model", "step", "args", "vqgan", "classes"))
+        names = ("step", "args", "vqgan", "classes")
+        vae.check_entries(path, checkpoint, ("model", *names))
         config = checkpoint["config"]
         weights = checkpoint["model"]
-        kept = {key: checkpoint[key] for key in ("step", "args", "vqgan", "classes")}
+        kept = {name: checkpoint[name] for name in names}
     else:
         weights = vae.find_weights(checkpoint, "tok_emb.weight")
-        if weights is None or "bias" not in weights:
+        if weights is None or "bias" not in weights or codes is None:
             raise vae.InputError(
                 f"{path}: no MaskGIT checkpoint, neither ours nor one of Maskgit-pytorch v1.0"
             )
         config = official_config(path, weights, codes)
-        kept = {}
-    if config["codebook_size"] != codes:
+    if codes not in (None, config.get("codebook_size")):
         raise vae.InputError(
-            f"{path}: made for a codebook of {config['codebook_size']} codes, not of {codes}"
+            f"{path}: made for a codebook of {config.get('codebook_size')} codes, not of {codes}"
         )
-    return config, weights, kept
+    return vae.build(MaskGIT, vae.Stored(path, config, weights)).eval(), kept
 
 
 def official_config(path, weights, codes):
     """MaskGIT's arguments from the shapes in a file of Maskgit-pytorch's."""
-    import vae
-
     places, rows = weights["bias"].shape
     width = weights["tok_emb.weight"].shape[1]
     depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})
@@ -737,10 +604,84 @@ def official_config(path, weights, codes):
     )
 
 
+@torch.no_grad()
+def generate(
+    model,
+    tokenizer,
+    labels,
+    seed=0,
+    indices=None,
+    sampling_steps=8,
+    decoding="arccos",
+    precision="fp32",
+    **options,
+):
+    """Draws a picture for each of the labels (N,): uint8 (N, H, W, 3).
+
+    model      of load_generator(), on any device
+    tokenizer  vqgan.load_vqgan()'s, on the same device
+    indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
+               function of (seed, its number, its label) and of the settings
+    options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()
+
+    Pictures are clamped to [-1, 1]. (v1.0 stretches each by its own minimum and maximum.)
+    """
+    device = next(model.parameters()).device
+    n = model.config["input_size"] ** 2
+    counts, ramps = decoding_schedule(sampling_steps, n, decoding)
+    labels = torch.as_tensor(labels, device=device)
+    if indices is None:
+        indices = range(len(labels))
+    sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
+    uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
+    uniform = vae.to_device(torch.stack(uniform), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        tokens = parallel_decoding(model, labels, uniform, counts, ramps, **options)
+    return dit.decode_pictures(tokenizer.decode, tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling, from the command line
+
+
+def sample(args, rank, world, device):
+    """Fills --samples. All arguments are checked before anything is written."""
+    out = dit.samples_path(args, world)
+    codes = None
+    if args.vqgan:
+        codes = vqgan.load_vqgan(args.vqgan).config["n_embed"]
+    model, kept = load_generator(args.sample_from, codes)
+    tokenizer, source = load_tokenizer(args, kept, device)
+    config = model.config
+    settings = sampling_settings(args, config)
+    side = config["input_size"] * tokenizer.factor
+    labels = dit.choose_labels(args, out, side, config["num_classes"], kept.get("classes", []))
+    record = dict(
+        model=dit.preset_name(args, config, CONFIGS),
+        generator=vae.weights_hash(model),
+        autoencoder=source["sha256"],
+        step=kept.get("step"),
+        args=kept.get("args"),
+        seed=args.seed,
+        num_samples=args.num_samples,
+        labels=args.labels,
+        precision=args.precision,
+        preset=args.preset,
+        **settings,
+    )
+    compile_blocks(args, model)
+    model.to(device)
+    options = dict(settings, precision=args.precision)
+
+    def draw(indices, labels):
+        return generate(model, tokenizer, labels, seed=args.seed, indices=indices, **options)
+
+    calls = settings["sampling_steps"]
+    dit.write_samples(args, rank, world, out, model, labels, side, draw, calls, record)
+
+
 def sampling_settings(args, config):
     """The settings of --preset, overridden by the flags that were given."""
-    import vae
-
     settings = dict(PRESETS[args.preset])
     if not config["num_classes"]:
         settings["cfg_scale"] = 1.0  # without classes there is nothing to guide by
@@ -752,16 +693,8 @@ def sampling_settings(args, config):
         raise vae.InputError(
             f"--sampling-steps {settings['sampling_steps']}: must be 1 to {n}, the number of tokens"
         )
-    vae.check_guidance(settings["cfg_scale"], config["num_classes"])
+    dit.check_guidance(settings["cfg_scale"], config["num_classes"])
     return settings
-
-
-def model_name(args, config):
-    """What --model calls such a network, or else the name of its checkpoint's file."""
-    for name, size in CONFIGS.items():
-        if all(config[key] == value for key, value in size.items()):
-            return name
-    return Path(args.sample_from).stem
 
 
 # ==================================================================================================
@@ -769,62 +702,38 @@ def model_name(args, config):
 
 
 def main():
-    import vae
-
+    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
+        raise SystemExit(
+            "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it"
+        )
     parser = vae.make_parser(__doc__)
     group = parser.add_argument_group("generator")
-    group.add_argument("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
-    group.add_argument("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
-    group.add_argument("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
-    group.add_argument(
-        "--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan's NAME.pt)"
-    )
-    group.add_argument(
-        "--mirror",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the images, at random",
-    )
-    group.add_argument(
-        "--warmup", type=vae.count, default=2500, help="steps in which the rate rises to --lr"
-    )
-    group.add_argument("--dropout", type=vae.probability, default=0.1)
-    group.add_argument(
-        "--mask-schedule",
-        choices=("arccos", "cosine"),
-        default="arccos",
-        help="how mask ratios are drawn: v1.0's way, or the original's",
-    )
-    group.add_argument("--masked-only", action="store_true", help="loss on masked tokens alone")
-    group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    group = vae.add_sampling_arguments(parser)
-    group.add_argument(
-        "--preset", choices=PRESETS, default="256", help="defaults of the five flags below"
-    )
-    group.add_argument("--sampling-steps", type=vae.positive_int, help="default: the preset's")
-    group.add_argument(
-        "--cfg-scale",
-        type=vae.non_negative,
-        help="guidance at the last step; 1: none (default: the preset's)",
-    )
-    group.add_argument("--choice-temperature", type=vae.non_negative, help="default: the preset's")
-    group.add_argument("--softmax-scale", type=vae.positive_number, help="default: the preset's")
-    group.add_argument("--decoding", choices=("arccos", "cosine"), help="default: the preset's")
-    vae.add_run_arguments(
-        parser,
-        data="data/imagenet/train",
-        out="maskgit.pt",
-        steps=1_500_000,
-        batch_size=256,
-        lr=1e-4,
-        save_every=10_000,
-        sample_every=10_000,
-    )
+    add = group.add_argument
+    add("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
+    add("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
+    add("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
+    add("--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan's NAME.pt)")
+    dit.add_common_arguments(group)
+    words = "steps in which the rate rises to --lr"
+    add("--warmup", type=vae.count, default=2500, help=words)
+    add("--dropout", type=vae.probability, default=0.1)
+    words = "how mask ratios are drawn: v1.0's way, or the original's"
+    add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=words)
+    add("--masked-only", action="store_true", help="loss on masked tokens alone")
+    add = dit.add_sampling_arguments(parser).add_argument
+    add("--preset", choices=PRESETS, default="256", help="defaults of the five flags below")
+    add("--sampling-steps", type=vae.positive_int, help="default: the preset's")
+    words = "guidance at the last step; 1: none (default: the preset's)"
+    add("--cfg-scale", type=vae.non_negative, help=words)
+    add("--choice-temperature", type=vae.non_negative, help="default: the preset's")
+    add("--softmax-scale", type=vae.positive_number, help="default: the preset's")
+    add("--decoding", choices=("arccos", "cosine"), help="default: the preset's")
+    dit.add_training_arguments(parser, out="maskgit.pt", steps=1_500_000)
     vae.launch(parser, run)
 
 
 def run(args, rank, world, device):
-    if args.sample_from:
+    if args.sample_from is not None:
         sample(args, rank, world, device)
     else:
         train(args, rank, world, device)

