@@ -439,8 +439,8 @@ class AlignedLatents(torch.utils.data.Dataset):
 
     latents   dit.CachedViews, or with --no-cache the images themselves
     images    a vae.ImageFolder of the same pictures
-    features  dit.CachedViews of the cached tokens. Without them items hold the image, and the training
-              step encodes it
+    features  dit.CachedViews of the cached tokens. Without them items hold the image, and the
+              training step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
     With --no-cache the image is in the place of the moments, too.

@@ -1508,7 +1508,10 @@ def check_fit(module, weights, path):
     """InputError for the first tensor that the module lacks or that the file lacks, that is of
     another shape, or that holds a number that is not finite."""
     wanted = module.state_dict()
+    counters = [name for name in wanted if name.endswith("num_batches_tracked")]
     for name in [*wanted, *weights]:
+        if name in counters:  # BatchNorm's, which old files do not have
+            continue
         if name not in weights:
             reason = f"{name} is missing"
         elif name not in wanted:
