@@ -822,8 +822,8 @@ class Rows:
     FOLDER/manifest.json what the rows belong to; written last, so a folder without it is made anew
 
     Each process fills batches of its own, and writes by offset, so several machines can fill one
-    folder on a network file system. With `exclusive` no other run may even read it. InputError if the folder belongs to something else, is not
-    whole, or does not fit on the disk.
+    folder on a network file system. With `exclusive` no other run may even read it. InputError if
+    the folder belongs to something else, is not whole, or does not fit on the disk.
     """
 
     def __init__(self, folder, shape, dtype, flag, exclusive=False, **manifest):
@@ -1104,6 +1104,8 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     out = samples_path(args, world)
     if args.guidance_low > args.guidance_high:
         raise vae.InputError("--guidance-low: must not exceed --guidance-high")
+    if args.three_channels and args.cfg_scale == 1:
+        raise vae.InputError("--three-channels: is not read without --cfg-scale")
     if not 2 <= args.sampling_steps <= 1000:
         raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
     model, kept = load(args.sample_from)
@@ -1361,7 +1363,24 @@ def need_vae(script):
         raise SystemExit(f"{script}: to train or sample, put vae.py and eqloss.py beside it")
 
 
+def check_mode(args):
+    """InputError for flags that sampling, or training, does not read."""
+    if args.sample_from is not None:
+        also = ("vae", "vae_model", "vqgan", "path", "compile", "seed", "precision", "batch_size")
+        vae.check_flags(args, "with --sample-from", ("sampling",), also)
+        return
+    groups = ("generator", "alignment", "run")
+    also = GUIDANCE if hasattr(args, "guidance_low") else ()  # the pictures are guided
+    vae.check_flags(args, "without --sample-from", groups, also)
+    if args.cache and getattr(args, "no_cache", False):
+        raise vae.InputError("--cache: is not read with --no-cache; leave one out")
+
+
+GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
+
+
 def run(args, rank, world, device):
+    check_mode(args)
     if args.sample_from is not None:
         sample(args, rank, world, device)
     else:

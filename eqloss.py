@@ -4,7 +4,7 @@ EQ-VAE (https://arxiv.org/abs/2502.09509) wants an autoencoder's latent space to
 equivariant: to transform an image and then encode it should give the same as to
 encode it and then transform the latent, E(tau o x) = tau o E(x) (Eq. 3). Common
 autoencoders are far from that. A short fine-tune with the loss below brings them
-near it. In any autoencoder's training loop the whole method is two lines before
+near it. In any autoencoder's training loop the whole method is three lines before
 your own loss:
 
     >>> import torch
@@ -12,9 +12,9 @@ your own loss:
     >>> decode = torch.nn.ConvTranspose2d(4, 3, kernel_size=8, stride=8)
     >>> x = torch.rand(2, 3, 64, 64) * 2 - 1  # images (2, 3, 64, 64) in [-1, 1]
     >>> z = encode(x)  # latents (2, 4, 8, 8)
-    >>> tau = sample_transform(grid=z.shape[-2:], p_alpha=0.5)  # the identity half of the time
-    >>> target = tau(x)
-    >>> reconstruction = decode(tau(z))
+    >>> tau = sample_transform(grid=z.shape[-2:], p_alpha=0.5)  # EQ-VAE: half the time identity
+    >>> target = tau(x)  # EQ-VAE: then your losses, with target wherever they had x
+    >>> reconstruction = decode(tau(z))  # EQ-VAE: where it was decode(z)
     >>> loss = (target - reconstruction).abs().mean()  # your own loss
     >>> loss.backward()
 
@@ -33,15 +33,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Table 5's sets of transforms: R.S(s, s), the paper's default; R.S(sx, sy); R alone; S(s, s) alone.
-KINDS = ("rs", "rs-aniso", "r", "s")
+# Table 5's sets of transforms: name -> (whether it turns, what it scales). "both" sides have one
+# scale, "each" side has its own. "rs" is the paper's default. The scale always comes first.
+KINDS = {
+    "rs": (True, "both"),
+    "rs-aniso": (True, "each"),
+    "r": (True, None),
+    "s": (False, "both"),
+}
 
 # Ours (Eq. 6 says bicubic, for shrinking); bicubic without antialias; the released code's.
 INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")
 
 
 # ----------------------------------------------------------------------------------
-# tau = S(sx, sy) . R(theta)                                           (Eq. 2 and 6)
+# tau: scales S(sx, sy), then turns R(theta)                           (Eq. 2 and 6)
 
 
 @dataclass(frozen=True)
@@ -123,26 +129,24 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     smallest   least cells of each side of the result, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
-    ValueError if `kind` is unknown or no smaller size is left to draw.
+    ValueError if `kind` is unknown, `grid` is no pair, or no smaller size is left to draw.
     """
-    grid = (int(grid[0]), int(grid[1]))
-    check_kind(kind)
+    grid = check_grid(grid)
+    turns, scales = check_kind(kind)
     if uniform(generator) < p_alpha:
         return identity_transform(grid)
-    quarter_turns = 0
-    if kind != "s":
-        quarter_turns = draw_integer(1, 3, generator)
-    size = grid
-    if kind != "r":
-        size = draw_size(grid, kind, low, smallest, generator)
+    quarter_turns = draw_integer(1, 3, generator) if turns else 0
+    size = draw_size(grid, scales, low, smallest, generator)
     return Transform(grid, size, quarter_turns)
 
 
-def draw_size(grid, kind, low, smallest, generator):
-    """A size (h2, w2) smaller than the grid, uniform over whole cells."""
+def draw_size(grid, scales, low, smallest, generator):
+    """A size (h2, w2) smaller than the grid, uniform over whole cells; the grid without scales."""
+    if scales is None:
+        return grid
     least = [max(smallest, math.ceil(low * side)) for side in grid]
     check_room(grid, smallest, all(first < side for first, side in zip(least, grid)))
-    if kind == "rs-aniso":
+    if scales == "each":
         h2 = draw_integer(least[0], grid[0] - 1, generator)
         w2 = draw_integer(least[1], grid[1] - 1, generator)
         return (h2, w2)
@@ -162,9 +166,16 @@ def draw_integer(first, last, generator):
     return int(torch.randint(first, last + 1, (), generator=generator))
 
 
+def check_grid(grid):
+    if len(grid) != 2:
+        raise ValueError(f"grid {tuple(grid)}: give (h, w), as z.shape[-2:]")
+    return (int(grid[0]), int(grid[1]))
+
+
 def check_kind(kind):
     if kind not in KINDS:
         raise ValueError(f"unknown tau {kind!r}: one of {', '.join(KINDS)}")
+    return KINDS[kind]
 
 
 def check_room(grid, smallest, enough):
@@ -181,36 +192,37 @@ def check_room(grid, smallest, enough):
 def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generator=None):
     """Draws as the released code does: -> (before, tau), two Transforms.
 
-    Where it differs from `sample_transform`:
-    - the scale is k/32 with k uniform over 32 low .. 31, and sides are rounded down;
-    - tau interpolates bilinearly, without antialias;
-    - a quarter of the identity's draws autoencode a smaller image instead. `before` is then a
-      scaling, to be applied to the image before it is encoded, and tau is the
-      identity on the smaller grid. In all other draws `before` is the identity.
+        probability       before          tau
+        3/4 p_alpha       identity        identity
+        1/4 p_alpha       a scaling       identity    (kind "r": as in the line above)
+        1 - p_alpha       identity        a draw of the kind
+
+    `before` is applied to the image before it is encoded. Where it scales, a smaller image is
+    autoencoded as it is, with one scale for both sides, and tau lies on the smaller grid. Scales
+    are k/32 with k uniform over 32 low .. 31, and sides are rounded down. tau interpolates
+    bilinearly, without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """
-    grid = (int(grid[0]), int(grid[1]))
-    check_kind(kind)
+    grid = check_grid(grid)
+    turns, scales = check_kind(kind)
     if uniform(generator) < p_alpha:
-        if kind == "r" or uniform(generator) >= 0.25:
+        if scales is None or uniform(generator) >= 0.25:
             return identity_transform(grid), identity_transform(grid)
-        size = draw_released_size(grid, kind, low, smallest, generator)
+        size = draw_released_size(grid, "both", low, smallest, generator)
         return Transform(grid, size, 0, "bilinear"), identity_transform(size)
-    quarter_turns = 0
-    if kind != "s":
-        quarter_turns = draw_integer(1, 3, generator)
-    size = grid
-    if kind != "r":
-        size = draw_released_size(grid, kind, low, smallest, generator)
+    quarter_turns = draw_integer(1, 3, generator) if turns else 0
+    size = draw_released_size(grid, scales, low, smallest, generator)
     return identity_transform(grid), Transform(grid, size, quarter_turns, "bilinear")
 
 
-def draw_released_size(grid, kind, low, smallest, generator):
-    """A size (h2, w2) of k/32 of the grid's sides, rounded down."""
+def draw_released_size(grid, scales, low, smallest, generator):
+    """A size (h2, w2) of k/32 of the grid's sides, rounded down; the grid without scales."""
+    if scales is None:
+        return grid
     least = [max(math.ceil(32 * smallest / side), math.ceil(32 * low)) for side in grid]
     check_room(grid, smallest, max(least) <= 31)
-    if kind == "rs-aniso":
+    if scales == "each":
         parts = [draw_integer(first, 31, generator) for first in least]
     else:
         k = draw_integer(max(least), 31, generator)
@@ -219,11 +231,12 @@ def draw_released_size(grid, kind, low, smallest, generator):
 
 
 # ----------------------------------------------------------------------------------
-# Implicit loss, the method:  L_EQ(x, tau) = L(tau o x, D(tau o E(x)))       (Eq. 5)
+# Implicit loss:  L_EQ(x, tau) = L(tau o x, D(tau o E(x)))                   (Eq. 5)
 
 
 def eq_loss(criterion, decode, x, z, tau):
-    """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w).
+    """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one call. (vae.py and
+    vqgan.py write its lines out.)
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.
@@ -268,8 +281,8 @@ def equivariance_error(encode, x, tau):
     Table 1's R is the mean over 90, 180 and 270 degrees, its S the mean over the
     scales 0.25, 0.50 and 0.75.
     """
-    target = encode(tau(x))
-    difference = tau(encode(x)) - target
+    target = encode(tau(x)).float()
+    difference = tau(encode(x)).float() - target
     return difference.square().sum(dim=(1, 2, 3)) / target.square().sum(dim=(1, 2, 3))
 
 

@@ -519,6 +519,7 @@ def main():
 
 
 def run(args, rank, world, device):
+    dit.check_mode(args)
     if args.cache_features and args.no_cache:
         raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     if args.sample_from is not None:

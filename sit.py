@@ -431,6 +431,7 @@ def main():
 
 
 def run(args, rank, world, device):
+    dit.check_mode(args)
     if args.sample_from is not None:
         sample(args, rank, world, device)
     else:

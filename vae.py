@@ -824,7 +824,7 @@ def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
     disc            the discriminator's weights or None
     opt, opt_disc   the optimisers' states
     step, args      steps taken, the command's arguments
-    latent          scale and shift of the latents, and how they were measured; None until the end
+    latent          scale and shift of the latents, as measured; None until the end
     """
     model = networks[0]
     checkpoint = dict(
@@ -905,11 +905,30 @@ def main():
     launch(parser, run)
 
 
+# Flags that have no use unless another is given, or not 0
+NEEDS = (
+    ("perceptual", "lpips_weight"),
+    ("vgg", "lpips_weight"),
+    ("disc_start", "gan_weight"),
+    ("stop_gradient", "explicit_weight"),
+)
+
+
 def run(args, rank, world, device):
+    check_mode(args)
     if args.export:
         export(args)
     else:
         train(args, rank, world, device)
+
+
+def check_mode(args):
+    """InputError for flags that exporting, or training, does not read."""
+    if args.export:
+        check_flags(args, "with --export", (), ("export", "init", "model", "layout"))
+        return
+    groups = ("autoencoder", "objective", "run")
+    check_flags(args, "without --export", groups, ("latent_scale",), NEEDS)
 
 
 # ==================================================================================================
@@ -1684,6 +1703,27 @@ def parse(parser):
     args.given = [a.dest for a in parser._actions if words.intersection(a.option_strings)]
     args.parser = parser
     return args
+
+
+def check_flags(args, mode, groups, also=(), needs=()):
+    """InputError for a flag on the command line that is not read.
+
+    mode    when it is not, for the message
+    groups  titles of the groups whose flags are read, and
+    also    more flags that are
+    needs   pairs: the first flag is not read unless the second one is given, or not 0
+    """
+    read = set(also)
+    for group in args.parser._action_groups:
+        if group.title in groups:
+            read |= {action.dest for action in group._group_actions}
+    for name in args.given:
+        flag = f"--{name.replace('_', '-')}"
+        if name not in read:
+            raise InputError(f"{flag}: is not read {mode}; leave it out")
+        for one, other in needs:
+            if name == one and not getattr(args, other):
+                raise InputError(f"{flag}: is not read without --{other.replace('_', '-')}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2897,6 +2937,6 @@ def device_name(device):
 
 
 if __name__ == "__main__":
-    import vae  # as the other files import it, so that there is one InputError, one list of signals
+    import vae  # as the others import it: one InputError, one list of signals in the process
 
     vae.main()

@@ -511,6 +511,7 @@ def main():
 
 
 def run(args, rank, world, device):
+    vae.check_mode(args)
     if args.export:
         export(args)
     else:
