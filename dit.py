@@ -435,14 +435,14 @@ def train(args, rank, world, device):
     vae.restore_optimizers([optimizer], resumed, args.lr)
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     compile_blocks(args, model.blocks)
-    network = vae.distribute(model, device, world)
+    network = distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     diffusion = GaussianDiffusion(device=device)  # DiT: 1,000 steps of noise
 
     step = resumed["step"] if resumed else 0
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, images, source)
     data = latent_data(args, rank, world, device, autoencoder, source, images)
+    log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
@@ -475,7 +475,7 @@ def train(args, rank, world, device):
             mean, std = mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
             latents = autoencoder.normalize(mean + std * posterior_noise[rows])
             x = diffusion.add_noise(latents, t[rows], noise[rows])
-            with vae.sync_gradients(network, is_last=k == passes - 1):
+            with sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     output = network(x, t[rows], y[rows])  # DiT: (b, 2C, h, w)
                 mse, vb = diffusion.losses(output, latents, x, t[rows], noise[rows])  # DiT
@@ -512,7 +512,8 @@ def draw_ddim(predict, noise, labels, noise_like):
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared with sit.py and repa.py: the latent space, the network, pictures, checkpoints
+# Shared with sit.py and repa.py, and some with maskgit.py: the latent space, the network, pictures,
+# checkpoints
 
 # What a generator's checkpoint keeps besides its networks, for sampling and for going on
 KEPT = ("ema", "step", "args", "latent", "vae", "classes")
@@ -600,9 +601,28 @@ def start_network(network, config, args, resumed, images):
 
 def compile_blocks(args, blocks):
     """torch.compile for each block: one graph, which all of them share, compiles in seconds."""
-    if args.compile:
-        for block in blocks:
-            block.compile()
+    if not args.compile:
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        raise vae.InputError("--compile: needs a C++ compiler, and none is installed")
+    for block in blocks:
+        block.compile()
+
+
+def distribute(model, device, world):
+    """The model, or with several processes the wrapper that averages its gradients."""
+    if world == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+def sync_gradients(network, is_last):
+    """A context for a forward and backward pass. Only in the last pass of a step do processes
+    average their gradients."""
+    if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return network.no_sync()
 
 
 @torch.no_grad()
@@ -613,7 +633,7 @@ def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
         return
     device = next(model.parameters()).device
     shape = (model.config["in_channels"], *autoencoder.latent_size)
-    noise = vae.sample_noise(shape, args.seed, range(16), device)
+    noise = sample_noise(shape, args.seed, range(16), device)
     labels = torch.arange(16, device=device) % max(1, null)
     weights = ema or model.state_dict()
 
@@ -625,6 +645,12 @@ def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
         z = draw(predict, noise, labels, torch.randn_like)
     pictures = autoencoder.decode(autoencoder.denormalize(z.float()))
     log.picture(step, vae.image_grid(pictures.split(8)))
+
+
+def sample_noise(shape, seed, indices, device):
+    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
+    rows = [torch.randn(shape, generator=vae.seeded(seed, "noise", int(i))) for i in indices]
+    return vae.to_device(torch.stack(rows), device)
 
 
 def guidance(args):
@@ -721,20 +747,21 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     A signal ends the run; what it has cached stays, and the same command caches the rest.
     """
     views = 2 if mirror else 1
-    rows = Rows(
-        folder,
-        (len(images), views, *shape),
-        dtype,
-        "--cache",
-        images=images_hash(images),
-        image_size=images.size,
-        **made_of,
-    )
+    shape = (len(images), views, *shape)
+    memo = Path(folder, "images.json")
+    digest, known = images_hash(images, memo)
+    made_of = dict(made_of, images=digest, image_size=images.size)
+    rows = Rows(folder, shape, dtype, "--cache", **made_of)
+    if vae.MAIN:
+        vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
 
     @torch.no_grad()
     def encode_views(batch):
         mirrored = [batch, batch.flip(3)][:views]
-        return torch.stack([encode(view) for view in mirrored], dim=1)
+        encoded = torch.stack([encode(view) for view in mirrored], dim=1)
+        if not encoded.isfinite().all():
+            raise vae.InputError(f"{folder}: some of its rows are not finite, or beyond float16")
+        return encoded
 
     # Batches of a fixed grid: another batch is rounded otherwise, and a cache should be the same,
     # however often it was interrupted
@@ -748,7 +775,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     )
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        if vae.SIGNALS:
+        if vae.signal_heard():
             break
         if readable.any():
             rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
@@ -795,14 +822,31 @@ class CachedViews(torch.utils.data.Dataset):
         return torch.from_numpy(row), int(self.labels[index]), index, True
 
 
-def images_hash(images):
-    """SHA-256 of what an ImageFolder reads: every name, size and time."""
+def images_hash(images, memo):
+    """SHA-256 of what an ImageFolder reads: the name and size of each file, and 4 KB out of its
+    middle. The same pictures elsewhere have the same hash.
+
+    memo  file of the last result. It holds as long as names, sizes and times are the same
+    """
     root = os.path.normpath(images.root)
-    digest = hashlib.sha256(os.path.realpath(root).encode())
+    about = hashlib.sha256()
     for file in images.files:
-        about = os.stat(file)
-        digest.update(os.fsencode(f"{file[len(root) :]} {about.st_size} {about.st_mtime_ns}\n"))
-    return digest.hexdigest()
+        found = os.stat(file)
+        name = os.fsencode(os.path.relpath(file, root))
+        about.update(b"%b %d %d\n" % (name, found.st_size, found.st_mtime_ns))
+    about = about.hexdigest()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        kept = vae.read_json(memo)
+        if kept.get("about") == about:
+            return kept["content"], kept
+    content = hashlib.sha256()
+    for file in images.files:
+        size = os.path.getsize(file)
+        content.update(b"%b %d " % (os.fsencode(os.path.relpath(file, root)), size))
+        with open(file, "rb") as opened:
+            opened.seek(max(0, size // 2 - 2048))
+            content.update(opened.read(4096))
+    return content.hexdigest(), dict(about=about, content=content.hexdigest())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -868,10 +912,11 @@ class Rows:
     def read_manifest(self, path):
         """{} where rows were never begun. InputError for a folder that holds something else."""
         names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        if names - {"rows.npy", "status.npy", "manifest.json", "manifest.json.tmp"}:
+        names -= {"rows.npy", "status.npy", "manifest.json", "images.json"}
+        if not all(name.endswith(".tmp") for name in names):
             raise vae.InputError(f"{self.flag} {self.folder}: holds other files; give a new folder")
         try:
-            return dict(json.loads(path.read_text())) if path.exists() else {}
+            return dict(vae.read_json(path)) if path.exists() else {}
         except (ValueError, TypeError):
             return dict(manifest="unreadable")
 
@@ -1237,7 +1282,7 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
     hook = model.register_forward_pre_hook(before_call)
     with contextlib.suppress(Stopped):
         for indices in batches:
-            if vae.SIGNALS:
+            if vae.signal_heard():
                 break
             rows.write(indices, draw(indices, labels[indices]))
     hook.remove()
@@ -1259,7 +1304,7 @@ def is_written(out, record):
         return False
     beside = out.with_suffix(".json")
     try:
-        kept = json.loads(beside.read_text())
+        kept = vae.read_json(beside)
     except (OSError, ValueError):
         kept = None
     if kept != json.loads(json.dumps(record)):

@@ -371,16 +371,16 @@ def train(args, rank, world, device):
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    compile_blocks(args, model)
-    network = vae.distribute(model, device, world)
+    dit.compile_blocks(args, compiled_parts(model))
+    network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]
 
     step = resumed["step"] if resumed else 0
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, images, source)
     data = token_data(args, rank, world, device, tokenizer, source, images)
+    log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
@@ -410,7 +410,7 @@ def train(args, rank, world, device):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
             visible = tokens[rows].masked_fill(mask[rows], codes)
-            with vae.sync_gradients(network, is_last=k == passes - 1):
+            with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
                 counted = mask[rows] if args.masked_only else None
@@ -471,12 +471,12 @@ def load_tokenizer(args, kept, device):
     return tokenizer.to(device), source
 
 
-def compile_blocks(args, model):
-    """torch.compile for attention and MLP, apart: all layers then use the same two graphs."""
-    if args.compile:
-        for layer in model.transformer.layers:
-            for block in layer:
-                block.compile()
+def compiled_parts(model):
+    """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
+    parts = []
+    for layer in model.transformer.layers:
+        parts += layer
+    return parts
 
 
 @torch.no_grad()
@@ -669,7 +669,7 @@ def sample(args, rank, world, device):
         preset=args.preset,
         **settings,
     )
-    compile_blocks(args, model)
+    dit.compile_blocks(args, compiled_parts(model))
     model.to(device)
     options = dict(settings, precision=args.precision)
 

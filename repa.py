@@ -257,7 +257,7 @@ def load_encoder(name, path, device):
                 keep it. Give your function a new name when it changes
     """
     if ":" in name:
-        encode = vae.load_function(name, "--encoder")(path, device)
+        encode = vae.call_function(name, "--encoder", path, device)
         digest = vae.file_hash(path)[:16] if path else ""
         return encode, f"{name} {digest}".strip()
     if name not in ENCODERS:
@@ -271,13 +271,24 @@ def load_encoder(name, path, device):
             "DINOv2's weights were not found",
             "or take your own encoder (--encoder MODULE:FUNCTION)",
         )
-    model = vae.load_weights(DINOv2(**ENCODERS[name]), vae.read_file(path), path)
+    model = vae.load_weights(DINOv2(**ENCODERS[name]), read_dino(path), path)
     model = model.to(device).eval().requires_grad_(False)
     digest = vae.file_hash(path)  # DINOv2 publishes no hash to check this against
     vae.say(f"{path}: SHA-256 {digest}")
     # On a GPU in bf16, whatever --precision says: targets need no more
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     return autocast(model.encode), f"{name} {digest[:16]}"
+
+
+def read_dino(path):
+    """DINOv2's weights from its own file, or from timm's, which has no mask_token."""
+    weights = vae.find_weights(vae.read_file(path), "cls_token")
+    if weights is None or "pos_embed" not in weights:
+        raise vae.InputError(
+            f"{path}: not in the layout of DINOv2's own files (dinov2_vitb14_pretrain.pth)"
+        )
+    mask_token = torch.zeros_like(weights["cls_token"][0])
+    return dict(mask_token=mask_token) | weights
 
 
 # ==================================================================================================
@@ -315,11 +326,10 @@ def train(args, rank, world, device):
     vae.restore_optimizers([optimizer], resumed, args.lr)
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     dit.compile_blocks(args, model.blocks)
-    network = vae.distribute(model, device, world)
+    network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, images, source, encoder_id)
     latents = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
@@ -328,6 +338,7 @@ def train(args, rank, world, device):
             args, rank, world, device, images, latents, encode, encoder_id, side, width
         )
     data = AlignedLatents(latents, images, features)  # REPA
+    log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
@@ -364,7 +375,7 @@ def train(args, rank, world, device):
             x = alpha * latents + sigma * noise[rows]  # SiT
             target = -(d_alpha * latents + d_sigma * noise[rows])  # REPA: towards the noise
             tokens = target_tokens(pictures[rows], encode, side, device)  # REPA: (b, N, width)
-            with vae.sync_gradients(network, is_last=k == passes - 1):
+            with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
                 mse = (velocity - target).square().mean()  # SiT

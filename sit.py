@@ -272,13 +272,13 @@ def train(args, rank, world, device):
     vae.restore_optimizers([optimizer], resumed, args.lr)
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     dit.compile_blocks(args, model.blocks)
-    network = vae.distribute(model, device, world)
+    network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, images, source)
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
+    log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
@@ -314,7 +314,7 @@ def train(args, rank, world, device):
             alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])  # SiT
             x = alpha * latents + sigma * noise[rows]  # SiT
             target = d_alpha * latents + d_sigma * noise[rows]  # SiT: the velocity
-            with vae.sync_gradients(network, is_last=k == passes - 1):
+            with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     velocity = network(x, t[rows], y[rows])  # (b, C, h, w)
                 loss = (velocity - target).square().mean()  # SiT

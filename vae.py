@@ -34,12 +34,14 @@ import copy
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -514,6 +516,8 @@ def load_lpips(vgg=None):
     hint = "or go on without: --lpips-weight 0 (evaluate.py: --no-lpips)"
     path = vgg or download(VGG16_URL, "LPIPS needs VGG16's weights", hint)
     weights = read_file(path)
+    if "lin0.model.1.weight" in weights:
+        raise InputError(f"{path}: holds LPIPS' linear layers, which are there; VGG16 is wanted")
     # lpips cuts VGG16 into five slices; the numbers in its names are torchvision's.
     renamed = {}
     for name in network.net.state_dict():
@@ -547,7 +551,7 @@ def load_perceptual(args, device):
         return no_distance
     if args.perceptual == "lpips":
         return load_lpips(args.vgg).to(device)
-    return load_function(args.perceptual, "--perceptual")(args.vgg, device)
+    return call_function(args.perceptual, "--perceptual", args.vgg, device)
 
 
 def no_distance(x, y):
@@ -1029,7 +1033,8 @@ def find_file(path):
         for ending in ("safetensors", "bin"):
             # The plain name first, then variants, as diffusion_pytorch_model.fp16.safetensors
             variants = sorted(folder.glob(f"{stem}.*.{ending}"))
-            for file in (folder / f"{stem}.{ending}", *variants):
+            shards = folder / f"{stem}.{ending}.index.json"
+            for file in (folder / f"{stem}.{ending}", *variants, shards):
                 if file.is_file():
                     return file
     for name in ("model.ckpt", "ckpts/last.ckpt"):  # what --export --layout ldm and vqgan.py write
@@ -1116,21 +1121,23 @@ def averaged(path, weights):
     return weights | averages
 
 
-# Where trainers put a network's weights in a checkpoint; averages first.
-CONTAINERS = ("ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "generator")
-
-
 def find_weights(checkpoint, anchor):
     """The weights of a network, in its own names, from somebody's checkpoint; None if not there.
+
+    They may stand one or two dictionaries deep; an average of the weights comes first.
 
     anchor  a name that the network has, as "encoder.conv_in.weight". Whatever stands before it is
             a prefix (module., first_stage_model., ...), and only what has this prefix is kept.
             torch.compile's _orig_mod. may stand anywhere.
     """
-    holders = [checkpoint.get(name) for name in CONTAINERS]
-    for holder in [*holders, checkpoint]:
-        if not isinstance(holder, dict):
-            continue
+    holders = [("", checkpoint)]
+    for key, value in checkpoint.items():
+        if isinstance(value, dict):
+            holders.append((str(key), value))
+            inner = [(f"{key}.{name}", item) for name, item in value.items()]
+            holders += [(name, item) for name, item in inner if isinstance(item, dict)]
+    holders.sort(key=lambda pair: not re.search("ema|shadow|average", pair[0].lower()))
+    for _, holder in holders:
         names = {}
         for key, value in holder.items():
             if isinstance(key, str) and isinstance(value, torch.Tensor):
@@ -1208,6 +1215,10 @@ ONLY_VALUES = {
     "mid_block_add_attention": True,
 }
 NO_EFFECT = {"sample_size", "force_upcast", "down_block_types", "up_block_types"}
+NO_EFFECT |= {  # of an average that diffusers' EMAModel saved
+    "decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step",
+    "use_ema_warmup",
+}  # fmt: skip
 
 
 def rename(name, table):
@@ -1234,7 +1245,7 @@ def config_beside(path, is_diffusers):
     if not beside.is_file():
         return None
     try:
-        given = json.loads(beside.read_text())
+        given = read_json(beside)
         if is_diffusers:
             return diffusers_config(given)
         return {name: as_tuple(value) for name, value in given["eqvae"].items()}
@@ -1376,6 +1387,14 @@ def ldm_weights(model, found):
     return dict(model.state_dict()) | disc
 
 
+def read_json(path):
+    """The value in a file of JSON. ValueError, whatever is wrong with it."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -1436,6 +1455,8 @@ def read_file(path):
         raise InputError(f"{path}: no such file")
     try:
         check_head(path)
+        if path.endswith(".index.json"):  # of weights in several files
+            return read_shards(path)
         if is_safetensors(path):
             return import_safetensors().load_file(path)
         checkpoint = unpickle(path)
@@ -1451,6 +1472,13 @@ def read_file(path):
     return checkpoint
 
 
+def read_shards(path):
+    weights = {}
+    for name in sorted(set(read_json(path)["weight_map"].values())):
+        weights |= read_file(Path(path).with_name(name))
+    return weights
+
+
 def check_head(path):
     """InputError for the files that downloads leave in the place of weights."""
     with open(path, "rb") as file:
@@ -1461,11 +1489,12 @@ def check_head(path):
         raise InputError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise InputError(f"{path}: a web page, not weights; the link needs a login or is gone")
-    if head.isascii() and min(head) >= 9:
+    if head.isascii() and min(head) >= 9 and not path.endswith(".index.json"):
         raise InputError(f"{path}: text, not weights: {head[:60].decode()!r}")
     if zipfile.is_zipfile(path):  # as torch's files are
         with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            is_torchs = any(name.endswith("data.pkl") for name in archive.namelist())
+            if not is_torchs or any(member.compress_type for member in archive.infolist()):
                 raise InputError(f"{path}: a zip archive; unpack it and give the file in it")
 
 
@@ -1564,15 +1593,19 @@ def download(url, why, hint):
     return path
 
 
-def load_function(name, flag):
-    """MODULE:FUNCTION of the command line -> the function."""
+def call_function(name, flag, *values):
+    """Calls MODULE:FUNCTION of the command line, of a package or of the current folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module, function = name.split(":")
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind(*values)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
-            f"{flag} {name}: cannot be imported as MODULE:FUNCTION ({error})"
+            f"{flag} {name}: cannot be called as MODULE:FUNCTION of {len(values)} values ({error})"
         ) from None
+    return found(*values)
 
 
 def file_hash(path):
@@ -1759,13 +1792,16 @@ def launch(parser, run):
                 run(args, rank, world, device)
         except SystemExit as end:
             code = end.code
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             tell(f"{parser.prog}: {out_of_memory(args, world)}")
             code = 2
         except InputError as error:
-            tell(f"{parser.prog}: {last_line(error)}")
+            tell(f"{parser.prog}: {in_one_line(error)}")
             code = 2
-        except BaseException:
+        except BaseException as error:
+            if "DefaultCPUAllocator: can't allocate memory" in str(error):
+                tell(f"{parser.prog}: {out_of_memory(args, world)}")
+                raise SystemExit(2) from None
             if world == 1:
                 raise
             traceback.print_exc()
@@ -1854,9 +1890,10 @@ def say(text):
         tell(text)
 
 
-def last_line(error):
+def in_one_line(error):
     """An error's message, without the traceback that a data loader's process puts before it."""
-    return str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+    message = str(error).rpartition("InputError: ")[2].strip()
+    return message.replace("\n", "\\n")  # as a file's name may hold one
 
 
 def out_of_memory(args, world):
@@ -1959,6 +1996,18 @@ def stop_signal():
     return int(flag)
 
 
+def signal_heard():
+    """Whether some process received a signal, between batches of which each has its own number:
+    the processes do not wait for one another here."""
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        if SIGNALS:
+            store.set("signal", str(SIGNALS[0]))
+        elif store.check(["signal"]):
+            SIGNALS.append(int(store.get("signal")))
+    return bool(SIGNALS)
+
+
 def leave_if_stopped(text):
     """After a signal to any of the processes: says so, and ends all of them with its code."""
     stopped = stop_signal()
@@ -2025,12 +2074,6 @@ def step_rngs(seed, step, device):
 def rank_slice(tensor, rank, world):
     """This process's rows of what was drawn for the whole batch."""
     return tensor.chunk(world)[rank]
-
-
-def sample_noise(shape, seed, indices, device):
-    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
-    rows = [torch.randn(shape, generator=seeded(seed, "noise", int(i))) for i in indices]
-    return to_device(torch.stack(rows), device)
 
 
 def to_device(tensor, device):
@@ -2300,6 +2343,8 @@ def endless_batches(data, args, step, rank, world):
             places = [divmod(place, len(data)) for place in range(first, first + size)]
             yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
+    if args.workers:
+        check_shared_memory(data, args, world)
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=items(),
@@ -2308,6 +2353,19 @@ def endless_batches(data, args, step, rank, world):
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
+
+
+def check_shared_memory(data, args, world):
+    """InputError if the batches that data loaders hold ready do not fit into /dev/shm, which is 64
+    MB in a container."""
+    item = data[(0, 0)]
+    size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
+    needed = 2 * args.workers * size * (args.batch_size // world) * world
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        raise InputError(
+            f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
+            "and /dev/shm has less (docker run --shm-size); take fewer, or 0"
+        )
 
 
 def leave_signals(worker):
@@ -2404,22 +2462,6 @@ def average_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
-def distribute(model, device, world):
-    """The model, or with several processes the wrapper that averages its gradients."""
-    if world == 1:
-        return model
-    devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-
-
-def sync_gradients(network, is_last):
-    """A context for a forward and backward pass. Only in the last pass of a step do processes
-    average their gradients."""
-    if is_last or not isinstance(network, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return network.no_sync()
-
-
 def restore_where(skipped, buffers, before):
     """In a skipped step buffers become again what they were, without a host sync."""
     for buffer, old in zip(buffers, before):
@@ -2479,6 +2521,10 @@ def load_run(args, arch, configs, required=()):
     Flags that were not given take the values that the checkpoint was made with. Those that were
     given win, and are reported where they differ. What the run began from (--init) stays.
     """
+    if Path(args.out).suffix != ".pt":
+        raise InputError(
+            f"--out {args.out}: give a name that ends in .pt (a folder without it is made)"
+        )
     if args.bench or not os.path.exists(args.out):
         return None
     checkpoint = read_file(args.out)
@@ -2558,28 +2604,6 @@ def stored_arguments(args, stored):
     parsed = vars(args.parser.parse_args(words))
     args.parser.words_from = ""
     return {name: parsed[name] for name in actions}
-
-
-def check_same_network(args, resumed, config, images):
-    """InputError if the run to go on with has another network than config's, or other classes."""
-    kept = resumed["config"]
-    changed = [
-        f"{key} {kept.get(key)}, now {config[key]}"
-        for key in config
-        if kept.get(key) != config[key]
-    ]
-    if not changed and resumed["classes"] != images.classes:
-        changed = [f"other classes ({', '.join(resumed['classes'][:5])})"]
-    if changed:
-        raise InputError(f"{args.out}: was trained with {'; '.join(changed)}; give another --out")
-
-
-def training_size(args, autoencoder):
-    """(H, W) for a generator's pictures: --image-size, else what the autoencoder was trained at."""
-    if args.image_size is None:
-        args.image_size = max(autoencoder.image_size or (256, 256))
-        say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
-    return (args.image_size, args.image_size)
 
 
 def saved_arguments(args):
@@ -2774,8 +2798,6 @@ def open_run(args, step):
     """Makes OUT/ and OUT.jsonl, drops the log's lines after `step`, and keeps other runs off."""
     out = Path(args.out)
     log = out.with_suffix(".jsonl")
-    if out.suffix != ".pt":
-        raise InputError(f"--out {out}: give a name that ends in .pt (a folder without it is made)")
     try:
         out.with_suffix("").mkdir(parents=True, exist_ok=True)
         lock_folder(out.with_suffix(""), f"--out {out}")
@@ -2790,7 +2812,7 @@ def is_log_line(line, step):
     """Whether it is a line of Log's, of a step up to `step`; a crash leaves half a line."""
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -2839,6 +2861,9 @@ def write_file(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(path.parent).free < 2**20:
+                reason = "the disk is full"
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):
