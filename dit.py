@@ -530,7 +530,8 @@ def load_latent_space(args, kept, device):
             "--vae: name the autoencoder on whose latents to train, or on which the generator was "
             "trained (vae.py makes one: eqvae.pt)"
         )
-    autoencoder = vae.load_autoencoder(args.vae, args.vae_model, flag="--vae-model")
+    options = dict(padding_mode=args.padding_mode, flag="--vae-model")
+    autoencoder = vae.load_autoencoder(args.vae, args.vae_model, **options)
     source = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
     if kept:
         check_source("--vae", args.vae, source, kept["vae"])
@@ -1346,6 +1347,8 @@ def arguments(description, models, out):
     add("--model", choices=models, default=next(iter(models)), help=words)
     add("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
     add("--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ...")
+    words = "of the autoencoder's convolutions, where its file does not tell"
+    add("--padding-mode", choices=("zeros", "reflect"), help=words)
     add("--cache", help="folder of the latents (default: NAME-latents beside --vae)")
     add("--no-cache", action="store_true", help="encode every image in every step")
     add("--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average")
@@ -1411,7 +1414,17 @@ def need_vae(script):
 def check_mode(args):
     """InputError for flags that sampling, or training, does not read."""
     if args.sample_from is not None:
-        also = ("vae", "vae_model", "vqgan", "path", "compile", "seed", "precision", "batch_size")
+        also = (
+            "vae",
+            "vae_model",
+            "padding_mode",
+            "vqgan",
+            "path",
+            "compile",
+            "seed",
+            "precision",
+            "batch_size",
+        )
         vae.check_flags(args, "with --sample-from", ("sampling",), also)
         return
     groups = ("generator", "alignment", "run")

@@ -59,6 +59,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its all_reduce has gradients
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torch.utils.flop_counter
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
@@ -86,6 +87,15 @@ CONFIGS = {
         use_quant_conv=False,
         scaling_factor=1.5305,
         shift_factor=0.0609,
+    ),
+    # f8 c16: the same networks as sd3, with another scale
+    "flux": dict(
+        FULL,
+        ch_mult=(1, 2, 4, 4),
+        z_channels=16,
+        use_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
     ),
     # f16 c16: LDM's kl-f16
     "sd-16": dict(FULL, ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
@@ -185,7 +195,12 @@ def middle(c, groups):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, each followed by attention where the level has it.
+
+    With `recompute` the backward pass computes a block again instead of keeping what is in it.
+    """
+
+    recompute = False
 
     def __init__(self, c_in, c_out, blocks, attention, groups):
         super().__init__()
@@ -197,7 +212,11 @@ class Level(nn.Module):
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
-            h = attn(block(h))
+            if self.recompute and torch.is_grad_enabled():
+                h = torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False)
+            else:
+                h = block(h)
+            h = attn(h)
         return h
 
 
@@ -291,6 +310,8 @@ class AutoencoderKL(nn.Module):
     norm_groups     groups of every GroupNorm
     scaling_factor  what normalize() multiplies with; None while it is unknown
     shift_factor    what normalize() subtracts
+    padding_mode    of all convolutions, "zeros" or "reflect". The row and the column that LDM pads
+                    by hand before it halves the sides stay zeros
     """
 
     def __init__(
@@ -304,6 +325,7 @@ class AutoencoderKL(nn.Module):
         norm_groups=32,
         scaling_factor=None,
         shift_factor=0.0,
+        padding_mode="zeros",
     ):
         config = constructor_arguments(locals())
         super().__init__()
@@ -319,6 +341,9 @@ class AutoencoderKL(nn.Module):
         if use_quant_conv:
             self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
             self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.padding_mode = padding_mode
 
     def grid(self, image_size):
         """(h, w) of the latents of images (H, W). InputError where f does not divide a side."""
@@ -554,6 +579,27 @@ def load_perceptual(args, device):
     return call_function(args.perceptual, "--perceptual", args.vgg, device)
 
 
+def load_ssim(args):
+    """evaluate.py's ssim(), differentiable, of images in [-1, 1] -> (B,); None without its loss."""
+    if not args.ssim_weight:
+        return None
+    return importlib.import_module("evaluate").ssim
+
+
+def more_losses(args, target, reconstruction, ssim, log):
+    """The terms of --l2-weight and --ssim-weight, means over values as L1's."""
+    total = 0
+    if args.l2_weight:
+        l2 = (target - reconstruction).square().mean()
+        total = total + args.l2_weight * l2
+        log.add(l2=l2)
+    if args.ssim_weight:
+        similarity = ssim(target, reconstruction, data_range=2.0).mean()
+        total = total + args.ssim_weight * (1 - similarity)
+        log.add(ssim=similarity)
+    return total
+
+
 def no_distance(x, y):
     return x.new_zeros(len(x), 1, 1, 1)
 
@@ -567,12 +613,13 @@ def train(args, rank, world, device):
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
     resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
-    read = functools.partial(read_autoencoder, default="sd")
+    read = functools.partial(read_autoencoder, default="sd", padding_mode=args.padding_mode)
     found = starting_point(args, resumed, CONFIGS, read)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
     discriminator = make_discriminator(args, found, step)
     perceptual = load_perceptual(args, device)
+    ssim = load_ssim(args)
 
     # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -586,6 +633,7 @@ def train(args, rank, world, device):
     for network in networks:
         network.to(device, memory_format=convolution_layout(device)).train()
     freeze_encoder(model, args.train == "decoder")
+    checkpoint_activations(model, args.checkpoint_activations)
     optimizers = [
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
         for network in networks
@@ -637,6 +685,8 @@ def train(args, rank, world, device):
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             rec_loss = (l1 + args.lpips_weight * lpips) * values
+            if args.l2_weight or args.ssim_weight:  # LDM has neither
+                rec_loss = rec_loss + values * more_losses(args, target, reconstruction, ssim, log)
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             if explicit_tau is not None:
@@ -719,9 +769,12 @@ def for_explicit_loss(args, tau):
 
 
 def smallest_cells(args, grid, factor):
-    """The smallest side, in latent cells, to which tau may shrink: LPIPS needs images of 16 pixels,
-    the discriminator of 24. InputError if images of this size leave tau nothing to draw from."""
+    """The smallest side, in latent cells, to which tau may shrink: SSIM needs images of 6 pixels,
+    LPIPS of 16, the discriminator of 24. InputError if images of this size leave tau nothing to
+    draw from."""
     pixels = 1
+    if args.ssim_weight:
+        pixels = 6
     if args.lpips_weight:
         pixels = 16
     if args.gan_weight:
@@ -760,6 +813,12 @@ def freeze_encoder(model, frozen):
         parameter.requires_grad = is_decoder or not frozen
 
 
+def checkpoint_activations(model, wanted):
+    for module in model.modules():
+        if isinstance(module, Level):
+            module.recompute = wanted
+
+
 @torch.no_grad()
 def preview(args, step, log, encode, decode, images, grid, autocast):
     """Writes OUT/0001000.png (x, D(E(x)), tau o x and D(tau o E(x)) of the same images each time)
@@ -785,14 +844,22 @@ def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps:
         return None
-    if args.latent_scale == "published":
-        return dict(scale=model.scaling_factor, shift=model.shift_factor)
+    published = dict(scale=model.scaling_factor, shift=model.shift_factor)
+    is_fixed = args.train == "decoder" and model.scaling_factor is not None
+    if args.latent_scale == "published" or is_fixed:
+        return published
     if not MAIN or args.bench:
         return None
     used = AutoencoderKL(**model.config).to(device)
     used.load_state_dict(ema or model.state_dict())
     latent = measure_latents(used, data.centred())
-    say(f"latents: scale {latent['scale']:.5f}, shift {latent['shift']:.4f}, measured")
+    text = f"latents: scale {latent['scale']:.5f}, shift {latent['shift']:.4f}, measured"
+    if model.scaling_factor is not None:
+        text += (
+            f"; networks that were trained with {model.scaling_factor} and {model.shift_factor} "
+            "need those: --latent-scale published"
+        )
+    say(text)
     return latent
 
 
@@ -854,25 +921,32 @@ def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
 
 
 def arguments(description, configs, init, out):
-    """The parser of a script that trains an autoencoder (vqgan.py adds its own flags to it)."""
+    """-> the parser of a script that trains an autoencoder, and its groups of flags for the
+    autoencoder and for the objective."""
     parser = make_parser(description)
-    group = parser.add_argument_group("autoencoder")
-    add = group.add_argument
+    autoencoder = parser.add_argument_group("autoencoder")
+    add = autoencoder.add_argument
     add("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
     add("--init", default=init, help="file or folder to start from or export, or scratch")
     words = "preset, if --init is scratch or a file that names none"
     add("--model", choices=configs, help=words)
-    add("--export", metavar="DIR", help="convert --init to this new folder, do not train")
+    words = "convert --init to this new folder, or file that ends in .safetensors; do not train"
+    add("--export", metavar="NAME", help=words)
+    add("--half", choices=HALVES, help="--export in 16 bits")
     add("--train", choices=("all", "decoder"), default="all", help="the part to train")
+    words = "compute blocks again in the backward pass: less memory, more time"
+    add("--checkpoint-activations", action="store_true", help=words)
     words = "keep an average of the weights; 0: none"
     add("--ema-decay", type=probability, default=0.0, help=words)
-    group = parser.add_argument_group("objective")
-    add = group.add_argument
+    objective = parser.add_argument_group("objective")
+    add = objective.add_argument
     add("--p-alpha", type=probability, default=0.5, help="probability of tau = identity")
     add("--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)")
     words = "draw tau as the paper says, or as the released code does"
     add("--recipe", choices=("paper", "release"), default="paper", help=words)
-    add("--lpips-weight", type=non_negative, default=1.0)
+    add("--lpips-weight", type=non_negative, default=1.0, help="beside L1, whose weight is 1")
+    add("--l2-weight", type=non_negative, default=0.0, help="of the squared error")
+    add("--ssim-weight", type=non_negative, default=0.0, help="of 1 - SSIM")
     words = "the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()"
     add("--perceptual", default="lpips", help=words)
     add("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
@@ -889,12 +963,14 @@ def arguments(description, configs, init, out):
         save_every=1000,
         sample_every=1000,
     )
-    return parser, group
+    return parser, autoencoder, objective
 
 
 def main():
-    parser, group = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
-    add = group.add_argument
+    parser, autoencoder, objective = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
+    words = "of the autoencoder's convolutions, where its file does not tell"
+    autoencoder.add_argument("--padding-mode", choices=("zeros", "reflect"), help=words)
+    add = objective.add_argument
     add("--kl-weight", type=non_negative, default=1e-6)
     words = "train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)"
     add("--explicit-weight", type=non_negative, default=0.0, help=words)
@@ -909,6 +985,7 @@ def main():
     launch(parser, run)
 
 
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Flags that have no use unless another is given, or not 0
 NEEDS = (
     ("perceptual", "lpips_weight"),
@@ -929,10 +1006,12 @@ def run(args, rank, world, device):
 def check_mode(args):
     """InputError for flags that exporting, or training, does not read."""
     if args.export:
-        check_flags(args, "with --export", (), ("export", "init", "model", "layout"))
+        also = ("export", "init", "model", "layout", "half", "padding_mode")
+        check_flags(args, "with --export", (), also)
         return
     groups = ("autoencoder", "objective", "run")
-    check_flags(args, "without --export", groups, ("latent_scale",), NEEDS)
+    needs = (*NEEDS, ("half", "export"))
+    check_flags(args, "without --export", groups, ("latent_scale",), needs)
 
 
 # ==================================================================================================
@@ -991,21 +1070,22 @@ def check_sizes(config):
                 raise ValueError(f"{name} = {size}")
 
 
-def load_autoencoder(path, model=None, flag="--model"):
+def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
     """The KL autoencoder in a file or folder, loaded strictly, on the CPU, for inference.
 
     path   our checkpoint (its average where it has one), an LDM .ckpt, a Stable Diffusion one, a
            file or folder of diffusers
     model  the preset of CONFIGS, for files that do not tell their configuration
+    padding_mode  "reflect", for files that do not tell that their convolutions need it
     flag   what the command line calls `model`, for the message that asks for it
     """
-    found = read_autoencoder(path, model, flag=flag)
+    found = read_autoencoder(path, model, padding_mode=padding_mode, flag=flag)
     network = build(AutoencoderKL, found).eval().requires_grad_(False)
     network.image_size = found.image_size
     return network
 
 
-def read_autoencoder(path, model=None, default=None, flag="--model"):
+def read_autoencoder(path, model=None, default=None, padding_mode=None, flag="--model"):
     """-> Stored: the autoencoder in a file or folder that load_autoencoder() knows.
 
     Where the file does not tell the configuration, `model`, else `default`, names the preset.
@@ -1016,7 +1096,9 @@ def read_autoencoder(path, model=None, default=None, flag="--model"):
     if is_ours(checkpoint):
         found = read_ours(file, checkpoint, "AutoencoderKL")
     else:
-        found = read_foreign(file, checkpoint, model or default, flag)
+        found = read_foreign(file, checkpoint, model, default, flag)
+    if padding_mode is not None:
+        found.config = dict(found.config, padding_mode=padding_mode)
     fitting = presets(found.config)
     if model and model not in fitting:
         names = " or ".join(fitting) or "none of the presets"
@@ -1066,27 +1148,48 @@ def read_ours(path, checkpoint, arch):
     return Stored(path, config, weights, checkpoint["disc"], size)
 
 
-def read_foreign(path, checkpoint, preset, flag):
-    """-> Stored, from a file of LDM's or of diffusers', which its names tell apart."""
+def read_foreign(path, checkpoint, preset, default, flag):
+    """-> Stored, from a file of LDM's or of diffusers', which its names tell apart.
+
+    Without a configuration beside it the `preset` is needed; `default` is taken where it fits.
+    """
     weights = find_weights(checkpoint, "encoder.conv_in.weight")
     if weights is None:
         raise InputError(
             f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'"
         )
-    weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
-    is_diffusers = any(name.startswith("encoder.mid_block.") for name in weights)
-    config = config_beside(path, is_diffusers)
-    if config is None:
-        if preset not in CONFIGS:
-            raise InputError(
-                f"{path}: has no configuration; name the autoencoder with "
-                f"{flag} {'|'.join(CONFIGS)}"
-            )
-        config = CONFIGS[preset]
-        say_assumption(path, preset)
     disc = weights_under(weights, "loss.discriminator.")
     weights = averaged(path, weights)
-    if is_diffusers:
+    config = config_beside(path)
+    if config is None:
+        if preset is None:
+            fitting = [name for name in CONFIGS if fits(weights, CONFIGS[name])]
+            if default not in fitting:
+                names = "|".join(fitting or CONFIGS)
+                raise InputError(
+                    f"{path}: has no configuration; name the autoencoder with {flag} {names}"
+                )
+            preset = default
+        if preset not in CONFIGS:
+            raise InputError(f"{flag} {preset}: unknown; one of {', '.join(CONFIGS)}")
+        config = CONFIGS[preset]
+        say_assumption(path, preset)
+    return Stored(path, config, in_our_names(weights, config, path), disc or None)
+
+
+def fits(weights, config):
+    """Whether they are the weights of such a network."""
+    with torch.device("meta"):
+        wanted = AutoencoderKL(**config).state_dict()
+    ours = in_our_names(weights, config)
+    shapes = {name: value.shape for name, value in ours.items()}
+    return shapes == {name: value.shape for name, value in wanted.items()}
+
+
+def in_our_names(weights, config, path="the configuration"):
+    """Weights under LDM's or diffusers' names -> under ours, which are LDM's."""
+    weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
+    if is_diffusers(weights):
         names = {theirs: name for name, theirs in diffusers_names(config, path).items()}
         weights = {names.get(name, name): value for name, value in weights.items()}
     else:
@@ -1095,7 +1198,11 @@ def read_foreign(path, checkpoint, preset, flag):
     for name, value in weights.items():
         if ".attn" in name and value.dim() == 2:  # a linear layer there, a 1x1 convolution here
             weights[name] = value[..., None, None]
-    return Stored(path, config, weights, disc or None)
+    return weights
+
+
+def is_diffusers(weights):
+    return any(name.startswith("encoder.mid_block.") for name in weights)
 
 
 def say_assumption(path, preset):
@@ -1238,27 +1345,34 @@ def diffusers_names(config, path="the configuration"):
     return {name: rename(name, table) for name in network.state_dict()}
 
 
-def config_beside(path, is_diffusers):
-    """AutoencoderKL's arguments from the file beside the weights, config.json of diffusers or the
-    config.yaml that --export writes; None if there is none."""
-    beside = Path(path).with_name("config.json" if is_diffusers else "config.yaml")
+def config_beside(path):
+    """AutoencoderKL's arguments, from what --export keeps in a .safetensors file, from config.json
+    of diffusers beside any file, or from the config.yaml that --export writes beside model.ckpt;
+    None if there are none."""
+    if is_safetensors(path):
+        with import_safetensors().safe_open(path, "pt") as file:
+            told = (file.metadata() or {}).get("eqvae")
+        if told is not None:
+            return our_config(json.loads(told))
+    if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
+            return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
+    beside = Path(path).with_name("config.json")
     if not beside.is_file():
         return None
     try:
-        given = read_json(beside)
-        if is_diffusers:
-            return diffusers_config(given)
-        return {name: as_tuple(value) for name, value in given["eqvae"].items()}
+        return diffusers_config(read_json(beside))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        if not is_diffusers:
-            return None  # LDM's own YAML, or somebody's: --model tells what it is
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{beside}: cannot be used as an AutoencoderKL's ({reason})") from None
 
 
-def as_tuple(value):
-    """JSON has lists where our configurations have tuples."""
-    return tuple(value) if isinstance(value, list) else value
+def our_config(given):
+    """A configuration of ours that JSON kept: it has lists in the place of tuples."""
+    config = {}
+    for name, value in given.items():
+        config[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def diffusers_config(given):
@@ -1302,11 +1416,18 @@ def export(args):
         raise InputError("--export: give the file to export with --init")
     if not MAIN:
         return
-    found = read_autoencoder(args.init, args.model)
+    found = read_autoencoder(args.init, args.model, padding_mode=args.padding_mode)
     model = build(AutoencoderKL, found)
-    if args.layout == "ldm":
+    if args.half:
+        model.to(HALVES[args.half])
+    if model.config["padding_mode"] != "zeros":
+        say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
+    if args.export.endswith(".safetensors"):
+        write_file(args.export, lambda part: write_single(part, model))
+        args.layout = "one file, ldm"
+    elif args.layout == "ldm":
         if not model.config["use_quant_conv"] or model.config["norm_groups"] != 32:
-            say("LDM's own code cannot build this network; load_autoencoder() can")
+            say("written as SD3's and FLUX's are: without quant_conv, which LDM's own code expects")
         write_folder(args.export, lambda folder: write_ldm(folder, model, found))
     else:
         write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
@@ -1347,6 +1468,14 @@ def write_diffusers(folder, model, found):
         told[theirs] = config[name]
     told["shift_factor"] = config["shift_factor"] or None
     write_json(folder / "config.json", told)
+
+
+def write_single(path, model):
+    """One file in LDM's names, as ComfyUI, A1111 and kohya's trainers read it. Its metadata keep
+    the configuration."""
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    about = dict(format="pt", eqvae=json.dumps(model.config))
+    path.write_bytes(import_safetensors().save(weights, about))
 
 
 def write_ldm(folder, model, found):

@@ -251,6 +251,7 @@ def train(args, rank, world, device):
     model = vae.build(VQGAN, found)
     discriminator = vae.make_discriminator(args, found, step)
     perceptual = vae.load_perceptual(args, device)
+    ssim = vae.load_ssim(args)
 
     # The pictures. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -264,6 +265,7 @@ def train(args, rank, world, device):
     for network in networks:
         network.to(device, memory_format=vae.convolution_layout(device)).train()
     vae.freeze_encoder(model, args.train == "decoder")
+    vae.checkpoint_activations(model, args.checkpoint_activations)
     optimizers = [
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
         for network in networks
@@ -310,6 +312,8 @@ def train(args, rank, world, device):
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             rec_loss = l1 + args.lpips_weight * lpips
+            if args.l2_weight or args.ssim_weight:  # taming has neither
+                rec_loss = rec_loss + vae.more_losses(args, target, reconstruction, ssim, log)
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
             log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, codebook=codebook_loss)
@@ -498,7 +502,7 @@ def write_taming(folder, model, found):
 
 def main():
     init = "data/vqgan_imagenet_f16_1024.ckpt"
-    parser, group = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
+    parser, _, group = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
     group.add_argument("--codebook-weight", type=vae.non_negative, default=1.0)
     group.add_argument(
         "--legacy-beta",
