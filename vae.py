@@ -709,6 +709,7 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
+                rec_loss = rec_loss + 0 * d_loss.detach()  # where it is NaN the step is skipped
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, told = loss_gradient(
@@ -1638,12 +1639,13 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    try:  # a file does not say which of its classes are dictionaries
-        return plain(load_inert(path, names, InertDict))
-    except Exception:
-        if not names:
-            raise
-        return plain(load_inert(path, names, Inert))
+    for stand_in in (InertDict, Inert):  # a file does not say which classes are dictionaries
+        with contextlib.suppress(Exception):
+            return plain(load_inert(path, names, stand_in))
+    if names:
+        told = ", ".join(names[:3])
+        raise InputError(f"{path}: refused, because it holds more than weights ({told})")
+    raise ValueError("cannot be unpickled")
 
 
 def load_inert(path, names, stand_in):

@@ -329,6 +329,7 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
+                rec_loss = rec_loss + 0 * d_loss.detach()  # where it is NaN the step is skipped
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, told = vae.loss_gradient(
