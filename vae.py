@@ -81,10 +81,11 @@ CONFIGS = {
     ),
     # f16 c16: LDM's kl-f16
     "sd-16": dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
-    # f4 c4, f4 c16 and f8 c4, small: for the tests and results/
+    # f4 c4, f4 c16, f8 c4 and f8 c16, small: for the tests and results/
     "tiny": dict(ch=16, ch_mult=(1, 2, 4), z_channels=4, num_res_blocks=1, norm_groups=8),
     "tiny-16": dict(ch=16, ch_mult=(1, 2, 4), z_channels=16, num_res_blocks=1, norm_groups=8),
     "tiny-f8": dict(ch=16, ch_mult=(1, 2, 4, 4), z_channels=4, num_res_blocks=1, norm_groups=8),
+    "tiny-f8-16": dict(ch=16, ch_mult=(1, 2, 4, 4), z_channels=16, num_res_blocks=1, norm_groups=8),
 }
 
 
