@@ -1209,7 +1209,9 @@ def write_statistics(path, made, real):
             counts = dict(N=real["N"], unreadable=real["unreadable"])
             np.savez(file, made=json.dumps(made), **counts, **arrays)
 
-    vae.write_file(path, write)
+    own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
+    vae.write_file(own, write)
+    os.replace(own, path)
 
 
 class StoredPictures:

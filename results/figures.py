@@ -240,7 +240,7 @@ def first_step(goal, curve):
     if curve[0][1] <= goal:
         return None
     for (step, value, *_), (later, lower, *_) in zip(curve, curve[1:]):
-        if value > goal >= lower:
+        if lower <= goal:
             return step + (later - step) * (value - goal) / (value - lower)
     return None
 

@@ -356,6 +356,9 @@ def test_fig_4_shows_each_generators_first_samples(capsys, drawn, tmp_path, diff
         np.savez(tmp_path / f"{name}.npz", arr_0=pictures[name])
         more = dict(args={}, samples=f"{name}.npz", **told)
         records.append(samples_record(f"dit-{name}", name, step, 1.0, **more))
+        np.savez(tmp_path / f"early-{name}.npz", arr_0=255 - pictures[name])
+        early = more | dict(samples=f"early-{name}.npz")
+        records.append(samples_record(f"early-{name}", name, 50, 1.0, **early))
         records.append(samples_record(f"later-{name}", name, 300, 1.0, args={}, **told))
         records[-1]["about"]["hashes"] = {"none.npz": name}
     records.append(samples_record("gone", "nobody's", 300, 1.0, args={}))
@@ -428,14 +431,15 @@ def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
     monkeypatch.setattr(
         ImageDraw.ImageDraw, "text", lambda draw, place, text, *_: texts.update({text: place})
     )
-    colours = [["red", "lime"], ["blue", "yellow"]]
-    heights = (30, 70)
+    colours = [["red", "lime"], ["blue", "yellow"], ["black", "cyan"]]
+    heights = (30, 70, 50)
+    labels = ("above", "b: low", "last")
     rows = []
-    for name, height, pair in zip(("above", "b: low"), heights, colours):
+    for name, height, pair in zip(labels, heights, colours):
         rows.append((name, [Image.new("RGB", (20, height), colour) for colour in pair]))
     canvas = figures.panel("title", rows)
     top = 34
-    for label, height, pair in zip(("above", "b:\nlow"), heights, colours):
+    for label, height, pair in zip(("above", "b:\nlow", "last"), heights, colours):
         for column, colour in enumerate(pair):
             corner = (190 + 24 * column, top)
             inside = canvas.crop((*corner, corner[0] + 20, corner[1] + height))
@@ -546,11 +550,22 @@ def test_a_cell_is_made_once_and_again_where_a_command_before_it_has_changed(com
     assert make_two(commands, "d", "c") == ("d", "dc"), "what depends on it is made anew, too"
 
 
+def test_a_half_made_cell_of_another_command_is_begun_anew(commands):
+    folder = commands.parent / "out"
+    cell = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ a")
+    cell.file.parent.mkdir(parents=True)
+    cell.file.write_text("half of another")
+    cell.write_state(key="another", seconds=100.0)
+    make.make([cell], folder, 1)
+    assert cell.file.read_text() == "a" and cell.state()["seconds"] < 90
+
+
 def test_a_failed_command_is_told_and_keeps_what_was_made_before_it(commands):
-    with pytest.raises(SystemExit, match=r"failed: python .*add.py .*fail\nadding fail"):
-        make_two(commands, "a", "fail")
+    for _ in range(2):  # what failed is not made
+        with pytest.raises(SystemExit, match=r"failed: python .*add.py .*fail\nadding fail"):
+            make_two(commands, "a", "fail")
     make_two(commands, "a", "b")
-    assert (commands / "runs.txt").read_text() == "afailb"
+    assert (commands / "runs.txt").read_text() == "afailfailb"
 
 
 def test_commands_run_side_by_side(commands):
@@ -711,6 +726,8 @@ def chain_of(arm, seed=1, kind="f8", network="dit", steps=500):
 def test_the_arms_of_a_seed_differ_in_their_objective_alone(arm, first, second):
     ours, standard = chain_of(arm), chain_of("standard")
     assert ours[0] is standard[0] and "--init scratch" in ours[0].command
+    seeds = [re.search(r"--seed (\d+)$", cell.command).group(1) for cell in ours[:3]]
+    assert seeds == ["1", "11", "21"], "each stage sees the pictures in an order of its own"
     for flags, one, other in zip((first, second), ours[1:], standard[1:]):
         plain = one.command.replace(f"f8-{arm}-", "f8-standard-")
         assert plain == other.command.replace("--p-alpha 1", flags)
