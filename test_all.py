@@ -6733,6 +6733,181 @@ def test_help_shows_defaults_and_commands(capsys):
 
 
 # ==================================================================================================
+# evaluate.py: --statistics and --thumbnails of samples.
+
+
+def frechet_by_hand(one, two):
+    """The Frechet distance of features (N, d) and (M, d), with scipy's root of a matrix."""
+    linalg = pytest.importorskip("scipy.linalg")
+    one, two = one.astype(np.float64), two.astype(np.float64)
+    cov1, cov2 = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
+    offset = 1e-12 * np.eye(len(cov1))  # both are singular: there are few pictures
+    root = linalg.sqrtm((cov1 + offset) @ (cov2 + offset)).real
+    shift = one.mean(axis=0) - two.mean(axis=0)
+    return shift @ shift + np.trace(cov1 + cov2 - 2 * root)
+
+
+def cells_by_hand(pictures):
+    """uint8 (N, 24, 16, 3) -> (N, 192): means of the 3 x 2 pixels of 8 x 8 cells, in [-1, 1]."""
+    cells = pictures.reshape(len(pictures), 8, 3, 8, 2, 3) / 127.5 - 1
+    return cells.mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(len(pictures), -1)
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """Samples in fake.npz, a reference in the folder real/, pictures of 24 x 16 pixels -> both."""
+    fake = random_pictures(30, 24, seed=1)[:, :, :16]
+    real = random_pictures(40, 24, seed=2)[:, :, 8:] // 2 + 100
+    np.savez(tmp_path / "fake.npz", arr_0=fake)
+    write_folder_of(real, tmp_path / "real")
+    return fake, real
+
+
+def test_thumbnails_have_scipys_distance_of_the_means_of_cells(monkeypatch, two_sets, tmp_path):
+    # The distance of 1,280 features takes the seconds
+    monkeypatch.setattr(evaluate.EfficientNetLite0, "stages", stages_of_ones)
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", *EFFICIENT)
+    found = record_of(*words, "--thumbnails", "--batch-size", 7)["fake"]
+    fake, real = two_sets
+    expected = frechet_by_hand(cells_by_hand(fake), cells_by_hand(real))
+    assert found["FD-thumbnails"] == pytest.approx(expected, rel=1e-3) and expected > 1
+    assert "FD-thumbnails" not in record_of(*words)["fake"]
+
+
+def stages_of_ones(network, x):
+    """In place of EfficientNet's layers, which take a second."""
+    return [torch.ones(len(x), 320, 1, 1)]
+
+
+@pytest.mark.parametrize("features", ["efficientnet", "inception"])
+def test_kept_statistics_give_every_score_again_and_no_reference_is_read(
+    monkeypatch, inception, two_sets, tmp_path, features
+):
+    """Each of both sides has an unreadable picture less; the second run opens no picture of the
+    reference, and gives the numbers of the first to the bit. Matrices of 2,048 take the seconds.
+    """
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    (tmp_path / "real" / "broken.png").write_bytes(b"no picture")
+    file = tmp_path / "real.npz"
+    words = ("--thumbnails", "--features", features, "--batch-size", 16)
+    if features == "inception":
+        words += ("--inception", inception)
+    pair = ("samples", tmp_path / "fake.npz", tmp_path / "real")
+    plain = record_of(*pair, *words)["fake"]
+    first = record_of(*pair, *words, "--statistics", file)
+    written = file.read_bytes()
+    seen = []
+    whole = evaluate.batches
+
+    def watch(pictures, *more):
+        seen.append(os.path.basename(pictures.root))
+        return whole(pictures, *more)
+
+    monkeypatch.setattr(evaluate, "batches", watch)
+    second = record_of(*pair, *words, "--statistics", file)
+    assert plain == first["fake"] == second["fake"], "the flag changes no score"
+    assert seen == ["fake.npz"] and file.read_bytes() == written, "the file is read, not written"
+    assert plain["N reference"] == 40 and plain["unreadable"] == 1
+    assert ("Recall" in plain) == ("FID" in plain) == (features == "inception")
+    told = [record["about"]["statistics"] for record in (first, second)]
+    assert [about.pop("read") for about in told] == [False, True]
+    assert told[0] == told[1] and told[0]["file"] == "real.npz"
+    assert told[0]["extractor"] == first["about"]["extractor"] and told[0]["size"] == [24, 16]
+
+
+def test_kept_statistics_are_pytorch_fids(perceptual, monkeypatch, inception, two_sets, tmp_path):
+    """mu and sigma are numpy's mean and covariance of the features, and pytorch-fid reads them.
+    Matrices of 2,048 take the seconds."""
+    score = pytest.importorskip("pytorch_fid.fid_score")
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    file = tmp_path / "real.npz"
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", "--inception", inception)
+    record_of(*words, "--statistics", file)
+    network = evaluate.Inception(torch.load(inception, weights_only=True), "adm")
+    pictures = torch.from_numpy(two_sets[1]).permute(0, 3, 1, 2)
+    pooled, spatial, _ = [part.double().numpy() for part in network(pictures)]
+    mean, covariance = score.compute_statistics_of_path(str(file), None, 50, 2048, "cpu")
+    np.testing.assert_allclose(mean, pooled.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(covariance, np.cov(pooled, rowvar=False), atol=1e-5)
+    with np.load(file) as stored:
+        np.testing.assert_allclose(stored["mu_s"], spatial.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(stored["features"], pooled, atol=1e-5)
+    as_reference = record_of(*words[:2], file, "--inception", inception)["fake"]
+    assert as_reference["FID"] == pytest.approx(record_of(*words)["fake"]["FID"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("extractor", "has extractor EfficientNet-Lite0.*but here is FID-Inception"),
+        ("size", r"has size \[24, 16\], but here is \[8, 8\]"),
+        ("a picture", r"has pictures 40 with hash .*, but here is 40 with hash"),
+        ("a picture more", "has pictures 40 with hash .*, but here is 41 with hash"),
+        ("no statistics", "was not written by this flag"),
+        ("no npz", "was not written by this flag"),
+        ("samples", "is the name of a file that this command reads"),
+        ("record", "is the name of a file that this command reads"),
+        ("no pictures", "--statistics: .*mu.npz has no pictures"),
+    ],
+)
+def test_statistics_of_anything_else_are_refused(
+    capsys, monkeypatch, inception, two_sets, tmp_path, change, says
+):
+    """In one line, before anything is scored, and the file stays as it is."""
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    file = tmp_path / "real.npz"
+    samples = tmp_path / "fake.npz"
+    reference = tmp_path / "real"
+    words = [*EFFICIENT, "--statistics", file]
+    record_of("samples", samples, reference, *words)
+    last = sorted(reference.iterdir())[-1]
+    if change == "extractor":
+        words[:2] = ["--inception", inception]
+    elif change == "size":
+        np.savez(samples, arr_0=random_pictures(5, 8))
+    elif change == "a picture":  # of the same name and size in bytes
+        data = bytearray(last.read_bytes())
+        data[-1] ^= 1
+        last.write_bytes(data)
+    elif change == "a picture more":
+        shutil.copy(last, reference / "more.png")
+    elif change == "no statistics":
+        np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))
+    elif change == "no npz":
+        file.write_text("no npz")
+    elif change == "samples":
+        words[-1] = samples
+    elif change == "record":
+        words += ["--record", file]
+    elif change == "no pictures":
+        reference = tmp_path / "mu.npz"
+        np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+        words[:2] = ["--inception", inception]
+    before = file.read_bytes()
+    monkeypatch.setattr(evaluate, "score_pictures", None)
+    line = refusal(capsys, evaluate.main, "samples", samples, reference, *words)
+    assert re.search(says, line), line
+    assert file.read_bytes() == before
+
+
+@needs_two_processes
+def test_two_processes_keep_what_one_reads(two_sets, tmp_path):
+    """Each of them scores its share, the first one writes. Two processes take seconds to start."""
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", *EFFICIENT, "--thumbnails")
+    kept = ("--statistics", tmp_path / "real.npz")
+    two_processes(evaluate, *words, *kept, "--record", tmp_path / "r.json")
+    by_two = json.loads((tmp_path / "r.json").read_text())["fake"]
+    read = record_of(*words, *kept)
+    assert read["about"]["statistics"]["read"]
+    one = record_of(*words)["fake"]
+    for found in (by_two, read["fake"]):
+        assert found == pytest.approx(one, rel=1e-3)
+
+
+# ==================================================================================================
 # As if there were a GPU: results/compare/fakecuda.py. Scripts run in forks of this process
 
 

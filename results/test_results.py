@@ -88,7 +88,8 @@ def read(folder, *records):
 
 
 def test_a_row_of_the_paper_wants_the_presets_every_field():
-    """A network of another width, or trained from scratch, is no SD-VAE + EQ."""
+    """A network of another width, or trained from scratch, is no SD-VAE + EQ. To build all presets
+    takes seconds."""
     config = report.full_presets()["sd"]
     assert report.preset_of(config) == "sd"
     assert report.preset_of(config | dict(scaling_factor=0.3)) is None  # sd or sdxl?
@@ -399,7 +400,7 @@ def to_pixels(x):
 @torch.no_grad()
 def test_figures_of_checkpoints_show_what_their_labels_say(drawn, trained, photos, tmp_path):  # noqa: F811
     """Images, transformed images, and what latents decode to that were transformed after or before
-    the encoder: of each autoencoder, by torch alone."""
+    the encoder: of each autoencoder, by torch alone. Training both takes seconds."""
     names = ("standard", "eq")
     words = ("--data", photos, "--image-size", 32, "--num-images", 3, "--out", tmp_path / "f")
     run(figures.main, *[trained / f"{name}.pt" for name in names], *words)
@@ -757,6 +758,7 @@ def test_a_generator_goes_on_from_the_point_before_and_keeps_its_cache():
 
 
 def test_a_try_has_all_cells_with_fewer_steps():
+    """A process of its own takes seconds to import torch."""
     code = "import reproduce as r; print(r.EMOJI_POINTS, r.KINDS['elpv'].points, r.SAMPLES, r.OUT)"
     environment = os.environ | dict(SMALL_SCALE="0.003", PYTHONPATH=str(RESULTS))
     done = subprocess.run(
