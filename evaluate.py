@@ -9,7 +9,11 @@ of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2, 
 are the equivariance errors under rotation and scaling, ID is the intrinsic dimension of the
 latents, N the number of images.)
 `samples` measures the numbers of Tables 2 to 4 and 9 to 11: FID, sFID, IS, precision and recall,
-by the protocol of ADM's evaluator.
+by the protocol of ADM's evaluator. --statistics keeps what the reference has to give in a file, so
+that it is computed once:
+
+    python evaluate.py samples dit.npz data/imagenet/train --statistics imagenet.npz    # writes it
+    python evaluate.py samples sit.npz data/imagenet/train --statistics imagenet.npz    # reads it
 
 FID needs the weights of FID-Inception: from --inception FILE, from torch hub's cache, or from the
 internet. LPIPS needs VGG16's in the same way. Where they cannot be had, --features efficientnet
@@ -28,6 +32,7 @@ perceptual distance for vae.py and vqgan.py.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -677,18 +682,16 @@ def gather(columns, moments):
     return {name: torch.cat(values) for name, values in parts.items()}, totals
 
 
-def check_record(args, *inputs):
-    """Fails early if --record cannot be written, or would overwrite one of the inputs."""
-    if args.record is None:
+def check_output(flag, path, *inputs):
+    """Fails early if a flag's file cannot be written, or would overwrite one of the inputs."""
+    if path is None:
         return
-    record = Path(args.record)
-    if record.is_dir() or not os.access(record.parent, os.W_OK):
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{flag} {path}: cannot be written; name a file in a folder that exists")
+    if path.resolve() in [Path(file).resolve() for file in inputs if file]:
         raise InputError(
-            f"--record {record}: cannot be written; name a file in a folder that exists"
-        )
-    if record.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise InputError(
-            f"--record {record}: is the name of a file that this command reads; give another"
+            f"{flag} {path}: is the name of a file that this command reads; give another"
         )
 
 
@@ -782,7 +785,7 @@ def recon(args, rank, world, device):
     """Scores autoencoders on the same images, which are read and cropped once for all of them."""
     import vae
 
-    check_record(args, *args.checkpoints, args.inception, args.vgg)
+    check_output("--record", args.record, *args.checkpoints, args.inception, args.vgg)
     if args.vgg == "random" and not args.no_lpips:
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
@@ -916,6 +919,7 @@ def summarise(columns, sums, distance, device):
 # ==================================================================================================
 # samples: a generator's pictures against a reference, by ADM's protocol (Tables 2 to 4, 9 to 11)
 
+THUMBNAILS = "FD-thumbnails"
 WANTED = (
     "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
     "as a reference also ADM's statistics, or a folder of any pictures"
@@ -932,7 +936,9 @@ def samples(args, rank, world, device):
 
     # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
     settings = Path(f"{os.path.normpath(args.samples).removesuffix('.npz')}.json")
-    check_record(args, args.samples, args.reference, args.inception, settings)
+    inputs = (args.samples, args.reference, args.inception, settings)
+    check_output("--record", args.record, *inputs, args.statistics)
+    check_output("--statistics", args.statistics, *inputs)
     drawn = read_settings(settings, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
@@ -941,18 +947,42 @@ def samples(args, rank, world, device):
     if isinstance(network, Inception):  # ADM's statistics are of its features
         stored = read_statistics(args.reference, notes)
     real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(stored))
+    made, kept = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    real = score_pictures(real_pictures, network, args, rank, world, device)
+    real = kept or score_pictures(real_pictures, network, args, rank, world, device)
     if rank > 0:
         return
+    if made and not kept:
+        write_statistics(args.statistics, made, real)
+    reference = stored or real  # ADM's statistics are of more images than the pictures beside them
+    result = compare(fake, real, reference, network, args, notes, device)
+
+    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
+    if args.record:
+        # The samples' last: of two files of one name it is their hash that tells records apart
+        files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
+        about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
+    if made:
+        about["statistics"] = dict(made, file=portable(args.statistics), read=bool(kept))
+    scores = (network.DISTANCE, THUMBNAILS, "sFID", "IS", "Precision", "Recall")
+    finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+
+
+def compare(fake, real, reference, network, args, notes, device):
+    """-> the scores. `real` is of the reference's pictures, `reference` has the mean and covariance
+    to compare with."""
+    import vae
 
     unreadable = fake["unreadable"] + real.get("unreadable", 0)
-    reference = stored or real  # ADM's statistics are of more images than the pictures beside them
     result = {"N": fake["N"], "N reference": reference["N"], "unreadable": unreadable}
-    for key, (mean, covariance, _) in zip((network.DISTANCE, "sFID"), STATISTICS):
-        if mean in fake and mean in reference:
-            statistics = (fake[mean], fake[covariance], reference[mean], reference[covariance])
-            result[key] = frechet_distance(*statistics)
+    distances = [(network.DISTANCE, "mu", reference), ("sFID", "mu_s", reference)]
+    if args.thumbnails:
+        distances.append((THUMBNAILS, "mu_t", real))
+    for key, mean, other in distances:
+        if mean in fake and mean in other:
+            covariance = mean.replace("mu", "sigma")
+            pairs = (fake[mean], fake[covariance], other[mean], other[covariance])
+            result[key] = frechet_distance(*pairs)
     if "logits" in fake:
         classes = fake["logits"].argmax(dim=1)
         if args.shuffle:
@@ -966,14 +996,7 @@ def samples(args, rank, world, device):
         result["Precision"], result["Recall"] = both
         if len(real["features"]) > 10_000:
             notes.append("precision and recall use more than 10,000 real pictures; ADM uses 10,000")
-
-    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
-    if args.record:
-        # The samples' last: of two files of one name it is their hash that tells records apart
-        files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
-        about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
-    scores = (network.DISTANCE, "sFID", "IS", "Precision", "Recall")
-    finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+    return result
 
 
 def read_settings(path, samples):
@@ -990,17 +1013,20 @@ def read_settings(path, samples):
 
 
 def score_pictures(pictures, network, args, rank, world, device):
-    """-> mu, sigma, N, unreadable of one side, and with FID's network mu_s, sigma_s, features and
-    logits, on the first process; {} on the others, and for no pictures."""
+    """-> mu, sigma, N, unreadable of one side, mu_t and sigma_t of its thumbnails, and with FID's
+    network mu_s, sigma_s, features and logits, on the first process; {} on the others, and for no
+    pictures."""
     if pictures is None:
         return {}
     columns = defaultdict(list)
     moments = defaultdict(Moments)
     for images, index in batches(pictures, args, name_of(pictures.root), rank, world):
-        pooled, *others = network(images.to(device, non_blocking=True))
+        images = images.to(device, non_blocking=True)
+        pooled, *others = network(images)
         if not pooled.isfinite().all():
             raise InputError(f"{pictures.root}: features of {index.tolist()} are not finite")
         moments["mu"].add(pooled)
+        moments["mu_t"].add(thumbnails(images))
         if isinstance(network, Inception):
             moments["mu_s"].add(others[0])
             columns["features"].append(pooled.cpu())
@@ -1011,10 +1037,18 @@ def score_pictures(pictures, network, args, rank, world, device):
     count = int(sums["mu"].sums[0, 0])
     if count < 4:
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
-    for mean, covariance, _ in STATISTICS:
-        if mean in sums:
-            found[mean], found[covariance] = sums[mean].result()
+    for mean in sums:
+        found[mean], found[mean.replace("mu", "sigma")] = sums[mean].result()
     return found | dict(N=count, unreadable=len(pictures) - count)
+
+
+def thumbnails(images):
+    """uint8 (B, 3, H, W) -> (B, 192): the pictures in [-1, 1], shrunk to 8 x 8 by averaging.
+
+    The Frechet distance of thumbnails sees where which colours are, and nothing finer. No network
+    and no loss has a part in it.
+    """
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 
 
 def open_pictures(path, notes, size=None, optional=False):
@@ -1105,6 +1139,81 @@ def read_statistics(path, notes):
     return stored
 
 
+# --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
+# mu_s and sigma_s ADM's. Precision and recall need the features of every picture, so with FID's
+# network they are kept, too: 8 kB a picture. `made` says in JSON what the numbers are of
+KEPT = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features", "N", "unreadable")
+
+
+def open_statistics(args, pictures, network):
+    """-> what the reference's statistics depend on, and those that --statistics has, or None where
+    there is no such file yet; {} and None without the flag. InputError if they do not belong here.
+    """
+    for flag in ("statistics", "thumbnails"):
+        if getattr(args, flag) and pictures is None:
+            raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
+    if not args.statistics:
+        return {}, None
+    made = made_from(pictures, network)
+    if not os.path.exists(args.statistics):
+        return made, None
+    return made, read_kept(args.statistics, made)
+
+
+def made_from(pictures, network):
+    """What a reference's statistics depend on: the extractor with its weights, the size that its
+    pictures are scored at, and the pictures: how many there are, and a hash of their files."""
+    import vae
+
+    digest = hashlib.sha256()
+    for file in getattr(pictures, "files", [pictures.root]):
+        digest.update(vae.file_hash(file).encode())
+    return dict(
+        extractor=network.description,
+        size=list(pictures.size),
+        pictures=f"{len(pictures)} with hash {digest.hexdigest()[:16]}",
+    )
+
+
+def read_kept(path, made):
+    """The statistics in a file of --statistics, which must have been made from the same."""
+    mend = "delete it, or give another name"
+    try:
+        with np.load(path) as file:
+            found = json.loads(str(file["made"]))
+            kept = {name: file[name] for name in KEPT if name in file.files}
+        kept |= {name: int(kept[name]) for name in ("N", "unreadable")}
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--statistics {path}: was not written by this flag ({reason}); {mend}"
+        ) from None
+    for name, value in made.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"--statistics {path}: has {name} {found.get(name)}, but here is {value}; {mend}"
+            )
+    if "features" in kept:
+        kept["features"] = torch.from_numpy(kept["features"])
+    return kept
+
+
+def write_statistics(path, made, real):
+    """Writes a file of --statistics."""
+    import vae
+
+    arrays = {name: np.asarray(real[name].cpu()) for name in real if name in KEPT[:-2]}
+
+    def write(part):
+        with open(part, "wb") as file:
+            counts = dict(N=real["N"], unreadable=real["unreadable"])
+            np.savez(file, made=json.dumps(made), **counts, **arrays)
+
+    own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
+    vae.write_file(own, write)
+    os.replace(own, path)
+
+
 class StoredPictures:
     """The pictures in arr_0 of an npz, compressed or not. Memory holds one batch of them."""
 
@@ -1185,6 +1294,10 @@ def main():
     add = command(samples, "scores a generator's samples: FID, sFID, IS, precision, recall")
     add("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")
     add("reference", metavar="REFERENCE", help="ADM's npz, or a folder of pictures")
+    words = "file of the reference's statistics: read if it is there, else written"
+    add("--statistics", metavar="FILE.npz", help=words)
+    words = "also give FD-thumbnails, the distance of the pictures shrunk to 8 x 8"
+    add("--thumbnails", action="store_true", help=words)
     add("--shuffle", action="store_true", help="shuffle the samples before IS splits them")
     vae.launch(parser, lambda args, *process: args.run(args, *process))
 

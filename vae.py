@@ -99,10 +99,11 @@ CONFIGS = {
     ),
     # f16 c16: LDM's kl-f16
     "sd-16": dict(FULL, ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
-    # f4 c4, f4 c16 and f8 c4
+    # f4 c4, f4 c16, f8 c4 and f8 c16
     "tiny": dict(SMALL, ch_mult=(1, 2, 4), z_channels=4),
     "tiny-16": dict(SMALL, ch_mult=(1, 2, 4), z_channels=16),
     "tiny-f8": dict(SMALL, ch_mult=(1, 2, 4, 4), z_channels=4),
+    "tiny-f8-16": dict(SMALL, ch_mult=(1, 2, 4, 4), z_channels=16),
 }
 
 

@@ -58,6 +58,17 @@ CONFIGS = {
         embed_dim=4,
         n_embed=256,
     ),
+    # the same at f8: 8 x 8 tokens for the 64 px of results/reproduce.py
+    "tiny-f8": dict(
+        ch=16,
+        ch_mult=(1, 2, 4, 4),
+        num_res_blocks=1,
+        attn_levels=(),
+        norm_groups=8,
+        z_channels=16,
+        embed_dim=4,
+        n_embed=256,
+    ),
 }
 
 
