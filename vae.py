@@ -1903,7 +1903,7 @@ def check_flags(args, mode, groups, also=(), needs=()):
 # Processes: their start and their end. RANK and WORLD_SIZE are torchrun's
 
 MAIN = os.environ.get("RANK", "0") == "0"  # the process that speaks and writes
-PARENT = os.getppid()  # torchrun, where there are several processes
+PARENT = None  # the number of torchrun's process, where there are several
 SIGNALS = []  # the signals that came, for stop_signal()
 LOCKS = []  # files held open while this process must be the only one on its output
 STOP_SIGNALS = [
@@ -2065,6 +2065,8 @@ def leave_processes(code):
 
 def start_process(args):
     """-> rank, world, device; sets up signals, the device and the group of processes."""
+    global PARENT
+    PARENT = os.getppid()
     rank = environment_number("RANK", 0)
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
