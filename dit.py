@@ -5,10 +5,10 @@ transformer. The timestep and the class control it through adaptive layer norms.
 (https://arxiv.org/abs/2502.09509) changes nothing here: only the latents differ, and training on
 them is faster (Table 2).
 
-    here             DiT's paper   SiT's paper   time here
-    latents (data)   x0            x0            t = 0
-    noise            eps           eps           t = 999
-    x                x_t           x_t           in between
+    here             DiT's paper   time
+    latents (data)   x0            t = 0 is one step of noise away
+    noise            eps           t = 999
+    x                x_t           in between
 
     python dit.py --vae tiny.pt --data data/emoji/train --model DiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-dit.pt    # minutes on a CPU
@@ -77,7 +77,7 @@ LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 
 
 def layer_norm(x):
-    """Without weights of its own: adaLN's scale and shift take their place."""
+    """LayerNorm without weights of its own: adaLN's scale and shift take their place."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -96,7 +96,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block whose shifts, scales and gates are linear in c, and 0 at the start."""
+    """A transformer block. A linear layer on SiLU(c), 0 at the start, gives its shifts, scales and
+    gates."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
@@ -180,6 +181,7 @@ class DiT(nn.Module):
                 f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}"
             )
         self.config = config  # what a checkpoint keeps
+        self.latent = None  # scale and shift of its latents in training: load_generator() sets it
         self.patch_size = patch_size
         outputs = 2 * in_channels if learn_sigma else in_channels
         width = hidden_size
@@ -284,7 +286,7 @@ class GaussianDiffusion:
         )  # of the step before, which sampling goes to
         beta = 1 - alpha_bar / alpha_bar_prev
         variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
-        variance[0] = variance[min(1, steps - 1)]  # it is 0 there, and has no logarithm
+        variance[0] = variance[1]  # it is 0 there, and has no logarithm
 
         def table(values):
             return torch.from_numpy(values).float().to(device)[:, None, None, None]
@@ -308,7 +310,7 @@ class GaussianDiffusion:
         """The mean of q(x_{t-1} | x_t, x0)."""
         return self.mean_from_x0[i] * x0 + self.mean_from_x[i] * x
 
-    def predict(self, output, x, i):
+    def interpret(self, output, x, i):
         """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log
         variance of the next x."""
         eps, v = output.chunk(2, dim=1)
@@ -326,7 +328,7 @@ class GaussianDiffusion:
         """
         eps, v = output.chunk(2, dim=1)
         frozen = torch.cat([eps.detach(), v], dim=1)
-        _, _, mean, log_variance = self.predict(frozen, x, i)
+        _, _, mean, log_variance = self.interpret(frozen, x, i)
         true_mean = self.posterior_mean(x0, x, i)
         true_log_variance = self.log_variance_low[i]
         kl = 0.5 * (
@@ -344,7 +346,7 @@ class GaussianDiffusion:
     def step(self, output, x, i, noise):
         """x_t -> x_{t-1}. DDPM with N(0, 1) noise like x; DDIM (https://arxiv.org/abs/2010.02502,
         eta = 0) with None."""
-        eps, x0, mean, log_variance = self.predict(output, x, i)
+        eps, x0, mean, log_variance = self.interpret(output, x, i)
         if noise is None:
             return self.prev_signal[i] * x0 + self.prev_noise[i] * eps
         is_last = (i == 0)[:, None, None, None]  # no noise is added there
@@ -441,6 +443,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
+    measure_scale(autoencoder, images)
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
@@ -474,18 +477,17 @@ def train(args, rank, world, device):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
             latents = autoencoder.normalize(mean + std * posterior_noise[rows])
-            x = diffusion.add_noise(latents, t[rows], noise[rows])
+            x = diffusion.add_noise(latents, t[rows], noise[rows])  # DiT
             with sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     output = network(x, t[rows], y[rows])  # DiT: (b, 2C, h, w)
                 mse, vb = diffusion.losses(output, latents, x, t[rows], noise[rows])  # DiT
-                loss = mse.mean() + vb.mean()
+                loss = mse.mean() + vb.mean()  # DiT
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)
 
-        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
-        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
-        # host need not wait for the gradient norm
+        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
+        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -688,14 +690,18 @@ def save(args, step, model, ema, optimizer, autoencoder, source, images):
 # every step draws a fresh sample
 
 
-def latent_data(args, rank, world, device, autoencoder, source, images):
-    """What to train on: the cached moments of the images, or with --no-cache the images themselves.
-    Also measures the latents' scale where the autoencoder has none."""
-    if autoencoder.scaling_factor is None:  # as in LDM's kl-f16
+def measure_scale(autoencoder, images):
+    """Measures the latents' scale where the autoencoder's file has none, as LDM's kl-f16. All
+    processes measure the same images; the mean removes what they round differently."""
+    if autoencoder.scaling_factor is None:
         measured = vae.measure_latents(autoencoder, images.centred())
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
         scale, shift = vae.mean_over_processes(pair).tolist()
         set_scale(autoencoder, dict(scale=scale, shift=shift))
+
+
+def latent_data(args, rank, world, device, autoencoder, source, images):
+    """What to train on: the images' cached moments, or with --no-cache the images themselves."""
     if args.no_cache:
         return images
 
@@ -711,7 +717,8 @@ def latent_data(args, rank, world, device, autoencoder, source, images):
 @torch.no_grad()
 def mean_and_std(batch, autoencoder, device):
     """Cached moments (B, 2C, h, w) or uint8 images (B, 3, H, W) -> mean and std of the latents
-    (B, C, h, w), float32. Images are encoded in float32, because they are the training data."""
+    (B, C, h, w), float32. Images are encoded without autocast, because they are the training
+    data."""
     if batch.dtype == torch.uint8:
         posterior = autoencoder.encode(vae.to_float(batch, device))
         return posterior.mean, posterior.std
@@ -785,7 +792,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
 class CachedViews(torch.utils.data.Dataset):
     """The cached rows of pictures and of their mirror images.
 
-    path     rows.npy of a cache: (N, 2, ...), of each picture and its mirror image
+    path     rows.npy of a cache: (N, views, ...), of each picture and perhaps its mirror image
     indices  of the rows whose picture could be read
     labels   of these rows
 
@@ -1071,9 +1078,11 @@ def generate(
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
     options      cfg_scale, low, high, channels of guided(); precision, "fp32" or "bf16"
+
+    The autoencoder gets the scale and shift of model.latent, those of the generator's training.
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler {sampler!r}: ddpm or ddim")
+    if sampler not in ("ddpm", "ddim") or steps < 2:
+        raise ValueError(f"sampler {sampler!r}, {steps} steps: ddpm or ddim, at least 2")
     diffusion = GaussianDiffusion(steps, next(model.parameters()).device)
 
     def draw(predict, noise, labels, noise_like):
@@ -1159,7 +1168,8 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
             f"the generator's {config['in_channels']}"
         )
     side = config["input_size"] * autoencoder.factor
-    labels = choose_labels(args, out, side, config["num_classes"], kept.get("classes", []))
+    check_room(args, out, side)
+    labels = choose_labels(args, config["num_classes"], kept.get("classes", []))
     record = dict(
         model=preset_name(args, config, configs),
         generator=vae.weights_hash(model),
@@ -1218,14 +1228,17 @@ def check_guidance(cfg_scale, num_classes):
         )
 
 
-def choose_labels(args, out, side, num_classes, names):
-    """--labels -> an array of args.num_samples labels. InputError first if the disk has no room for
-    so many samples of `side` pixels. `names` are those of the classes, or []."""
+def check_room(args, out, side):
+    """InputError if the disk has no room for so many samples of `side` pixels."""
     size = args.num_samples * side * side * 3
     if size > shutil.disk_usage(out.parent).free:
         raise vae.InputError(
             f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
         )
+
+
+def choose_labels(args, num_classes, names):
+    """--labels -> an array of args.num_samples labels. `names` are those of the classes, or []."""
     known = max(1, num_classes)
     if args.labels == "uniform":  # DiT's protocol; a function of (seed, index)
         labels = [
@@ -1262,6 +1275,8 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
     record  all that the pictures depend on: kept beside them, and compared when it goes on
     """
     if is_written(out, record):
+        if vae.MAIN:
+            shutil.rmtree(f"{out}.part", ignore_errors=True)  # of a run killed at its end
         vae.say(f"{out}: already there")
         return
     shape = (len(labels), side, side, 3)
@@ -1272,7 +1287,7 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
     def before_call(module, inputs):
         progress.update()
         if vae.SIGNALS:
-            raise Stopped
+            raise Stopped  # a hook can be left by an exception alone
 
     hook = model.register_forward_pre_hook(before_call)
     with contextlib.suppress(Stopped):
@@ -1304,8 +1319,6 @@ def is_written(out, record):
         kept = None
     if kept != json.loads(json.dumps(record)):
         raise vae.InputError(f"--samples {out}: exists and was made with other settings")
-    if vae.MAIN:
-        shutil.rmtree(f"{out}.part", ignore_errors=True)  # of a run that was killed at its end
     return True
 
 

@@ -399,30 +399,29 @@ def train(args, rank, world, device):
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
         tokens = tokens.to(device, non_blocking=True).long()
-        mask = mask_draw < schedule(ratio_draw)  # (B / world, N)
+        mask = mask_draw < schedule(ratio_draw)  # MaskGIT: (B / world, N)
         y = labels.to(device, non_blocking=True)
         y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, y)
-        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0
         optimizer.param_groups[0]["lr"] = lr
 
         passes = len(tokens) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
-            visible = tokens[rows].masked_fill(mask[rows], codes)
+            visible = tokens[rows].masked_fill(mask[rows], codes)  # MaskGIT
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
                 counted = mask[rows] if args.masked_only else None
-                loss = token_losses(logits, tokens[rows], counted, mean_ratio).mean()
+                loss = token_losses(logits, tokens[rows], counted, mean_ratio).mean()  # MaskGIT
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
-        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
-        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
-        # host need not wait for the gradient norm
+        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
+        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
         optimizer.step()
@@ -647,15 +646,15 @@ def generate(
 def sample(args, rank, world, device):
     """Fills --samples. All arguments are checked before anything is written."""
     out = dit.samples_path(args, world)
-    codes = None
-    if args.vqgan:
-        codes = vqgan.load_vqgan(args.vqgan).config["n_embed"]
-    model, kept = load_generator(args.sample_from, codes)
-    tokenizer, source = load_tokenizer(args, kept, device)
+    tokenizer, source = load_tokenizer(args, None, device)
+    model, kept = load_generator(args.sample_from, tokenizer.config["n_embed"])
+    if kept:
+        dit.check_source("--vqgan", args.vqgan, source, kept["vqgan"])
     config = model.config
     settings = sampling_settings(args, config)
     side = config["input_size"] * tokenizer.factor
-    labels = dit.choose_labels(args, out, side, config["num_classes"], kept.get("classes", []))
+    dit.check_room(args, out, side)
+    labels = dit.choose_labels(args, config["num_classes"], kept.get("classes", []))
     record = dict(
         model=dit.preset_name(args, config, CONFIGS),
         generator=vae.weights_hash(model),

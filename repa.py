@@ -7,8 +7,8 @@ DINOv2's token of the clean image at the same place. So the generator need not l
 what an image shows. EQ-VAE (https://arxiv.org/abs/2502.09509) gives another autoencoder, and
 nothing here changes but the latents.
 
-    here             REPA's paper   time here
-    latents (data)   x* (x0)        t = 0
+    here             REPA's paper   time
+    latents (data)   x*             t = 0
     noise            eps            t = 1
     x                x_t            in between
 
@@ -331,13 +331,14 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source, encoder_id)
-    latents = dit.latent_data(args, rank, world, device, autoencoder, source, images)
+    dit.measure_scale(autoencoder, images)
+    latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
     if args.cache_features:
         features = cache_features(
-            args, rank, world, device, images, latents, encode, encoder_id, side, width
+            args, rank, world, device, images, latent_views, encode, encoder_id, side, width
         )
-    data = AlignedLatents(latents, images, features)  # REPA
+    data = AlignedLatents(latent_views, images, features)  # REPA
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -384,9 +385,8 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, alignment=cosine)
 
-        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
-        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
-        # host need not wait for the gradient norm
+        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
+        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # REPA; DiT and SiT do not clip
         skipped = (~grad_norm.isfinite()).float()

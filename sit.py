@@ -1,10 +1,10 @@
 """Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
 velocity from noise to data.
 
-    here             SiT's code    SiT's paper   time here
-    latents (data)   x1            x0            t = 1
-    noise            x0            eps           t = 0
-    x                x_t           x_t           in between
+    here             SiT's code   time
+    latents (data)   x1           t = 1
+    noise            x0           t = 0
+    x                x_t          in between
 
 SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path, alpha_t latents + sigma_t
 noise. Time runs from noise to data, as in the official code; SiT's paper lets it run the other way,
@@ -24,7 +24,7 @@ and processes are in vae.py.
 
 The first torchrun line takes 400,000 steps of 256 images. EQ-VAE's paper then reports, for 50,000
 samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-VAE's (Tables 2 and
-9). SiT's own result, on SD-VAE's latents after 7M steps and with guidance, is 2.06 (Table 4).
+9). SiT's own result, on SD-VAE's latents after 7M steps and with guidance, is 2.06 in its paper.
 
 From Python:
 
@@ -138,7 +138,7 @@ DIFFUSIONS = {
 # predict(x, t, labels, level), which dit.guided() makes, is the velocity; it is guided where
 # `level`, 1 at noise and 0 at data, lies in the guidance interval. `steps` counts points in time,
 # as in the official code: for the ODE from 0 to 1, for the SDE from 0 to 1 - LAST_STEP, both
-# included. calls_of() tells how often the network is called.
+# included. sampler_settings() tells how often the network is called.
 
 
 def velocity_at(predict, x, t, labels):
@@ -277,6 +277,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
+    dit.measure_scale(autoencoder, images)
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
@@ -310,20 +311,19 @@ def train(args, rank, world, device):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = dit.mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
             latents = autoencoder.normalize(mean + std * posterior_noise[rows])
-            times = t[rows, None, None, None]
+            times = t[rows, None, None, None]  # SiT
             alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])  # SiT
             x = alpha * latents + sigma * noise[rows]  # SiT
             target = d_alpha * latents + d_sigma * noise[rows]  # SiT: the velocity
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
-                    velocity = network(x, t[rows], y[rows])  # (b, C, h, w)
+                    velocity = network(x, t[rows], y[rows])  # SiT: (b, C, h, w)
                 loss = (velocity - target).square().mean()  # SiT
                 (loss / passes).backward()
             log.add(mse=loss)
 
-        # The step. Where a gradient is not finite, all processes leave their weights as they are: a
-        # fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is 1. So the
-        # host need not wait for the gradient norm
+        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
+        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped

@@ -648,7 +648,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. tau and the noise are functions of (seed, step), drawn for the whole batch;
         # this process takes its rows. The batch has one tau, in all processes. `shrink` is the
-        # identity, except with --recipe release; `explicit_tau` is None, except in Table 7's ablation
+        # identity but with --recipe release, `explicit_tau` is None but in Table 7's ablation
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
@@ -686,8 +686,8 @@ def train(args, rank, world, device):
                 log.add(explicit=explicit)
             log.add(l1=l1, lpips=lpips, rec_loss=rec_loss / values, kl=kl)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on. (In
-            # LDM it waits for disc_start, too, and runs the autoencoder a second time)
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
+            # (In LDM it waits for disc_start, too, and runs the autoencoder a second time)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -894,8 +894,8 @@ def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
     disc            the discriminator's weights or None
     opt, opt_disc   the optimisers' states
     step, args      steps taken, the command's arguments
-    latent          scale and shift of a KL autoencoder's latents, or the use of a VQ-GAN's codebook;
-                    None until the end
+    latent          scale and shift of a KL autoencoder's latents, or the use of a VQ-GAN's
+                    codebook; None until the end
     """
     model = networks[0]
     checkpoint = dict(

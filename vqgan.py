@@ -319,8 +319,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on. (In
-            # taming it waits for disc_start, too)
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
+            # (In taming it waits for disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
