@@ -18,33 +18,29 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent
-ROOT = RESULTS.parent
-sys.path[:0] = [str(RESULTS), str(ROOT)]
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import figures
+import make
+import report
+import reproduce
 
-# This first, because it chooses the device
-from test_all import photos, refusal, run, trained  # noqa: E402, F401
+import dit
+import evaluate
+import maskgit
+import repa
+import sit
+import vae
+import vqgan
+from test_all import ROOT, photos, refusal, run, trained  # noqa: F401
 
-import dit  # noqa: E402  isort: skip
-import evaluate  # noqa: E402  isort: skip
-import figures  # noqa: E402  isort: skip
-import make  # noqa: E402  isort: skip
-import maskgit  # noqa: E402  isort: skip
-import repa  # noqa: E402  isort: skip
-import report  # noqa: E402  isort: skip
-import reproduce  # noqa: E402  isort: skip
-import sit  # noqa: E402  isort: skip
-import vae  # noqa: E402  isort: skip
-import vqgan  # noqa: E402  isort: skip
-
-SCRIPTS = dict(vae=vae, vqgan=vqgan, dit=dit, sit=sit, repa=repa, maskgit=maskgit)
-SCRIPTS |= dict(evaluate=evaluate)
+RESULTS = ROOT / "results"
+SCRIPTS = {module.__name__: module for module in (vae, vqgan, dit, sit, repa, maskgit, evaluate)}
 
 
 # ==================================================================================================
@@ -64,15 +60,26 @@ def recon_record(stem, sha256, scores=None, config=None, step=50_000, **args):
 
 
 def samples_record(
-    stem, autoencoder, step, fid, scale=1, args=None, samples="none.npz", scores=None, **drawn
+    stem,
+    autoencoder,
+    step,
+    distance,
+    scale=1,
+    args=None,
+    samples="none.npz",
+    count=50_000,
+    references="unknown",
+    score="FID",
+    extractor="FID-Inception",
+    **drawn,
 ):
     """A record as `samples` writes it."""
     drawn = dict(model="DiT-XL/2", step=step, cfg_scale=scale, autoencoder=autoencoder, **drawn)
     if args is not None:
         drawn["args"] = dict(steps=step, vae="eq.pt", out=f"{stem}.pt", seed=0) | args
-    about = dict(drawn=drawn, samples=samples, hashes={samples: f"{stem}'s"})
-    about["extractor"] = "FID-Inception"
-    return {stem: scores or {"N": 50_000, "N reference": "unknown", "FID": fid}, "about": about}
+    hashes = {samples: f"{stem}'s"}
+    about = dict(drawn=drawn, samples=samples, hashes=hashes, extractor=extractor)
+    return {stem: {"N": count, "N reference": references, score: distance}, "about": about}
 
 
 def paths_of(folder, *records):
@@ -250,39 +257,37 @@ def test_fig_1s_curves_are_the_records_means_and_deviations(drawn, full_size, tm
     assert "times as fast" not in axes.get_title()
 
 
-FASTER = ((100, 40.0), (200, 20.0)), ((100, 30.0), (200, 10.0))
-
-
 @pytest.mark.parametrize(
     "change",
-    ["nothing", "distance", "number of samples", "references", "guidance", "interval", "extractor"],
+    [
+        {},
+        dict(score="FD-EfficientNet"),
+        dict(count=10_000),
+        dict(references=10_000),
+        dict(scale=1.5),
+        dict(guidance=[0, 0.5]),
+        dict(extractor="FID-Inception, other weights"),
+    ],
+    ids=str,
 )
 def test_times_as_fast_is_told_within_one_measure_alone(drawn, tmp_path, change):
     """The standard curve comes to 20 at step 200, EQ's half-way between 100 and 200."""
     records = [recon_record("eq", "eq"), recon_record("base", "base", p_alpha=1)]
-    for name, points in zip(("base", "eq"), FASTER):
-        for step, fid in points:
-            scores = {"N": 50_000, "N reference": 10_000, "FID": fid}
-            more = dict(args={}, scores=scores, samples=f"{name}{step}", guidance=[0, 1])
-            if name == "eq" and change == "distance":
-                scores["FD-EfficientNet"] = scores.pop("FID")
-            elif name == "eq" and change == "number of samples":
-                scores["N"] = 10_000
-            elif name == "eq" and change == "references":
-                scores["N reference"] = 50_000
-            elif name == "eq" and change == "guidance":
-                more["scale"] = 1.5
-            elif name == "eq" and change == "interval":
-                more["guidance"] = [0, 0.5]
-            record = samples_record(f"{name}{step}", name, step, fid, **more)
-            if name == "eq" and change == "extractor":
-                record["about"]["extractor"] = "FID-Inception, other weights"
-            records.append(record)
+    for name, step, fid in (
+        ("base", 100, 40.0),
+        ("base", 200, 20.0),
+        ("eq", 100, 30.0),
+        ("eq", 200, 10.0),
+    ):
+        more = dict(args={}, samples=f"{name}{step}", guidance=[0, 1])
+        if name == "eq":
+            more |= change
+        records.append(samples_record(f"{name}{step}", name, step, fid, **more))
     draw(tmp_path, *records)
     title = drawn["fig1-curves"].axes[0].get_title()
     assert len(curves_in(drawn["fig1-curves"])) == 2
     told = "SD-VAE + EQ: DiT-XL/2: 1.3 times as fast" in title  # 200 / 150
-    assert told == (change == "nothing"), title
+    assert told == (not change), title
 
 
 def test_the_speed_up_takes_first_crossings():
@@ -294,10 +299,8 @@ def test_the_speed_up_takes_first_crossings():
     assert figures.speed_up(base, [(100, 4), (200, 3)]) is None
     rises = [(500, 100), (1000, 60), (1500, 80)]
     assert figures.speed_up(rises, [(500, 90), (1000, 70)]) == pytest.approx(750 / 750)
-    assert reproduce.ratio(rises, [(500, 70), (1000, 60), (1500, 50)]) == "more than 1.5"
-    assert (
-        reproduce.ratio([(500, 50), (1000, 60)], [(500, 40), (1000, 60)]) == "nobody knows how many"
-    )
+    both_there = ([(500, 50), (1000, 60)], [(500, 40), (1000, 60)])
+    assert reproduce.ratio(*both_there) == "nobody knows how many"
 
 
 def test_fig_5s_curve_is_over_the_autoencoders_steps(drawn, tmp_path):
@@ -324,19 +327,17 @@ def test_fig_3s_bars_stand_over_their_transforms_and_autoencoders(drawn, tmp_pat
     (axes,) = drawn["fig3-transforms"].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(values)
     assert [container.get_label() for container in axes.containers] == list(values)
-    ticks = {
-        tick.get_text(): place for tick, place in zip(axes.get_xticklabels(), axes.get_xticks())
-    }
-    assert list(ticks) == ["s = .75", "s = .50", "s = .25", "rotations"]
+    ticks = ["s = .75", "s = .50", "s = .25", "rotations"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ticks
+    places = axes.get_xticks()
     for container in axes.containers:
         heights = {}
         for bar in container.patches:
-            middle = bar.get_x() + bar.get_width() / 2
-            nearest = min(ticks, key=lambda name: abs(ticks[name] - middle))
+            nearest = np.abs(places - (bar.get_x() + bar.get_width() / 2)).argmin()
             heights[nearest] = bar.get_height()
-        assert tuple(heights[name] for name in ticks) == values[container.get_label()]
-    left, right = [container.patches[0].get_x() for container in axes.containers]
-    assert left + axes.containers[0].patches[0].get_width() == pytest.approx(right)
+        assert tuple(heights[k] for k in range(4)) == values[container.get_label()]
+    left, right = [container.patches[0] for container in axes.containers]
+    assert left.get_x() + left.get_width() == pytest.approx(right.get_x())
 
 
 @pytest.mark.parametrize("differs", [None, "seed", "labels", "step"])
@@ -461,26 +462,27 @@ def test_nothing_to_draw_is_told_in_one_line(capsys, tmp_path):
 # ==================================================================================================
 # make.py
 
-# A command of the make: writes more to a file, and counts its runs beside it. "fail" makes it fail
-ADD = """
+# Commands of the make
+PROGRAMS = dict(
+    # Writes more to a file, and counts its runs beside it. "fail" makes it fail
+    add="""
 import os, sys
 _, target, text = sys.argv
 print("adding", text)
-with open(target, "a") as file:
-    file.write(text)
-with open(os.path.join(os.path.dirname(__file__), "runs.txt"), "a") as file:
-    file.write(text)
+for file in (target, os.path.join(os.path.dirname(__file__), "runs.txt")):
+    with open(file, "a") as file:
+        file.write(text)
 sys.exit(text == "fail")
-"""
-# Writes what evaluate.py's --record does
-SCORE = """
+""",
+    # Writes what evaluate.py's --record does
+    score="""
 import json, sys
 _, target, value = sys.argv
 with open(target, "w") as file:
     json.dump({"model": {"N": 4, "FD-EfficientNet": float(value)}, "about": {"seed": 0}}, file)
-"""
-# Makes two cells that wait, each until the other one has begun
-MEET = """
+""",
+    # Makes two cells that wait, each until the other one has begun
+    meet="""
 import sys, time
 from pathlib import Path
 _, mine, other = sys.argv
@@ -490,165 +492,149 @@ for _ in range(500):
         sys.exit(0)
     time.sleep(0.02)
 sys.exit("the other cell did not begin")
-"""
-# Takes two runs: the first one saves when it is stopped
-SAVES = """
-import signal, sys, time
+""",
+    # Takes two runs: the first one saves when it is stopped
+    saves="""
+import os, signal, sys, time
 _, target = sys.argv
 def save(*_):
     open(target, "w").write("half")
     sys.exit(143)
-try:
-    half = open(target).read()
-    open(target, "w").write(half + " whole")
-except FileNotFoundError:
+if os.path.exists(target):
+    open(target, "a").write(" whole")
+else:
     signal.signal(signal.SIGTERM, save)
     open(target + ".begun", "w").close()
     time.sleep(60)
-"""
+""",
+)
 
 
 @pytest.fixture
-def commands(tmp_path):
-    """A folder with the commands above as programs."""
-    folder = tmp_path / "commands"
-    folder.mkdir()
-    for name, text in dict(add=ADD, score=SCORE, meet=MEET, saves=SAVES).items():
-        (folder / f"{name}.py").write_text(text)
-    return folder
+def cell(tmp_path):
+    """cell(name, command, ...): a cell in tmp_path/out. A command begins with a program's name."""
+    for name, text in PROGRAMS.items():
+        (tmp_path / f"{name}.py").write_text(text)
+
+    def build(name, command, ending=".txt", **more):
+        program, _, words = command.partition(" ")
+        command = f"{tmp_path}/{program}.py {words}"
+        return make.Cell(tmp_path / "out", name, ending, command, **more)
+
+    return build
 
 
-def make_two(commands, one, two):
-    """Two cells, the second of which goes on from a copy of the first -> what they hold."""
-    folder = commands.parent / "out"
-    first = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ {one}")
-    second = make.Cell(folder, "two", ".txt", f"{commands}/add.py @ {two}", start=first)
-    make.make([second], folder, 2)
-    return first.file.read_text(), second.file.read_text()
+@pytest.fixture
+def make_two(cell, tmp_path):
+    """make_two(words): two cells, the second goes on from a copy of the first -> what they hold."""
+
+    def made(one, two):
+        first = cell("one", f"add @ {one}")
+        second = cell("two", f"add @ {two}", start=first)
+        make.make([second], tmp_path / "out", 2)
+        return first.file.read_text(), second.file.read_text()
+
+    return made
 
 
-def make_score(commands, value, need="a"):
-    """A record that needs another file -> (its cell, the lines of the records' file)."""
-    folder = commands.parent / "out"
-    records = commands.parent / "records.jsonl"
-    before = make.Cell(folder, "need", ".txt", f"{commands}/add.py @ {need}")
-    command = f"{commands}/score.py @ {value}"
-    score = make.Cell(folder, "score", ".json", command, [before], records=records)
-    make.make([score], folder, 1)
-    return score, make.read_records(records)
-
-
-def test_a_cell_is_made_once_and_again_where_a_command_before_it_has_changed(commands):
-    """What lies beside a changed cell's file, as a cache of latents, goes with it."""
-    runs = commands / "runs.txt"
-    assert make_two(commands, "a", "b") == ("a", "ab"), "the second goes on from a copy"
-    make_two(commands, "a", "b")
-    assert runs.read_text() == "ab", "what is made is not made again"
-    cache = commands.parent / "out" / "two" / "cache"
-    cache.mkdir()
-    assert make_two(commands, "a", "c") == ("a", "ac") and runs.read_text() == "abc"
-    assert not cache.exists()
-    assert make_two(commands, "d", "c") == ("d", "dc"), "what depends on it is made anew, too"
-
-
-def test_a_half_made_cell_of_another_command_is_begun_anew(commands):
-    folder = commands.parent / "out"
-    cell = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ a")
-    cell.file.parent.mkdir(parents=True)
-    cell.file.write_text("half of another")
-    cell.write_state(key="another", seconds=100.0)
-    make.make([cell], folder, 1)
-    assert cell.file.read_text() == "a" and cell.state()["seconds"] < 90
-
-
-def test_a_failed_command_is_told_and_keeps_what_was_made_before_it(commands):
+def test_a_cell_is_made_once_and_again_where_a_command_before_it_has_changed(make_two, tmp_path):
+    """What lies beside a changed cell's file, as a cache of latents, goes with it. A command that
+    fails is told, and what was made before it stays."""
+    runs = tmp_path / "runs.txt"
     for _ in range(2):  # what failed is not made
         with pytest.raises(SystemExit, match=r"failed: python .*add.py .*fail\nadding fail"):
-            make_two(commands, "a", "fail")
-    make_two(commands, "a", "b")
-    assert (commands / "runs.txt").read_text() == "afailfailb"
+            make_two("a", "fail")
+    assert make_two("a", "b") == ("a", "ab"), "the second goes on from a copy"
+    make_two("a", "b")
+    assert runs.read_text() == "afailfailb", "what is made is not made again"
+    cache = tmp_path / "out" / "two" / "cache"
+    cache.mkdir()
+    assert make_two("a", "c") == ("a", "ac") and runs.read_text() == "afailfailbc"
+    assert not cache.exists()
+    assert make_two("d", "c") == ("d", "dc"), "what depends on it is made anew, too"
 
 
-def test_commands_run_side_by_side(commands):
-    folder = commands.parent / "out"
-    files = [folder / name / f"{name}.txt" for name in ("one", "two")]
-    cells = [
-        make.Cell(folder, "one", ".txt", f"{commands}/meet.py @ {files[1]}"),
-        make.Cell(folder, "two", ".txt", f"{commands}/meet.py @ {files[0]}"),
-    ]
-    make.make(cells, folder, 2)
-    assert all(cell.is_made() for cell in cells)
+@pytest.mark.parametrize("key, text, seconds", [(None, "half a", 100), ("another", "a", 0)])
+def test_a_stopped_cell_goes_on_and_one_of_another_command_is_begun_anew(
+    cell, tmp_path, key, text, seconds
+):
+    one = cell("one", "add @ a")
+    one.file.parent.mkdir(parents=True)
+    one.file.write_text("half ")
+    one.write_state(key=key or one.key, seconds=100.0)
+    make.make([one], tmp_path / "out", 1)
+    assert one.file.read_text() == text
+    assert seconds <= one.state()["seconds"] < seconds + 90, "the seconds of both runs add up"
 
 
-def make_in_a_process(commands, *cells):
-    """A process that makes cells, each (name, command)."""
-    lines = [f"import sys; sys.path.insert(0, {str(RESULTS)!r})", "import make", "import pathlib"]
-    lines.append(f"folder = pathlib.Path({str(commands.parent / 'out')!r})")
-    for name, command in cells:
-        lines.append(f"cell = make.Cell(folder, {name!r}, '.txt', {command!r})")
-        lines.append("make.make([cell], folder, 1)")
-    command = [sys.executable, "-u", "-c", "\n".join(lines)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_commands_run_side_by_side(cell, tmp_path):
+    files = [tmp_path / "out" / name / f"{name}.txt" for name in ("one", "two")]
+    cells = [cell("one", f"meet @ {files[1]}"), cell("two", f"meet @ {files[0]}")]
+    make.make(cells, tmp_path / "out", 2)
+    assert all(each.is_made() for each in cells)
 
 
-def wait_for(path):
-    for _ in range(1000):
-        if path.exists():
-            return
+def test_a_stopped_command_saves_and_another_run_waits_then_goes_on(cell, tmp_path):
+    saves = cell("one", "saves @")
+    adds = cell("two", "add @ a")
+
+    def start(*cells):
+        lines = [f"import sys; sys.path.insert(0, {str(RESULTS)!r})", "import make, pathlib"]
+        lines.append(f"out = pathlib.Path({str(tmp_path / 'out')!r})")
+        for each in cells:
+            made = f"make.Cell(out, {each.name!r}, '.txt', {each.command!r})"
+            lines.append(f"make.make([{made}], out, 1)")
+        command = [sys.executable, "-u", "-c", "\n".join(lines)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    first = start(saves)
+    begun = saves.file.with_name("one.txt.begun")
+    deadline = time.time() + 30
+    while not begun.exists():
+        assert time.time() < deadline, "the first one does not begin"
         time.sleep(0.02)
-    raise AssertionError(f"{path} does not come")
-
-
-def test_a_stopped_command_saves_and_another_run_waits_then_goes_on(commands):
-    out = commands.parent / "out"
-    first = make_in_a_process(commands, ("one", f"{commands}/saves.py @"))
-    wait_for(out / "one" / "one.txt.begun")
-    second = make_in_a_process(
-        commands, ("two", f"{commands}/add.py @ a"), ("one", f"{commands}/saves.py @")
-    )
+    second = start(adds, saves)
     assert "waiting for the commands of another run" in second.stdout.readline()
-    assert not (out / "two").exists()
+    assert not adds.file.parent.exists()
     first.send_signal(signal.SIGTERM)
     printed, _ = first.communicate(timeout=30)
     assert "stopped; the same command goes on" in printed
     second.communicate(timeout=30)
-    assert (out / "two" / "two.txt").read_text() == "a"
-    assert (out / "one" / "one.txt").read_text() == "half whole"
+    assert (adds.file.read_text(), saves.file.read_text()) == ("a", "half whole")
 
 
-def test_the_seconds_of_a_stopped_cell_add_up(commands):
-    folder = commands.parent / "out"
-    cell = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ a")
-    cell.file.parent.mkdir(parents=True)
-    cell.write_state(key=cell.key, seconds=100.0)
-    make.make([cell], folder, 1)
-    assert 100 < cell.state()["seconds"] < 130
+def test_a_record_becomes_one_line_once_for_each_command_that_led_to_it(cell, tmp_path):
+    """It is made again where it is gone, or where a command before it changed."""
+    runs = tmp_path / "runs.txt"
+    records = tmp_path / "records.jsonl"
 
+    def make_score(need="a"):
+        before = cell("need", f"add @ {need}")
+        score = cell("score", "score @ 7", ".json", needs=[before], records=records)
+        make.make([score], tmp_path / "out", 1)
+        return score, make.read_records(records)
 
-def test_a_record_becomes_one_line_with_the_commands_that_led_to_it(commands):
-    score, (record,) = make_score(commands, 7)
+    score, (record,) = make_score()
     about = record["about"]
-    assert record["model"]["FD-EfficientNet"] == 7 and about["cell"] == "score"
-    assert about["key"] == score.key and about["seed"] == 0
+    assert record["model"]["FD-EfficientNet"] == 7 and about["seed"] == 0
+    assert about["cell"] == "score" and about["key"] == score.key
     told = [part["commands"][-1].split() for part in about["chain"]]
     assert [words[-1] for words in told] == ["a", "7"]
     assert told[-1][2] == "OUT/score/score.json", "no path of this machine is told"
     assert about["seconds"] == pytest.approx(sum(part["seconds"] for part in about["chain"]))
     assert about["chain"][-1]["sha256"] == vae.file_hash(score.file)
 
-
-def test_a_record_is_made_once_and_again_where_it_is_gone_or_a_command_changed(commands):
-    score, _ = make_score(commands, 7)
     score.write_state(seconds=100.0)
-    score.records.unlink()
-    score, records = make_score(commands, 7)
-    assert len(records) == 1 and (commands / "runs.txt").read_text() == "a"
+    records.unlink()
+    score, found = make_score()
+    assert len(found) == 1 and runs.read_text() == "a"
     assert score.state()["seconds"] < 30, "the time of a deleted record counts once"
-    shutil.rmtree(commands.parent / "out")
-    _, records = make_score(commands, 7)
-    assert len(records) == 1 and (commands / "runs.txt").read_text() == "a"
-    score, records = make_score(commands, 7, need="b")
-    assert len(records) == 2 and records[1]["about"]["key"] == score.key
+    shutil.rmtree(tmp_path / "out")
+    assert len(make_score()[1]) == 1 and runs.read_text() == "a", "the record is enough"
+    score, found = make_score(need="b")
+    assert len(found) == 2 and found[1]["about"]["key"] == score.key
 
 
 # ==================================================================================================
@@ -673,10 +659,8 @@ def only_parse(monkeypatch):
 
 @functools.cache
 def all_goals():
-    found = {}
-    for table in reproduce.TABLES.values():
-        found |= dict.fromkeys(reproduce.goals(table))
-    return list(found)
+    goals = [goal for table in reproduce.TABLES.values() for goal in reproduce.goals(table)]
+    return list(dict.fromkeys(goals))
 
 
 def test_every_command_of_the_small_tables_is_understood(only_parse, capsys):
@@ -703,37 +687,29 @@ def test_a_cell_has_one_name_and_one_command_however_many_tables_need_it():
         assert "--features efficientnet" in goal.command and goal.records == reproduce.RECORDS
 
 
-def chain_of(arm, seed=1, kind="f8", network="dit", steps=500):
-    return make.closure([reproduce.generation(kind, arm, network, seed, steps)])
+FLAGS = dict(eq="", r=" --tau r", s=" --tau s", aniso=" --tau rs-aniso")
+FLAGS["explicit"] = " --explicit-weight 0.1"
+FLAGS["stop"] = " --explicit-weight 0.1 --stop-gradient"
+STAGES = {arm: (f"--p-alpha 0.1{more}", f"--p-alpha 0.5{more}") for arm, more in FLAGS.items()}
+STAGES |= {"standard": ["--p-alpha 1"] * 2, "p3": ["--p-alpha 0.3"] * 2}
+STAGES |= {"kl-3": ["--p-alpha 1 --kl-weight 3"] * 2}
 
 
-@pytest.mark.parametrize(
-    "arm, first, second",
-    [
-        ("standard", "--p-alpha 1", "--p-alpha 1"),
-        ("eq", "--p-alpha 0.1", "--p-alpha 0.5"),
-        ("r", "--p-alpha 0.1 --tau r", "--p-alpha 0.5 --tau r"),
-        ("s", "--p-alpha 0.1 --tau s", "--p-alpha 0.5 --tau s"),
-        ("aniso", "--p-alpha 0.1 --tau rs-aniso", "--p-alpha 0.5 --tau rs-aniso"),
-        (
-            "stop",
-            "--p-alpha 0.1 --explicit-weight 0.1 --stop-gradient",
-            "--p-alpha 0.5 --explicit-weight 0.1 --stop-gradient",
-        ),
-        ("p3", "--p-alpha 0.3", "--p-alpha 0.3"),
-        ("kl-3", "--p-alpha 1 --kl-weight 3", "--p-alpha 1 --kl-weight 3"),
-    ],
-)
-def test_the_arms_of_a_seed_differ_in_their_objective_alone(arm, first, second):
+@pytest.mark.parametrize("arm", STAGES)
+def test_the_arms_of_a_seed_differ_in_their_objective_alone(arm):
+    def chain_of(arm):
+        return make.closure([reproduce.generation("f8", arm, "dit", 1, 500)])
+
     ours, standard = chain_of(arm), chain_of("standard")
     assert ours[0] is standard[0] and "--init scratch" in ours[0].command
     seeds = [re.search(r"--seed (\d+)$", cell.command).group(1) for cell in ours[:3]]
     assert seeds == ["1", "11", "21"], "each stage sees the pictures in an order of its own"
-    for flags, one, other in zip((first, second), ours[1:], standard[1:]):
-        plain = one.command.replace(f"f8-{arm}-", "f8-standard-")
-        assert plain == other.command.replace("--p-alpha 1", flags)
-    for one, other in zip(ours[3:], standard[3:], strict=True):
-        assert one.command.replace(f"f8-{arm}-", "f8-standard-") == other.command
+    flags = ["", *STAGES[arm], "", "", ""]
+    for stage, one, other in zip(flags, ours, standard, strict=True):
+        expected = other.command.replace("f8-standard-", f"f8-{arm}-")
+        if stage:
+            expected = expected.replace("--p-alpha 1", stage)
+        assert one.command == expected
 
 
 def test_a_generator_goes_on_from_the_point_before_and_keeps_its_cache():
@@ -820,15 +796,15 @@ def write_score(tmp_path):
 
 @pytest.fixture
 def write_distances(write_score):
-    """write(arm, steps, distances of the seeds, ...); None where there is no record."""
+    """write(arm, steps, distances of the seeds, ...); None where there is no record. Thumbnails'
+    are a tenth of them."""
 
-    def write(arm, steps, distances, thumbnails=None, kind="f8", network="dit"):
+    def write(arm, steps, distances, thumbnails=None):
         for seed, distance in enumerate(distances):
             if distance is not None:
-                scores = {"FD-EfficientNet": float(distance), "FD-thumbnails": float(distance) / 10}
-                if thumbnails:
-                    scores["FD-thumbnails"] = float(thumbnails[seed])
-                write_score(f"{kind}-{arm}-s{seed}-{network}-{steps}", **scores)
+                other = thumbnails[seed] if thumbnails else distance / 10
+                scores = {"FD-EfficientNet": float(distance), "FD-thumbnails": float(other)}
+                write_score(f"f8-{arm}-s{seed}-dit-{steps}", **scores)
 
     return write
 
@@ -918,30 +894,27 @@ def test_claims_are_of_the_last_steps_and_of_both_measures(write_distances, tmp_
     write_distances("eq", 1500, (90, 80, 85), (9, 11, 10))
     write_distances("untuned", 1500, (99, 98, 97), (9, 8, 9))
     part = reported(tmp_path)["6"]
-    assert (
+    for line in (
         "- EQ gains beside Eq. 1 for as many steps: **holds** (EQ beside standard, DiT-Ti/1, 1,500 "
         "steps: FD-EfficientNet -10.0, -20.0, -15.0 %). By FD-thumbnails: cannot be told at this "
-        "scale (-10.0, +10.0, +0.0 %)."
-    ) in part
-    claim = "- Eq. 1 for more steps gains nothing: **holds** (standard beside pretrained, "
-    assert f"{claim}DiT-Ti/1, 1,500 steps: FD-EfficientNet +1.0, +2.0, +3.1 %)" in part
+        "scale (-10.0, +10.0, +0.0 %).",
+        "- Eq. 1 for more steps gains nothing: **holds** (standard beside pretrained, DiT-Ti/1, "
+        "1,500 steps: FD-EfficientNet +1.0, +2.0, +3.1 %)",
+    ):
+        assert line in part
 
 
-CURVE = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
+FALLS = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
 RISES = {500: (100, 100, 100), 1000: (60, 60, 60), 1500: (80, 80, 80)}
 
 
 @pytest.mark.parametrize(
     "standard, eq, speed",
     [
-        (CURVE, (90, 70, 50), "EQ is 1.2 times as fast (by seed: 1.2, 1.2, 1.2)]"),
-        (
-            CURVE,
-            (60, 55, 50),
-            "EQ is more than 3 times as fast (by seed: more than 3, more than 3,",
-        ),
-        (CURVE, (120, 110, 100), "EQ is less than 0.33 times as fast (by seed: less than 0.33,"),
-        (RISES, (70, 60, 50), "EQ is more than 1.5 times as fast (by seed: more than 1.5,"),
+        (FALLS, (90, 70, 50), "1.2 times as fast (by seed: 1.2, 1.2, 1.2)]"),
+        (FALLS, (60, 55, 50), "more than 3 times as fast (by seed: more than 3, more than 3,"),
+        (FALLS, (120, 110, 100), "less than 0.33 times as fast (by seed: less than 0.33,"),
+        (RISES, (70, 60, 50), "more than 1.5 times as fast (by seed: more than 1.5,"),
     ],
 )
 def test_the_speed_up_and_the_curves_come_once_all_seeds_are_there(
@@ -952,7 +925,7 @@ def test_the_speed_up_and_the_curves_come_once_all_seeds_are_there(
         write_distances("standard", steps, distances if steps < 1500 else distances[:2])
     assert "Not complete." in reported(tmp_path)["gain"] and "gain-curves" not in drawn
     write_distances("standard", 1500, (None, None, standard[1500][2]))
-    assert speed in reported(tmp_path)["gain"]
+    assert f"EQ is {speed}" in reported(tmp_path)["gain"]
     expected = {"standard": [], "EQ": []}
     for (steps, distances), distance in zip(standard.items(), eq):
         deviation = pytest.approx(np.std(distances, ddof=1), abs=1e-6)
