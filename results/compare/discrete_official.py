@@ -280,11 +280,12 @@ def our_backward(model, discriminator, x):
     reconstruction = model.decode(quantised)
     l1 = (x - reconstruction).abs().mean()
     rec_loss = l1 + Squares()(x, reconstruction).mean()
+    g_loss = -discriminator(reconstruction).mean()
     d_loss = vae.hinge_loss(discriminator(x), discriminator(reconstruction.detach()))
     d_loss.backward()
     gradient, _ = vae.loss_gradient(
         rec_loss,
-        -discriminator(reconstruction).mean(),
+        g_loss,
         reconstruction,
         model.decoder.conv_out.weight,
         GAN_WEIGHT,
