@@ -634,7 +634,7 @@ def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
         return
     device = next(model.parameters()).device
     shape = (model.config["in_channels"], *autoencoder.latent_size)
-    noise = sample_noise(shape, args.seed, range(16), device)
+    noise = vae.sample_noise(shape, args.seed, range(16), device)
     labels = torch.arange(16, device=device) % max(1, null)
     weights = ema or model.state_dict()
 
@@ -646,12 +646,6 @@ def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
         z = draw(predict, noise, labels, torch.randn_like)
     pictures = autoencoder.decode(autoencoder.denormalize(z.float()))
     log.picture(step, vae.image_grid(pictures.split(8)))
-
-
-def sample_noise(shape, seed, indices, device):
-    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
-    rows = [torch.randn(shape, generator=vae.seeded(seed, "noise", int(i))) for i in indices]
-    return vae.to_device(torch.stack(rows), device)
 
 
 def guidance(args):

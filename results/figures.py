@@ -102,10 +102,10 @@ def record_figures(arms, runs, out):
         save(figure.savefig, out / "fig3-transforms.png")
         made.append("fig3-transforms")
 
-    curves = curves_of(runs, "step")
+    curves, measures = curves_of(runs, "step")
     if curves:
         title = "Fig. 1: distance over the generator's steps"
-        if len(curves) == 2:
+        if len(curves) == 2 and len(set(measures.values())) == 1:
             base, other = curves.values()
             factor = speed_up(base, other)
             if factor is not None:
@@ -115,7 +115,7 @@ def record_figures(arms, runs, out):
         save(figure.savefig, out / "fig1-curves.png")
         made.append("fig1-curves")
 
-    curves = curves_of(runs, "autoencoder's step")
+    curves, _ = curves_of(runs, "autoencoder's step")
     if curves:
         title = "Fig. 5: distance over the autoencoder's steps"
         figure, axes = new_plot(title, "autoencoder's step", distance_name(runs))
@@ -123,9 +123,12 @@ def record_figures(arms, runs, out):
         save(figure.savefig, out / "fig5-fine-tuning.png")
         made.append("fig5-fine-tuning")
 
-    rows = sample_rows(runs)
-    if rows:
-        title = "Samples of each generator, of equal noise and labels (Fig. 4)"
+    shown = samples_to_show(runs)
+    if shown:
+        title = "Samples of each generator (Fig. 4)"
+        if are_comparable([run for run, _ in shown.values()]):
+            title = "Samples of each generator, of equal noise and labels (Fig. 4)"
+        rows = [(label, first_pictures(file)) for label, (_, file) in shown.items()]
         save(panel(title, rows).save, out / "fig4-samples.png")
         made.append("fig4-samples")
     return made
@@ -145,21 +148,21 @@ def transform_bars(arms):
 
 
 def curves_of(runs, x):
-    """{label: [(x, mean, standard deviation or 0), ...]}, sorted by x.
+    """-> {label: [(x, mean, standard deviation or 0), ...]}, sorted by x, and {label: its measure}.
 
     x  "step", the generator's, or "autoencoder's step"
-    A curve joins runs whose arguments differ in `steps` and `seed` alone; if x is the autoencoder's
-    step, those of the autoencoder may, too.
+    A curve joins runs of one measure whose arguments differ in `steps` and `seed` alone; if x is
+    the autoencoder's step, those of the autoencoder may, too.
     """
     families = {}
     for run in runs:
-        name = run["arm"]["name"] if run["arm"] else run["stem"]
         if x == "step":
-            key = (f"{name}: {run['generator'].rpartition(' ')[0]}", None)
+            key = (label_of(run), measure_of(run), None)
         elif run["arm"] is None or run["arm"]["made"].get("step") is None:
             continue
         else:
-            key = (f"{name}: {run['generator']}", made_alike(run["arm"], "steps"))
+            label = f"{run['arm']['name']}: {run['generator']}"
+            key = (label, measure_of(run), made_alike(run["arm"], "steps"))
         families.setdefault(key, []).append(run)
 
     passing = ("steps",)
@@ -168,7 +171,8 @@ def curves_of(runs, x):
         passing = ("steps", "vae", "vqgan", "autoencoder")
         place = step_of_autoencoder
     curves = {}
-    for (label, _), members in families.items():
+    measures = {}
+    for (label, measure, _), members in families.items():
         for group in seeds_of(members, *passing, x=place):
             points = {}
             for run in group:
@@ -178,7 +182,25 @@ def curves_of(runs, x):
                 while unique in curves:
                     unique += "'"
                 curves[unique] = [summary(at, points[at]) for at in sorted(points)]
-    return curves
+                measures[unique] = measure
+    return curves, measures
+
+
+def label_of(run):
+    """An autoencoder's and a generator's name, without the step."""
+    name = run["arm"]["name"] if run["arm"] else run["stem"]
+    guided = ", guided" if run["generator"].endswith("*") else ""
+    return f"{name}: {run['generator'].rpartition(' ')[0]}{guided}"
+
+
+def measure_of(run):
+    """What must be equal where distances are compared: which distance it is and of what features,
+    the numbers of samples and of references, and how the samples were guided."""
+    scores = run["scores"]
+    made = run["made"]
+    guidance = (made.get("cfg_scale", 1), *made.get("guidance", ()))
+    counts = (scores["N"], scores.get("N reference"))
+    return (distance_of(scores), run["about"]["extractor"], *counts, *guidance)
 
 
 def step_of_generator(run):
@@ -197,44 +219,60 @@ def summary(x, values):
 def speed_up(base, other):
     """How many times as fast `other` comes to a distance that both reach, or None.
 
-    The distance is the greater of their last ones; between the points of a curve [(step, distance,
-    ...), ...] it is taken as straight. None where a curve is there from its first point on.
+    Between the points of a curve [(step, distance, ...), ...] it is taken as straight. None where a
+    curve is there from its first point on.
     """
-    goal = max(base[-1][1], other[-1][1])
+    goal = common_distance(base, other)
     steps = [first_step(goal, curve) for curve in (base, other)]
     if None in steps:
         return None
     return steps[0] / steps[1]
 
 
+def common_distance(base, other):
+    """The greater of two curves' last distances. Both reach it."""
+    return max(base[-1][1], other[-1][1])
+
+
 def first_step(goal, curve):
+    """Where a curve first comes to a distance, or None where it is there from its first point on.
+    It may rise again afterwards."""
     if curve[0][1] <= goal:
         return None
     for (step, value, *_), (later, lower, *_) in zip(curve, curve[1:]):
-        if value > goal >= lower:
+        if lower <= goal:
             return step + (later - step) * (value - goal) / (value - lower)
     return None
 
 
-def sample_rows(runs):
-    """The first samples of each generator, after its last step of which the file is still there."""
+def samples_to_show(runs):
+    """{label: (run, its file)}, of each generator after its last step of which the file is still
+    there."""
     families = {}
     for run in sorted(runs, key=step_of_generator, reverse=True):
-        name = run["arm"]["name"] if run["arm"] else run["stem"]
-        label = f"{name}: {run['generator'].rpartition(' ')[0]}"
-        families.setdefault(label, []).append(run)
-    rows = []
+        families.setdefault(label_of(run), []).append(run)
+    shown = {}
     for label, members in families.items():
-        files = [samples_file(run) for run in members]
-        there = [file for file in files if file is not None]
+        there = [(run, samples_file(run)) for run in members if samples_file(run) is not None]
         if there:
-            with np.load(there[0]) as stored:
-                images = torch.from_numpy(stored["arr_0"][:8]).permute(0, 3, 1, 2)
-            rows.append((label, pictures_of(images)))
+            shown[label] = there[0]
         else:
             names = ", ".join(run["about"]["samples"] for run in members)
             print(f"Fig. 4: {label} is not shown, {names} is not here", file=sys.stderr)
-    return rows
+    return shown
+
+
+def are_comparable(runs):
+    """Whether their samples began with equal noise and labels, and their generators are as old."""
+    told = set()
+    for run in runs:
+        told.add(tuple(run["made"].get(name) for name in ("seed", "labels", "step")))
+    return len(told) == 1 and None not in told.pop()
+
+
+def first_pictures(file):
+    with np.load(file) as stored:
+        return pictures_of(torch.from_numpy(stored["arr_0"][:8]).permute(0, 3, 1, 2))
 
 
 def samples_file(run):

@@ -1,22 +1,38 @@
-"""A test of the paper's gain: does a DiT learn faster on latents that EQ has made equivariant?
+"""The paper's tables at a small scale: do generators learn faster on latents that EQ-VAE's loss has
+made equivariant, and which of its other claims hold there?
 
     bash results/reproduce.sh               # an environment, the pictures, all commands, the table
-    bash results/reproduce.sh sit untuned   # one seed of SiT; and of no fine-tune beside standard
+    bash results/reproduce.sh 2 6           # other tables, by their names: all of them are below
+    bash results/reproduce.sh all
     bash results/reproduce.sh report        # only writes the tables of the records again
-    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of each, 15 minutes
+    SMALL_SCALE=0.003 bash results/reproduce.sh     # a try: a few steps of each
 
-The setting was found in small/search.md and then frozen. A small autoencoder with SD-VAE's tight
-bottleneck (f8 c4: 8 x 8 x 4 numbers for a picture of 64 px) is trained on emoji. Then it is
-fine-tuned in two arms of equal length, each in two stages: with a high and with a low learning
-rate. In a share p_alpha of its steps EQ transforms nothing; this is .1 in the first stage, .5 in
-the second. The standard arm never transforms: Eq. 1. A DiT is trained on the latents of each arm,
-and its samples are compared with the training pictures. The distance is measured on features of
-EfficientNet-Lite0, because FID-Inception cannot be had everywhere: it is no FID. The autoencoders
-of both arms were trained with a perceptual loss on features of the same network.
+    gain         DiT on EQ's latents, at three lengths; this is made if no table is named
+    1            other autoencoders: with 16 channels, and a VQ-GAN with MaskGIT (also Table 3)
+    2            other generators: SiT and REPA
+    5            kinds of tau: rotations, scales, a scale for each side
+    6            is it more training? The pretrained autoencoder beside both arms
+    7            the explicit loss, without and with stop-gradient
+    8            p_alpha: .3, .5 and .7
+    long         does the gap stay? Four times as many steps, one seed
+    photographs  the test of the gain on photographs of solar cells, at other lengths
+    blur         a search on another seed: the KL weight that blurs the standard arm as much as EQ
+    why          is it the blur? A standard arm with this weight
+
+The setting was found in small/search.md and then frozen; small/plan.md says what is compared and
+what counts. A small autoencoder with SD-VAE's tight bottleneck (f8 c4: 8 x 8 x 4 numbers for a
+picture of 64 px) is trained on emoji. Then it is fine-tuned in arms of equal length, each in two
+stages: with a high and with a low learning rate. In a share p_alpha of its steps EQ transforms
+nothing; this is .1 in the first stage, .5 in the second. The standard arm never transforms: Eq. 1.
+A generator is trained on the latents of each arm, and its samples are compared with the training
+pictures. The distance is measured on features of EfficientNet-Lite0, because FID-Inception cannot
+be had everywhere: it is no FID. The autoencoders were trained with a perceptual loss on features of
+the same network, so there is a second measure, of thumbnails of 8 x 8, which no loss has seen.
 
 Commands run in one thread each, as many side by side as there are cores, or $SMALL_JOBS. A command
 is not run again unless its words, or those of one before it, have changed; a change of the code is
-not noticed. A run that was stopped goes on when the same command is given again.
+not noticed. A command that tables share is run once. A run that was stopped goes on when the same
+command is given again.
 
 All is left in out/small/, and a try's in out/small-try/: each file with its log; records.jsonl,
 with a line for each score and the commands that led to it; README.md, with the tables. `report
@@ -32,14 +48,12 @@ from typing import NamedTuple
 
 import figures
 import numpy as np
+import report
 import torch
-from make import Cell, make, read_records
+from make import Cell, closure, make, read_records
 from scipy.stats import ttest_1samp
 
 RESULTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS / "small"))
-import tables  # noqa: E402
-
 SCALE = float(os.environ.get("SMALL_SCALE") or 1)
 OUT = Path("out/small") if SCALE == 1 else Path("out/small-try")
 RECORDS = OUT / "records.jsonl"
@@ -49,285 +63,709 @@ def scaled(count, least=2):
     return max(least, round(count * SCALE))
 
 
+def points(*counts):
+    """The steps after which a generator can be scored. They stay different in a try: 2, 4, ..."""
+    return tuple(scaled(count, least=2 + 2 * k) for k, count in enumerate(counts))
+
+
 # --------------------------------------------------------------------------------------------------
 # The setting
 
 
-class Comparison(NamedTuple):
+class Kind(NamedTuple):
+    """A kind of autoencoder."""
+
     title: str
-    arm: str  # a key of ARMS, set beside the standard arm
-    network: str  # a key of GENERATORS
-    seeds: int  # 0 to seeds - 1, each with autoencoders and generators of its own
+    script: str
+    model: str
+    data: str  # a folder of data/
+    points: tuple  # generators go on from each of these steps to the next
+    paper: str | None  # its name in paper.md
 
 
-COMPARISONS = {
-    "gain": Comparison("DiT on EQ-VAE's latents", "eq", "dit", 3),
-    "sit": Comparison("SiT on EQ-VAE's latents", "eq", "sit", 3),
-    # A control: does a DiT simply like the latents of a blurrier autoencoder?
-    "untuned": Comparison("DiT on the pretrained autoencoder's latents", "untuned", "dit", 3),
+EMOJI_POINTS = points(500, 1000, 1500, 3000, 4500, 6000)
+KINDS = {
+    "f8": Kind("f8 c4", "vae.py", "tiny-f8", "emoji", EMOJI_POINTS, "SD-VAE"),
+    "f8c16": Kind("f8 c16", "vae.py", "tiny-f8-16", "emoji", EMOJI_POINTS, "SD-VAE-16"),
+    "vq": Kind("VQ-GAN", "vqgan.py", "tiny-f8", "emoji", EMOJI_POINTS, "VQ-GAN"),
+    "elpv": Kind("f8 c4", "vae.py", "tiny-f8", "elpv", points(100, 200, 400, 800), None),
 }
 
 
 class Arm(NamedTuple):
     title: str
     stages: tuple  # the flags of each stage of its fine-tune
+    paper: str | None  # what paper.md adds to the autoencoder's name
+
+
+def like_eq(title, flags, paper):
+    """An arm that is EQ's but for some flags."""
+    return Arm(title, (f"--p-alpha 0.1 {flags}", f"--p-alpha 0.5 {flags}"), paper)
+
+
+def same_stages(title, flags, paper=None):
+    return Arm(title, (flags, flags), paper)
 
 
 ARMS = {
-    "standard": Arm("standard", ("--p-alpha 1", "--p-alpha 1")),
-    "eq": Arm("EQ", ("--p-alpha 0.1", "--p-alpha 0.5")),
-    "untuned": Arm("pretrained", ()),
+    "standard": same_stages("standard", "--p-alpha 1", ""),
+    "eq": Arm("EQ", ("--p-alpha 0.1", "--p-alpha 0.5"), " + EQ"),
+    "untuned": Arm("pretrained", (), ""),
+    "r": like_eq("EQ, rotations", "--tau r", " + EQ (R)"),
+    "s": like_eq("EQ, scales", "--tau s", " + EQ (S)"),
+    "aniso": like_eq("EQ, a scale a side", "--tau rs-aniso", " + EQ (R, sx sy)"),
+    "explicit": like_eq("explicit", "--explicit-weight 0.1", " + explicit"),
+    "stop": like_eq(
+        "explicit, stop-gradient",
+        "--explicit-weight 0.1 --stop-gradient",
+        " + explicit (stop-gradient)",
+    ),
+    "p3": same_stages("EQ, p_alpha .3", "--p-alpha 0.3", " + EQ (p_alpha 0.3)"),
+    "p5": same_stages("EQ, p_alpha .5", "--p-alpha 0.5", " + EQ"),
+    "p7": same_stages("EQ, p_alpha .7", "--p-alpha 0.7", " + EQ (p_alpha 0.7)"),
 }
+KL_WEIGHTS = ("1", "3", "10")
+for weight in KL_WEIGHTS:
+    flags = f"--p-alpha 1 --kl-weight {weight}"
+    ARMS[f"kl-{weight}"] = same_stages(f"standard, KL weight {weight}", flags)
+# Which of them table `why` takes: the one whose PSNR in table `blur` is nearest to EQ's
+BLURRED = None
+
 PRETRAINING = (1500, 1e-3)  # steps, learning rate
 STAGES = ((1250, 1e-3), (1250, 3e-4))
-GENERATORS = {  # name -> model, flags of its sampler
-    "dit": ("DiT-Ti/1", "--sampler ddim --sampling-steps 25"),
-    "sit": ("SiT-Ti/1", "--sampler heun --sampling-steps 25"),
-}
-# In a try the three stay different: 2, 4 and 6
-STEPS = tuple(scaled(count, least=2 + 2 * k) for k, count in enumerate((500, 1000, 1500)))
 SAMPLES = scaled(2048, 16)
 
-EMOJI = "--data data/emoji/train --sample-every 0 --save-every 250"
-AUTOENCODER = (
-    f"vae.py {EMOJI} --image-size 64 --model tiny-f8 --batch-size 16 --lpips-weight 1 "
-    "--perceptual evaluate:efficientnet_distance --gan-weight 0 --out @"
-)
+
+class Generator(NamedTuple):
+    model: str
+    latents: str  # the flag that names the autoencoder
+    training: str
+    sampling: str
+    paper: str  # how the name of the generator that it stands for begins in paper.md
+
+
+AVERAGE = "--ema-decay 0.99"
+GENERATORS = {
+    "dit": Generator("DiT-Ti/1", "--vae", AVERAGE, "--sampler ddim --sampling-steps 25", "DiT-B/"),
+    "sit": Generator("SiT-Ti/1", "--vae", AVERAGE, "--sampler heun --sampling-steps 25", "SiT-B/"),
+    "repa": Generator(
+        "REPA-Ti/1",
+        "--vae",
+        f"{AVERAGE} --encoder evaluate:efficientnet --cache-features",
+        "--sampler heun --sampling-steps 25",
+        "REPA-XL/2 400k",
+    ),
+    "maskgit": Generator(
+        "MaskGIT-Ti", "--vqgan", "--warmup 100", "--cfg-scale 1", "MaskGIT-B 1.5M"
+    ),
+}
 
 
 # --------------------------------------------------------------------------------------------------
-# The commands. Each is one cell, however many comparisons need it
+# The tables
+
+
+class Line(NamedTuple):
+    """One generator on the latents of several arms. The first arm is what others stand beside."""
+
+    kind: str
+    network: str | None  # None: the autoencoders alone
+    arms: tuple
+    steps: tuple
+
+
+class Claim(NamedTuple):
+    """What the paper says of a line: that samples are nearer on the latents of `other`."""
+
+    text: str
+    base: str  # an arm
+    other: str
+    line: Line
+    gains: bool = True  # False: that they are not nearer
+
+
+class Table(NamedTuple):
+    title: str
+    paper: str  # number of the paper's table
+    lines: list
+    claims: list
+    seeds: tuple = (0, 1, 2)  # each has autoencoders and generators of its own
+    columns: tuple = ("R", "S", "PSNR", "rFD-EfficientNet")  # of the autoencoders
+
+
+PAIR = ("standard", "eq")
+
+
+def make_tables():
+    """{name: table}, in the order in which `all` makes them."""
+    first, second, third, *_ = EMOJI_POINTS
+    dit = Line("f8", "dit", PAIR, (first, second, third))
+    wide = Line("f8c16", "dit", PAIR, (first,))
+    masked = Line("vq", "maskgit", PAIR, (second,))
+    sit = Line("f8", "sit", PAIR, (first, second, third))
+    repa = Line("f8", "repa", PAIR, (first,))
+    kinds = Line("f8", "dit", (*PAIR, "r", "s", "aniso"), (first,))
+    training = Line("f8", "dit", ("standard", "untuned", "eq"), (first, second, third))
+    explicit = Line("f8", "dit", (*PAIR, "explicit", "stop"), (first,))
+    shares = Line("f8", "dit", ("standard", "p3", "p5", "p7"), (first,))
+    long = Line("f8", "dit", PAIR, EMOJI_POINTS)
+    cells = Line("elpv", "dit", PAIR, KINDS["elpv"].points)
+    weights = tuple(f"kl-{weight}" for weight in KL_WEIGHTS)
+    blur = Line("f8", None, ("eq", *weights), ())
+    tables = {
+        "gain": Table(
+            "DiT on EQ-VAE's latents",
+            "1",
+            [dit],
+            [Claim("EQ makes DiT's samples nearer", *PAIR, dit)],
+        ),
+        "6": Table(
+            "more training is not the cause",
+            "6",
+            [training],
+            [
+                Claim("EQ gains beside Eq. 1 for as many steps", *PAIR, training),
+                Claim("Eq. 1 for more steps gains nothing", "untuned", "standard", training, False),
+            ],
+        ),
+        "2": Table(
+            "other generators",
+            "2",
+            [sit, repa],
+            [
+                Claim("EQ makes SiT's samples nearer", *PAIR, sit),
+                Claim("EQ makes REPA's samples nearer", *PAIR, repa),
+            ],
+        ),
+        "long": Table(
+            "DiT for four times as many steps",
+            "2",
+            [long],
+            [Claim("the gap stays", *PAIR, long)],
+            seeds=(0,),
+        ),
+        "photographs": Table(
+            "photographs of solar cells",
+            "1",
+            [cells],
+            [Claim("EQ makes DiT's samples nearer on photographs, too", *PAIR, cells)],
+        ),
+        "5": Table(
+            "kinds of tau",
+            "5",
+            [kinds],
+            [
+                Claim("rotations alone gain", "standard", "r", kinds),
+                Claim("scales alone gain", "standard", "s", kinds),
+                Claim("both together gain more than rotations alone", "r", "eq", kinds),
+                Claim("both together gain more than scales alone", "s", "eq", kinds),
+                Claim("a scale for each side gains more than one", "eq", "aniso", kinds),
+            ],
+            columns=("R", "S", "PSNR", "rFD-EfficientNet", "ID"),
+        ),
+        "7": Table(
+            "explicit and implicit loss",
+            "7",
+            [explicit],
+            [
+                Claim("EQ is better than the explicit loss", "explicit", "eq", explicit),
+                Claim("also than that with stop-gradient", "stop", "eq", explicit),
+            ],
+        ),
+        "8": Table(
+            "p_alpha",
+            "8",
+            [shares],
+            [
+                Claim("p_alpha .5 is better than .3", "p3", "p5", shares),
+                Claim("p_alpha .5 is better than .7", "p7", "p5", shares),
+            ],
+        ),
+        "1": Table(
+            "other autoencoders; masked generation (Table 3)",
+            "1",
+            [wide, masked],
+            [
+                Claim("EQ makes DiT's samples nearer, with 16 channels", *PAIR, wide),
+                Claim("EQ makes MaskGIT's samples nearer", *PAIR, masked),
+            ],
+        ),
+        "blur": Table("the KL weight that blurs as EQ does", "1", [blur], [], seeds=(100,)),
+    }
+    if BLURRED:
+        why = Line("f8", "dit", (*PAIR, BLURRED), (first,))
+        tables["why"] = Table(
+            "is it the blur?",
+            "1",
+            [why],
+            [
+                Claim("blur alone gains nothing", "standard", BLURRED, why, False),
+                Claim("EQ gains beside an arm that is as blurred", BLURRED, "eq", why),
+            ],
+        )
+    return tables
+
+
+TABLES = make_tables()
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands. Each is one cell, however many tables need it
+
+
+def reading(kind):
+    """The flags of training on a kind's pictures."""
+    return f"--data data/{KINDS[kind].data}/train --sample-every 0 --save-every 250"
+
+
+def autoencoder(kind):
+    found = KINDS[kind]
+    return (
+        f"{found.script} {reading(kind)} --image-size 64 --model {found.model} --batch-size 16 "
+        "--lpips-weight 1 --perceptual evaluate:efficientnet_distance --gan-weight 0 --out @"
+    )
 
 
 @functools.cache
-def pretrained(seed):
+def pretrained(kind, seed):
     steps, lr = PRETRAINING
     flags = f"--init scratch --p-alpha 1 --steps {scaled(steps)} --lr {lr} --seed {seed}"
-    return Cell(OUT, f"f8-pretrained-s{seed}", ".pt", f"{AUTOENCODER} {flags}")
+    return Cell(OUT, f"{kind}-pretrained-s{seed}", ".pt", f"{autoencoder(kind)} {flags}")
 
 
 @functools.cache
-def fine_tuned(arm, seed):
+def fine_tuned(kind, arm, seed):
     """The file of an arm's last stage. Each stage sees the pictures in an order of its own."""
-    made = pretrained(seed)
+    made = pretrained(kind, seed)
     for stage, ((steps, lr), flags) in enumerate(zip(STAGES, ARMS[arm].stages), start=1):
-        command = f"{AUTOENCODER} --init {made.file} {flags} --steps {scaled(steps)} --lr {lr}"
-        command += f" --seed {seed + 10 * stage}"
-        made = Cell(OUT, f"f8-{arm}-s{seed}-stage{stage}", ".pt", command, [made])
+        command = f"{autoencoder(kind)} --init {made.file} {flags} --steps {scaled(steps)}"
+        command += f" --lr {lr} --seed {seed + 10 * stage}"
+        made = Cell(OUT, f"{kind}-{arm}-s{seed}-stage{stage}", ".pt", command, [made])
     return made
 
 
 @functools.cache
-def reconstruction(arm, seed):
-    """The score of an arm's autoencoder, on held-out emoji."""
-    made = fine_tuned(arm, seed)
-    command = f"evaluate.py recon {made.file} --data data/emoji/val --image-size 64"
+def reconstruction(kind, arm, seed):
+    """The score of an arm's autoencoder, on held-out pictures."""
+    made = fine_tuned(kind, arm, seed)
+    command = f"evaluate.py recon {made.file} --data data/{KINDS[kind].data}/val --image-size 64"
     command += " --features efficientnet --no-lpips --record @"
-    return Cell(OUT, f"f8-{arm}-s{seed}", ".json", command, [made], records=RECORDS)
+    return Cell(OUT, f"{kind}-{arm}-s{seed}", ".json", command, [made], records=RECORDS)
 
 
 @functools.cache
-def generation(arm, network, seed):
-    """The scores of an arm's generator, one for each of STEPS. Training goes on between them."""
-    made = fine_tuned(arm, seed)
-    model, sampler = GENERATORS[network]
-    latents = f"--vae {made.file}"
+def trained(kind, arm, network, seed, steps):
+    """A generator after some steps. It goes on from the point before."""
+    made = fine_tuned(kind, arm, seed)
+    name = f"{kind}-{arm}-s{seed}-{network}"
+    generator = GENERATORS[network]
+    ladder = KINDS[kind].points
+    start = None
+    if steps != ladder[0]:
+        start = trained(kind, arm, network, seed, ladder[ladder.index(steps) - 1])
     # With the model, so that a command which changes takes its cache with it
-    cache = f"{OUT}/f8-{arm}-s{seed}-{network}-{STEPS[0]}-model/cache"
-    trained = None
-    scores = []
-    for steps in STEPS:
-        name = f"f8-{arm}-s{seed}-{network}-{steps}"
-        command = f"{network}.py {EMOJI} --model {model} --batch-size 64 --lr 1e-3"
-        command += f" --ema-decay 0.99 --out @ {latents} --cache {cache}"
-        command += f" --seed {seed} --steps {steps}"
-        trained = Cell(OUT, f"{name}-model", ".pt", command, [made], start=trained)
-        command = f"{network}.py --sample-from {trained.file} {latents} --samples @"
-        command += f" --num-samples {SAMPLES} --labels balanced --seed {seed} {sampler}"
-        samples = Cell(OUT, f"{name}-samples", ".npz", command, [trained])
-        command = f"evaluate.py samples {samples.file} data/emoji/train"
-        command += " --features efficientnet --record @"
-        scores.append(Cell(OUT, name, ".json", command, [samples], records=RECORDS))
-    return scores
+    cache = f"{OUT}/{name}-{ladder[0]}-model/cache"
+    command = f"{network}.py {reading(kind)} --model {generator.model} --batch-size 64 --lr 1e-3"
+    command += f" {generator.training} --out @ {generator.latents} {made.file} --cache {cache}"
+    command += f" --seed {seed} --steps {steps}"
+    return Cell(OUT, f"{name}-{steps}-model", ".pt", command, [made], start=start)
 
 
-def goals(comparison):
-    """The cells of all scores, seed by seed."""
-    found = []
-    for seed in range(comparison.seeds):
-        for arm in arms(comparison):
-            found += [reconstruction(arm, seed), *generation(arm, comparison.network, seed)]
-    return found
+@functools.cache
+def sampled(kind, arm, network, seed, steps):
+    made = fine_tuned(kind, arm, seed)
+    model = trained(kind, arm, network, seed, steps)
+    generator = GENERATORS[network]
+    command = f"{network}.py --sample-from {model.file} {generator.latents} {made.file} --samples @"
+    command += f" --num-samples {SAMPLES} --labels balanced --seed {seed} {generator.sampling}"
+    name = f"{kind}-{arm}-s{seed}-{network}-{steps}-samples"
+    return Cell(OUT, name, ".npz", command, [model])
+
+
+@functools.cache
+def generation(kind, arm, network, seed, steps):
+    """The score of a generator's samples."""
+    samples = sampled(kind, arm, network, seed, steps)
+    data = KINDS[kind].data
+    command = f"evaluate.py samples {samples.file} data/{data}/train --features efficientnet"
+    command += f" --thumbnails --statistics {OUT}/{data}-statistics.npz --record @"
+    name = f"{kind}-{arm}-s{seed}-{network}-{steps}"
+    return Cell(OUT, name, ".json", command, [samples], records=RECORDS)
+
+
+def goals(table):
+    """The cells of all its scores, seed by seed."""
+    found = {}
+    for seed in table.seeds:
+        for line in table.lines:
+            for arm in line.arms:
+                scores = [generation(line.kind, arm, line.network, seed, n) for n in line.steps]
+                found |= dict.fromkeys([reconstruction(line.kind, arm, seed), *scores])
+    return list(found)
 
 
 # --------------------------------------------------------------------------------------------------
 # The report
 
 
-def report(folder):
+class Scores:
+    """The scores that a folder's records have of today's commands."""
+
+    def __init__(self, folder):
+        cells = [cell for table in TABLES.values() for cell in goals(table)]
+        keys = {cell.name: cell.key for cell in cells}
+        self.records = {}
+        for record in read_records(folder / "records.jsonl"):
+            name = record["about"]["cell"]
+            if record["about"]["key"] == keys.get(name):
+                self.records[name] = record  # of two records the later one
+
+    def find(self, cell, column):
+        """A number, or None where the cell was not made."""
+        record = self.records.get(cell.name)
+        return next(iter(record.values()))[column] if record else None
+
+    def of_autoencoder(self, table, line, arm, column):
+        """{seed: number}, of the seeds that have it."""
+        cells = {seed: reconstruction(line.kind, arm, seed) for seed in table.seeds}
+        return self.of_seeds(cells, column)
+
+    def of_samples(self, table, line, arm, steps, column="FD-EfficientNet"):
+        cells = {}
+        for seed in table.seeds:
+            cells[seed] = generation(line.kind, arm, line.network, seed, steps)
+        return self.of_seeds(cells, column)
+
+    def of_seeds(self, cells, column):
+        found = {seed: self.find(cell, column) for seed, cell in cells.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def core_hours(self, tables):
+        """The time of all commands behind some tables. A command that scores share counts once."""
+        seconds = {}
+        for table in tables:
+            for cell in goals(table):
+                record = self.records.get(cell.name)
+                for part in record["about"]["chain"] if record else []:
+                    seconds[part["commands"][-1]] = part["seconds"]
+        return sum(seconds.values()) / 3600
+
+
+def write_report(folder):
     """Writes the tables and figures of a folder's records, as far as today's commands made them."""
-    cells = [cell for comparison in COMPARISONS.values() for cell in goals(comparison)]
-    keys = {cell.name: cell.key for cell in cells}
-    records = {}
-    for record in read_records(folder / "records.jsonl"):
-        name = record["about"]["cell"]
-        if record["about"]["key"] == keys.get(name):
-            records[name] = record
+    scores = Scores(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    tables.write_between(folder / "README.md", "records", page(records))
-    for name, comparison in COMPARISONS.items():
-        draw_curves(comparison, records, folder / "figures" / f"{name}-curves.png")
-        draw_samples(comparison, folder / "figures" / f"{name}-samples.png")
-    print(f"{folder / 'README.md'}: the tables of {len(records)} scores")
+    write_between(folder / "README.md", "records", page(scores))
+    for name, table in TABLES.items():
+        line = line_of_curves(table)
+        if line is not None:
+            draw_curves(table, line, scores, folder / "figures" / f"{name}-curves.png")
+            draw_samples(line, folder / "figures" / f"{name}-samples.png")
+    print(f"{folder / 'README.md'}: the tables of {len(scores.records)} scores")
 
 
-def page(records):
+def page(scores):
     """The lines of all tables, and the time that they took."""
     lines = []
-    for name, comparison in COMPARISONS.items():
-        rows = table_rows(comparison, records)
-        if not rows:
-            lines += [f"**{comparison.title}.** Not run.", ""]
+    for name, table in TABLES.items():
+        title = f"**{name}: {table.title}.**"
+        if not was_run(table, scores):
+            lines += [f"{title} Not run.", ""]
             continue
-        seeds = f"Seeds 0 to {comparison.seeds - 1}" if comparison.seeds > 1 else "Seed 0"
-        about = f"{seeds}; {SAMPLES:,} samples of each generator."
-        speed = speed_up(comparison, records)
-        about += f" [{speed}](figures/{name}-curves.png)." if speed else " Not complete."
-        header = ["", "standard", ARMS[comparison.arm].title, "change of each seed", "t-test"]
-        lines += [f"**{comparison.title}.** {about}", "", *tables.markdown(header, rows), ""]
-    seconds = {}
-    for record in records.values():
-        seconds |= tables.command_times(record)
-    hours = sum(seconds.values()) / 3600
+        seeds = ", ".join(str(seed) for seed in table.seeds)
+        about = f"Seeds {seeds}" if len(table.seeds) > 1 else f"Seed {seeds}"
+        about += f"; {SAMPLES:,} samples; {scores.core_hours([table]):.1f} core hours."
+        about += speed_text(name, table, scores)
+        header = ["score", "autoencoder", "ours", "change in each seed", "t-test", "paper"]
+        rows = report.markdown_table(header, table_rows(table, scores))
+        claims = [f"- {claim_text(table, claim, scores)}" for claim in table.claims]
+        lines += [f"{title} {about}", "", *rows, "", *claims, *([""] if claims else [])]
+    hours = scores.core_hours(TABLES.values())
     return [*lines, f"All tables: {hours:.1f} core hours. What they share counts once."]
 
 
-def table_rows(comparison, records):
-    """A row for each score that some seed has of both arms; none before a generator has one."""
+def was_run(table, scores):
+    """Whether some arm beside the first one has a score. Autoencoders are shared, so where there is
+    a generator it must have one."""
+    for line in table.lines:
+        for arm in line.arms[1:]:
+            found = [scores.of_samples(table, line, arm, steps) for steps in line.steps]
+            if line.network is None:
+                found = [scores.of_autoencoder(table, line, arm, "PSNR")]
+            if any(found):
+                return True
+    return False
+
+
+def table_rows(table, scores):
+    """A row for each score of each arm: of the autoencoders, then of the generators."""
     rows = []
-    for column in ("R", "S", "PSNR", "rFD-EfficientNet"):
-        found = pairs(comparison, records, "f8-{arm}-s{seed}", column)
-        title = "FD of reconstructions" if column == "rFD-EfficientNet" else column
-        rows += table_row(comparison, title, found, column == "PSNR")
-    model, _ = GENERATORS[comparison.network]
-    distances = []
-    for steps in STEPS:
-        found = distance_pairs(comparison, records, steps)
-        distances += table_row(comparison, f"FD of {model}, {steps:,} steps", found)
-    return rows + distances if distances else []
+    for line in lines_of_kinds(table):
+        for column in table.columns:
+            found = {arm: scores.of_autoencoder(table, line, arm, column) for arm in line.arms}
+            title = {"PSNR": "PSNR, dB", "rFD-EfficientNet": "FD-EfficientNet of reconstructions"}
+            rows += score_rows(table, line, title.get(column, column), column, found)
+    for line in table.lines:
+        for steps in line.steps:
+            for column in ("FD-EfficientNet", "FD-thumbnails"):
+                found = {}
+                for arm in line.arms:
+                    found[arm] = scores.of_samples(table, line, arm, steps, column)
+                title = f"{column} of {GENERATORS[line.network].model}, {steps:,} steps"
+                last = steps == line.steps[-1] and column == "FD-EfficientNet"
+                rows += score_rows(table, line, title, "gFID" if last else None, found)
+    return rows
 
 
-def table_row(comparison, title, found, decibels=False):
-    if not found:
-        return []
-    means = [tables.show(values, comparison.seeds) for values in zip(*found)]
+def lines_of_kinds(table):
+    """A line for each kind of autoencoder, with the arms of all its generators."""
+    found = {}
+    for line in table.lines:
+        arms = found[line.kind].arms if line.kind in found else ()
+        found[line.kind] = line._replace(arms=tuple(dict.fromkeys([*arms, *line.arms])))
+    return list(found.values())
+
+
+def score_rows(table, line, title, column, found):
+    """The rows of one score. `found` is {arm: {seed: value}}, `column` what the paper has of it."""
+    several = len({other.kind for other in table.lines}) > 1
+    rows = []
+    for arm in line.arms:
+        name = f"{KINDS[line.kind].title}, {ARMS[arm].title}" if several else ARMS[arm].title
+        ours = show(list(found[arm].values()), len(table.seeds))
+        changes, p = "", ""
+        if arm != line.arms[0]:
+            changes = changes_text(found[line.arms[0]], found[arm], title.startswith("PSNR"))
+            p = p_value(found[line.arms[0]], found[arm])
+        rows.append([title, name, ours, changes, p, paper_score(table, line, arm, column)])
+    return rows
+
+
+def show(values, seeds):
+    if not values:
+        return "not run"
+    text = f"{statistics.mean(values):.3g}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2g}"
+    return text if seeds == 1 else f"{text} ({len(values)})"
+
+
+def pairs_of(base, other):
+    """{seed: (number of the one arm, number of the other)}, of the seeds that both have."""
+    return {seed: (base[seed], other[seed]) for seed in base if seed in other}
+
+
+def changes_of(base, other):
+    """In per cent, seed by seed."""
+    return [100 * (new / old - 1) for old, new in pairs_of(base, other).values()]
+
+
+def changes_text(base, other, decibels=False):
+    if not pairs_of(base, other):
+        return ""
     if decibels:
-        changes = ", ".join(f"{other - base:+.1f}" for base, other in found) + " dB"
+        changes = [new - old for old, new in pairs_of(base, other).values()]
     else:
-        changes = ", ".join(f"{100 * (other / base - 1):+.1f}" for base, other in found) + " %"
-    return [[title, *means, changes, p_value(found)]]
+        changes = changes_of(base, other)
+    return f"{', '.join(f'{change:+.1f}' for change in changes)} {'dB' if decibels else '%'}"
 
 
-def arms(comparison):
-    return ("standard", comparison.arm)
-
-
-def pairs(comparison, records, name, column):
-    """[(score of the standard arm, score of the other one), ...] of the seeds that have both.
-
-    name  of the records, as "f8-{arm}-s{seed}"
-    """
-    found = []
-    for seed in range(comparison.seeds):
-        both = [records.get(name.format(arm=arm, seed=seed)) for arm in arms(comparison)]
-        if None not in both:
-            found.append(tuple(next(iter(record.values()))[column] for record in both))
-    return found
-
-
-def distance_pairs(comparison, records, steps):
-    name = f"f8-{{arm}}-s{{seed}}-{comparison.network}-{steps}"
-    return pairs(comparison, records, name, "FD-EfficientNet")
-
-
-def p_value(found):
+def p_value(base, other):
     """Of Student's paired t-test, two-sided. Two seeds or more are needed."""
-    differences = [other - base for base, other in found]
+    differences = [new - old for old, new in pairs_of(base, other).values()]
     if len(differences) < 2 or statistics.stdev(differences) == 0:
-        return "-"
+        return ""
     return f"p = {ttest_1samp(differences, 0).pvalue:.2g}"
 
 
-def curves(comparison, records):
-    """{arm: [(step, mean, deviation), ...]} of the distance; empty until all seeds have it."""
-    drawn = {}
-    for steps in STEPS:
-        found = distance_pairs(comparison, records, steps)
-        if len(found) < comparison.seeds:
-            return {}
-        for arm, values in zip(arms(comparison), zip(*found)):
-            points = drawn.setdefault(ARMS[arm].title, [])
-            points.append(figures.summary(steps, list(values)))
-    return drawn
+@functools.cache
+def read_paper():
+    """{(number of a table, autoencoder, generator or ""): {column: text}} of paper.md."""
+    rows = {}
+    for part in report.PAPER.read_text().split("\n## Table ")[1:]:
+        number = part.partition(":")[0]
+        header, _, *lines = [line for line in part.splitlines() if line.startswith("|")]
+        for line in lines:
+            row = dict(zip(report.cells(header), report.cells(line)))
+            rows[number, row["autoencoder"], row.get("generator", "")] = row
+    return rows
 
 
-def speed_up(comparison, records):
-    """A text: of the means' curves, and of each seed's. "" until all seeds are there."""
-    drawn = curves(comparison, records)
-    if not drawn:
+def paper_score(table, line, arm, column):
+    """What the paper has where we have an arm's score, or "". A column that is not in its table may
+    be in Table 12, and REPA's distances are in Table 10."""
+    family = KINDS[line.kind].paper
+    ending = ARMS[arm].paper
+    if family is None or ending is None or column is None:
         return ""
-    title = ARMS[comparison.arm].title
-    text = f"{title[0].upper()}{title[1:]} is {ratio(*drawn.values())} times as fast"
-    if comparison.seeds == 1:
-        return text
-    points = [distance_pairs(comparison, records, steps) for steps in STEPS]
-    of_seeds = []
-    for seed in range(comparison.seeds):
-        base, other = zip(*[pairs_of_step[seed] for pairs_of_step in points])
-        of_seeds.append(ratio(list(zip(STEPS, base)), list(zip(STEPS, other))))
-    return f"{text} (by seed: {', '.join(of_seeds)})"
+    if table.paper == "6" and arm == "standard":
+        ending = " + Eq. 1"
+    prefix = GENERATORS[line.network].paper if line.network else ""
+    column = column.replace("FD-EfficientNet", "FID")
+    wanted = [("10" if line.network == "repa" else table.paper, prefix), ("12", "")]
+    if table.paper == "2" and column != "gFID":
+        wanted.insert(0, ("1", "DiT-B/"))
+    for number, beginning in wanted:
+        for (found, name, generator), row in read_paper().items():
+            if (found, name) == (number, family + ending) and generator.startswith(beginning):
+                if column in row:
+                    return row[column]
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# What holds
+
+
+def claim_text(table, claim, scores):
+    """What the paper says, whether it holds, and what was found after the last steps."""
+    line = claim.line
+    steps = line.steps[-1]
+    verdicts = {}
+    told = {}
+    for column in ("FD-EfficientNet", "FD-thumbnails"):
+        both = []
+        for arm in (claim.base, claim.other):
+            both.append(scores.of_samples(table, line, arm, steps, column))
+        verdicts[column] = verdict(changes_of(*both), len(table.seeds), claim.gains)
+        told[column] = changes_text(*both) or "-"
+    text = f"{claim.text[0].upper()}{claim.text[1:]}: **{verdicts['FD-EfficientNet']}** "
+    text += f"({ARMS[claim.other].title} beside {ARMS[claim.base].title}, "
+    text += f"{GENERATORS[line.network].model}, {steps:,} steps: FD-EfficientNet "
+    text += f"{told['FD-EfficientNet']}). "
+    return f"{text}By FD-thumbnails: {verdicts['FD-thumbnails']} ({told['FD-thumbnails']})."
+
+
+def verdict(changes, seeds, gains=True):
+    """plan.md's rule. `changes` are of the distance, in per cent, one of each seed.
+
+    gains  whether the claim is that the distance falls, or that it does not
+    """
+    if len(changes) < seeds:
+        return "not run in all seeds"
+    if seeds == 1:
+        return "cannot be told at this scale, with one seed"
+    falls = max(changes) < 0 and -statistics.mean(changes) > statistics.stdev(changes)
+    rises = min(changes) > 0
+    if falls or rises:
+        return "holds" if falls == gains else "does not hold"
+    return "cannot be told at this scale"
+
+
+def line_of_curves(table):
+    """The line of several lengths, or None."""
+    for line in table.lines:
+        if len(line.steps) > 1:
+            return line
+    return None
+
+
+def curves(table, line, scores):
+    """{arm: {seed: [(step, distance), ...]}}; empty until all seeds have all."""
+    found = {arm: {seed: [] for seed in table.seeds} for arm in line.arms}
+    for arm in line.arms:
+        for steps in line.steps:
+            distances = scores.of_samples(table, line, arm, steps)
+            if len(distances) < len(table.seeds):
+                return {}
+            for seed, distance in distances.items():
+                found[arm][seed].append((steps, distance))
+    return found
+
+
+def mean_curve(of_seeds):
+    """{seed: [(step, distance), ...]} -> [(step, mean, deviation), ...]"""
+    found = []
+    for same_step in zip(*of_seeds.values()):
+        steps = same_step[0][0]
+        found.append(figures.summary(steps, [distance for _, distance in same_step]))
+    return found
+
+
+def speed_text(name, table, scores):
+    """How many times as fast each arm is as the first one: by the means, and by each seed."""
+    line = line_of_curves(table)
+    if line is None:
+        return ""
+    found = curves(table, line, scores)
+    if not found:
+        return " Not complete."
+    texts = []
+    base = line.arms[0]
+    for arm in line.arms[1:]:
+        text = f"{ARMS[arm].title} is {ratio(mean_curve(found[base]), mean_curve(found[arm]))} "
+        text += "times as fast"
+        if len(table.seeds) > 1:
+            of_seeds = [ratio(found[base][seed], found[arm][seed]) for seed in table.seeds]
+            text += f" (by seed: {', '.join(of_seeds)})"
+        texts.append(text[0].upper() + text[1:])
+    return f" [{'; '.join(texts)}](figures/{name}-curves.png)."
 
 
 def ratio(base, other):
     """The steps that two curves need to the same distance: base's, divided by the other's.
 
-    It is the distance that both reach, the greater one of their last ones.
+    It is the distance that both reach, the greater one of their last ones. A curve that is there
+    from its first point on may have been there before.
     """
     factor = figures.speed_up(base, other)
     if factor is not None:
         return f"{factor:.2g}"
-    if other[0][1] <= base[-1][1]:
-        return f"more than {base[-1][0] / other[0][0]:.2g}"
-    return f"less than {base[0][0] / other[-1][0]:.2g}"
+    goal = figures.common_distance(base, other)
+    steps = [figures.first_step(goal, curve) for curve in (base, other)]
+    if steps[0] is not None:
+        return f"more than {steps[0] / other[0][0]:.2g}"
+    if steps[1] is not None:
+        return f"less than {base[0][0] / steps[1]:.2g}"
+    return "nobody knows how many"  # both are there from the start
 
 
-def draw_curves(comparison, records, path):
-    """Fig. 1, right."""
-    drawn = curves(comparison, records)
-    if not drawn:
-        path.unlink(missing_ok=True)
+def draw_curves(table, line, scores, path):
+    """Fig. 1, right, once all seeds are there."""
+    found = curves(table, line, scores)
+    if not found:
         return
-    seeds = f"mean ± deviation of {comparison.seeds} seeds" if comparison.seeds > 1 else "seed 0"
-    title = f"{comparison.title}: {seeds}\n{speed_up(comparison, records)}"
-    model, _ = GENERATORS[comparison.network]
+    count = len(table.seeds)
+    seeds = f"mean ± deviation of {count} seeds" if count > 1 else f"seed {table.seeds[0]}"
+    model = GENERATORS[line.network].model
+    title = f"{table.title}: {seeds}"
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
+    drawn = {ARMS[arm].title: mean_curve(of_seeds) for arm, of_seeds in found.items()}
     figures.draw_curves(axes, drawn)
     figures.save(figure.savefig, path)
 
 
-def draw_samples(comparison, path):
-    """Fig. 4, where the samples of seed 0 are there."""
+def draw_samples(line, path):
+    """Fig. 4, where the samples of seed 0 are there. The photographs' licence allows no copies."""
+    if KINDS[line.kind].data != "emoji":
+        return
     rows = []
-    for arm in arms(comparison):
-        (samples,) = generation(arm, comparison.network, 0)[-1].needs
+    for arm in line.arms:
+        samples = sampled(line.kind, arm, line.network, 0, line.steps[-1])
         if not samples.is_made():
             return
         with np.load(samples.file) as stored:
             images = torch.from_numpy(stored["arr_0"][:12]).permute(0, 3, 1, 2)
         rows.append((ARMS[arm].title, figures.pictures_of(images)))
-    model, _ = GENERATORS[comparison.network]
-    title = f"{model} after {STEPS[-1]:,} steps, seed 0: samples of equal noise and labels"
+    model = GENERATORS[line.network].model
+    title = f"{model} after {line.steps[-1]:,} steps, seed 0: samples of equal noise and labels"
     figures.save(figures.panel(title, rows).save, path)
+
+
+def write_between(path, marker, lines):
+    """Replaces what a page has between <!-- MARKER --> and <!-- /MARKER -->."""
+    first = f"<!-- {marker} -->"
+    last = f"<!-- /{marker} -->"
+    text = path.read_text() if path.exists() else f"{first}\n{last}\n"
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise SystemExit(f"{path}: wanted: one line {first}, and one {last} below it")
+    before = text.partition(first)[0]
+    after = text.partition(last)[2]
+    path.write_text("\n".join([before + first, "", *lines, "", last + after]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def cores():
@@ -339,18 +777,33 @@ def cores():
     return os.cpu_count()
 
 
+def check_pictures(wanted):
+    """Says how to get the pictures of the tables, where they are not there."""
+    for cell in closure(wanted):
+        for word in cell.command.split():
+            if word.startswith("data/") and not Path(word).is_dir():
+                script = Path(word).with_name("prepare.py")
+                raise SystemExit(f"{word} is not there: python {script}")
+
+
 def main():
     os.chdir(RESULTS.parent)
-    wanted = sys.argv[1:] or ["gain"]
-    if wanted[0] == "report" and len(wanted) <= 2:
-        report(Path(wanted[1]) if len(wanted) == 2 else OUT)
+    names = sys.argv[1:] or ["gain"]
+    if names[0] == "report" and len(names) <= 2:
+        write_report(Path(names[1]) if len(names) == 2 else OUT)
         return
-    if not set(wanted) <= set(COMPARISONS):
+    if names == ["all"]:
+        names = list(TABLES)
+    if "why" in names and not BLURRED:
+        raise SystemExit("why: first choose BLURRED in reproduce.py, by the table blur")
+    if not set(names) <= set(TABLES):
         raise SystemExit(__doc__)
+    wanted = [goal for name in names for goal in goals(TABLES[name])]
+    check_pictures(wanted)
     try:
-        make([goal for name in wanted for goal in goals(COMPARISONS[name])], OUT, cores())
+        make(wanted, OUT, cores())
     finally:
-        report(OUT)
+        write_report(OUT)
 
 
 if __name__ == "__main__":

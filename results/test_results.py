@@ -1,0 +1,1071 @@
+"""The tests of results/: what report.py and figures.py make of records, the small make, and
+reproduce.py's commands and tables. test.sh runs them; its helpers are test_all.py's.
+
+    records and the paper's rows    figures, read back from what was drawn    the make
+    reproduce.py: commands, tables  data/elpv                                 the documents
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+sys.path[:0] = [str(RESULTS), str(ROOT)]
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+# This first, because it chooses the device
+from test_all import photos, refusal, run, trained  # noqa: E402, F401
+
+import dit  # noqa: E402  isort: skip
+import evaluate  # noqa: E402  isort: skip
+import figures  # noqa: E402  isort: skip
+import make  # noqa: E402  isort: skip
+import maskgit  # noqa: E402  isort: skip
+import repa  # noqa: E402  isort: skip
+import report  # noqa: E402  isort: skip
+import reproduce  # noqa: E402  isort: skip
+import sit  # noqa: E402  isort: skip
+import vae  # noqa: E402  isort: skip
+import vqgan  # noqa: E402  isort: skip
+
+SCRIPTS = dict(vae=vae, vqgan=vqgan, dit=dit, sit=sit, repa=repa, maskgit=maskgit)
+SCRIPTS |= dict(evaluate=evaluate)
+
+
+# ==================================================================================================
+# report.py: records, and the paper's rows that they belong to
+
+
+def recon_record(stem, sha256, scores=None, config=None, step=50_000, **args):
+    """A record as `recon` writes it."""
+    given = dict(init="kl-f8.ckpt", model=None, train="all", tau="rs", p_alpha=0.5, seed=0, lr=1e-4,
+                 explicit_weight=0.0, stop_gradient=False, recipe="paper", steps=50_000,
+                 out=f"{stem}.pt")  # fmt: skip
+    config = config or report.full_presets()["sd"]
+    made = dict(file=f"{stem}.pt", sha256=sha256, config=config, step=step)
+    made |= dict(args=given | args, model=None)
+    about = dict(autoencoders={stem: made}, extractor="FID-Inception", conventions={})
+    return {stem: dict(N=50_000, rFID=0.8, PSNR=26.0, R=0.5) | (scores or {}), "about": about}
+
+
+def samples_record(
+    stem, autoencoder, step, fid, scale=1, args=None, samples="none.npz", scores=None, **drawn
+):
+    """A record as `samples` writes it."""
+    drawn = dict(model="DiT-XL/2", step=step, cfg_scale=scale, autoencoder=autoencoder, **drawn)
+    if args is not None:
+        drawn["args"] = dict(steps=step, vae="eq.pt", out=f"{stem}.pt", seed=0) | args
+    about = dict(drawn=drawn, samples=samples, hashes={samples: f"{stem}'s"})
+    about["extractor"] = "FID-Inception"
+    return {stem: scores or {"N": 50_000, "N reference": "unknown", "FID": fid}, "about": about}
+
+
+def paths_of(folder, *records):
+    paths = []
+    for number, record in enumerate(records):
+        paths.append(folder / f"{number}.json")
+        paths[-1].write_text(json.dumps(record))
+    return paths
+
+
+def read(folder, *records):
+    return report.read_records(paths_of(folder, *records))
+
+
+def test_a_row_of_the_paper_wants_the_presets_every_field():
+    """A network of another width, or trained from scratch, is no SD-VAE + EQ. To build all presets
+    takes seconds."""
+    config = report.full_presets()["sd"]
+    assert report.preset_of(config) == "sd"
+    assert report.preset_of(config | dict(scaling_factor=0.3)) is None  # sd or sdxl?
+    assert report.preset_of(config | dict(scaling_factor=0.3), "sd") == "sd"
+    for change in (dict(ch=64), dict(num_res_blocks=1), dict(z_channels=8), dict(new=1)):
+        assert report.preset_of(config | change, "sd") is None
+    names = {
+        "SD-VAE + EQ": {},
+        "SD-VAE + EQ (R)": dict(tau="r"),
+        "SD-VAE + EQ (S)": dict(tau="s"),
+        "SD-VAE + EQ (R, sx sy)": dict(tau="rs-aniso"),
+        "SD-VAE + EQ (p_alpha 0.3)": dict(p_alpha=0.3),
+        "SD-VAE + Eq. 1": dict(p_alpha=1),
+        "SD-VAE + explicit": dict(explicit_weight=0.1),
+        "SD-VAE + explicit (stop-gradient)": dict(explicit_weight=0.1, stop_gradient=True),
+    }
+    paper = report.PAPER.read_text()
+    for name, args in names.items():
+        made = recon_record("eq", "a", **args)["about"]["autoencoders"]["eq"]
+        assert report.paper_name(made) == name and f"| {name} |" in paper
+    for args in (dict(init="scratch"), dict(train="decoder"), dict(recipe="release")):
+        made = recon_record("eq", "a", **args)["about"]["autoencoders"]["eq"]
+        assert report.paper_name(made) is None
+
+
+def test_seeds_differ_in_their_seed_alone(tmp_path):
+    """Another --init or lr is a line of its own; equal hashes and a repeated seed count once."""
+    arms, _ = read(
+        tmp_path,
+        recon_record("a", "1", seed=0),
+        recon_record("b", "2", seed=1, scores=dict(rFID=1.0)),
+        recon_record("again", "1", seed=0, scores=dict(LPIPS=0.1, PSNR=99.0)),
+        recon_record("other", "3", seed=2, init="other.ckpt"),
+        recon_record("lr", "4", seed=3, lr=5e-4),
+        recon_record("same-seed", "5", seed=0),
+    )
+    assert [arm["stem"] for arm in arms] == ["a", "b", "other", "lr", "same-seed"]
+    assert arms[0]["scores"]["LPIPS"] == 0.1, "a second record of one network adds its scores"
+    assert arms[0]["scores"]["PSNR"] == 26.0, "and changes none"
+    groups = [[arm["stem"] for arm in group] for group in report.seeds_of(arms)]
+    assert groups == [["a", "b"], ["other"], ["lr"], ["same-seed"]]
+    assert report.cell(arms[:2], "rFID") == "0.9 ± 0.14 (2 seeds)"
+    unknown = [dict(arm, made=arm["made"] | dict(args={})) for arm in arms[:2]]
+    assert len(report.seeds_of(unknown)) == 2
+
+
+@pytest.fixture
+def full_size(tmp_path):
+    """Records as if the full-size networks had been scored -> their paths."""
+    np.savez(tmp_path / "one.npz", arr_0=np.arange(6912, dtype=np.uint8).reshape(9, 16, 16, 3))
+    return paths_of(
+        tmp_path,
+        recon_record("eq", "eq"),
+        recon_record("longer", "longer", tau="s", step=9),
+        samples_record("one", "eq", 400_000, 14.0, args={}, samples="one.npz"),
+        samples_record("two", "eq", 400_000, 15.0, args=dict(seed=1)),
+        samples_record("early", "eq", 100_000, 30.0, args={}),
+        samples_record("cfg", "eq", 1_500_000, 2.5, scale=1.5, args=dict(lr=1e-4)),
+        samples_record("unknown", "eq", 400_000, 9.0),
+    )
+
+
+def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
+    """Seeds with their spread; runs of unknown arguments and guided ones in lines of their own."""
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "fig5-fine-tuning.png")
+    out = tmp_path / "r.md"
+    run(report.main, *full_size, "--figures", folder, "--out", out)
+    for line in (
+        "| DiT-XL/2 400k: N reference | unknown | - |  |",
+        "| paper: SD-VAE + EQ | DiT-XL/2 400k | 14.5 |",
+        "| ours: eq | one, two | 14.5 ± 0.71 (2 seeds) |",
+        "| ours: eq | unknown | 9 |",
+        "| ours: eq | cfg | 2.5 | not run | not run | not run | not run |",
+        "| paper: SD-VAE + EQ | .82 | 25.95 | .141 | .72 |",
+        "| ours: eq | 0.8 | 26 | not run | not run |",
+        "(figures/fig5-fine-tuning.png)",
+        "nothing was run for 3, 10, 11.",
+    ):
+        assert line in out.read_text(), line
+    run(report.main, *full_size[2:4], "--out", out)
+    assert "|  | one | two | what |" in out.read_text(), "samples alone have a column for each"
+    assert "| DiT-XL/2 400k: FID | 14 | 15 |  |" in out.read_text()
+    assert report.markdown_table(["a"], [["|x|"]])[-1] == "| \\|x\\| |"
+    words = (ROOT / "pyproject.toml", "--out", tmp_path / "no.md")
+    assert "no record" in refusal(capsys, report.main, *words)
+    assert not (tmp_path / "no.md").exists()
+
+
+def test_a_report_of_small_networks_has_no_row_of_the_paper_and_no_seeds(tmp_path):
+    small = dict(vae.AutoencoderKL(**vae.CONFIGS["tiny"]).config)
+    records = [recon_record(name, name, config=small, init="scratch") for name in ("a", "b")]
+    run(report.main, *paths_of(tmp_path, *records), "--out", tmp_path / "r.md")
+    page = (tmp_path / "r.md").read_text()
+    assert "seeds)" not in page and "ours" not in page and "| PSNR | 26 | 26 |" in page
+    assert "nothing was run for 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12." in page
+
+
+# ==================================================================================================
+# figures.py, read back from what was drawn
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name of a file: the matplotlib figure, or the (title, rows) of a panel}"""
+    pytest.importorskip("matplotlib")
+    found = {}
+    panels = {}
+    save = figures.save
+    panel = figures.panel
+
+    def watch_panel(title, rows):
+        image = panel(title, rows)
+        panels[id(image)] = (title, rows, image)
+        return image
+
+    def watch_save(write, path):
+        found[Path(path).stem] = panels.get(id(write.__self__), write.__self__)
+        save(write, path)
+
+    monkeypatch.setattr(figures, "panel", watch_panel)
+    monkeypatch.setattr(figures, "save", watch_save)
+    return found
+
+
+def curves_in(figure):
+    """{label: [(x, y, length of the bar above and below), ...]} of what errorbar() drew."""
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        container.get_label() for container in axes.containers
+    ]
+    curves = {}
+    for container in axes.containers:
+        line, _, (bars,) = container.lines
+        points = []
+        for x, y, ((_, low), (_, high)) in zip(*line.get_data(), bars.get_segments()):
+            assert high - y == pytest.approx(y - low, abs=1e-9)
+            points.append((x, y, high - y))
+        curves[container.get_label()] = points
+    return curves
+
+
+def draw(folder, *records):
+    run(figures.main, "--records", *paths_of(folder, *records), "--out", folder / "figures")
+
+
+def test_fig_1s_curves_are_the_records_means_and_deviations(drawn, full_size, tmp_path):
+    """Points join what differs in steps and seed alone. Guided samples are no point of the curve of
+    unguided ones."""
+    run(figures.main, "--records", *full_size, "--out", tmp_path / "figures")
+    figure = drawn["fig1-curves"]
+    deviation = np.std([14, 15], ddof=1)
+    expected = [(100_000, 30, 0), (400_000, 14.5, pytest.approx(deviation))]
+    assert curves_in(figure) == {"SD-VAE + EQ: DiT-XL/2": expected}
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("generator's step", "FID")
+    assert "times as fast" not in axes.get_title()
+
+
+FASTER = ((100, 40.0), (200, 20.0)), ((100, 30.0), (200, 10.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "distance", "number of samples", "references", "guidance", "interval", "extractor"],
+)
+def test_times_as_fast_is_told_within_one_measure_alone(drawn, tmp_path, change):
+    """The standard curve comes to 20 at step 200, EQ's half-way between 100 and 200."""
+    records = [recon_record("eq", "eq"), recon_record("base", "base", p_alpha=1)]
+    for name, points in zip(("base", "eq"), FASTER):
+        for step, fid in points:
+            scores = {"N": 50_000, "N reference": 10_000, "FID": fid}
+            more = dict(args={}, scores=scores, samples=f"{name}{step}", guidance=[0, 1])
+            if name == "eq" and change == "distance":
+                scores["FD-EfficientNet"] = scores.pop("FID")
+            elif name == "eq" and change == "number of samples":
+                scores["N"] = 10_000
+            elif name == "eq" and change == "references":
+                scores["N reference"] = 50_000
+            elif name == "eq" and change == "guidance":
+                more["scale"] = 1.5
+            elif name == "eq" and change == "interval":
+                more["guidance"] = [0, 0.5]
+            record = samples_record(f"{name}{step}", name, step, fid, **more)
+            if name == "eq" and change == "extractor":
+                record["about"]["extractor"] = "FID-Inception, other weights"
+            records.append(record)
+    draw(tmp_path, *records)
+    title = drawn["fig1-curves"].axes[0].get_title()
+    assert len(curves_in(drawn["fig1-curves"])) == 2
+    told = "SD-VAE + EQ: DiT-XL/2: 1.3 times as fast" in title  # 200 / 150
+    assert told == (change == "nothing"), title
+
+
+def test_the_speed_up_takes_first_crossings():
+    """Between the points curves are straight; a curve that is there from its first point on has no
+    crossing, and one that rises again counts from where it first came to the distance."""
+    base = [(100, 9, 0), (400, 5, 1)]
+    for end, factor in ((3, 400 / 150), (6, 325 / 200)):
+        assert figures.speed_up(base, [(100, 7), (200, end)]) == pytest.approx(factor)
+    assert figures.speed_up(base, [(100, 4), (200, 3)]) is None
+    rises = [(500, 100), (1000, 60), (1500, 80)]
+    assert figures.speed_up(rises, [(500, 90), (1000, 70)]) == pytest.approx(750 / 750)
+    assert reproduce.ratio(rises, [(500, 70), (1000, 60), (1500, 50)]) == "more than 1.5"
+    assert (
+        reproduce.ratio([(500, 50), (1000, 60)], [(500, 40), (1000, 60)]) == "nobody knows how many"
+    )
+
+
+def test_fig_5s_curve_is_over_the_autoencoders_steps(drawn, tmp_path):
+    records = []
+    for step, fid in ((20_000, 30.0), (5_000, 40.0)):
+        records.append(recon_record(f"eq{step}", f"eq{step}", step=step, steps=step))
+        args = dict(vae=f"eq{step}.pt")
+        records.append(samples_record(f"dit{step}", f"eq{step}", 400_000, fid, args=args))
+        records[-1]["about"]["hashes"] = {"none.npz": str(step)}
+    draw(tmp_path, *records)
+    expected = [(5_000, 40, 0), (20_000, 30, 0)]
+    assert curves_in(drawn["fig5-fine-tuning"]) == {"SD-VAE + EQ: DiT-XL/2 400k": expected}
+    assert drawn["fig5-fine-tuning"].axes[0].get_xlabel() == "autoencoder's step"
+
+
+def test_fig_3s_bars_stand_over_their_transforms_and_autoencoders(drawn, tmp_path):
+    values = dict(eq=(1.0, 2.0, 3.0, 4.0), base=(5.0, 6.0, 7.0, 8.0))
+    keys = ("S0.75", "S0.50", "S0.25", "R")
+    records = []
+    for name, numbers in values.items():
+        scores = {f"rFID {key}": number for key, number in zip(keys, numbers)}
+        records.append(recon_record(name, name, scores=scores))
+    draw(tmp_path, *records)
+    (axes,) = drawn["fig3-transforms"].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(values)
+    assert [container.get_label() for container in axes.containers] == list(values)
+    ticks = {
+        tick.get_text(): place for tick, place in zip(axes.get_xticklabels(), axes.get_xticks())
+    }
+    assert list(ticks) == ["s = .75", "s = .50", "s = .25", "rotations"]
+    for container in axes.containers:
+        heights = {}
+        for bar in container.patches:
+            middle = bar.get_x() + bar.get_width() / 2
+            nearest = min(ticks, key=lambda name: abs(ticks[name] - middle))
+            heights[nearest] = bar.get_height()
+        assert tuple(heights[name] for name in ticks) == values[container.get_label()]
+    left, right = [container.patches[0].get_x() for container in axes.containers]
+    assert left + axes.containers[0].patches[0].get_width() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("differs", [None, "seed", "labels", "step"])
+def test_fig_4_shows_each_generators_first_samples(capsys, drawn, tmp_path, differs):
+    """It tells of equal noise and labels only where seed, labels and step are equal. The samples of
+    the last step of which the file is there are shown; a generator without any is named."""
+    rng = np.random.default_rng(0)
+    records = [recon_record("eq", "eq"), recon_record("base", "base", p_alpha=1)]
+    pictures = {}
+    for name in ("base", "eq"):
+        told = dict(seed=3, labels="balanced", num_samples=9)
+        step = 200
+        if name == "eq" and differs == "step":
+            step = 100
+        elif name == "eq" and differs:
+            told[differs] = "other"
+        pictures[name] = rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures[name])
+        more = dict(args={}, samples=f"{name}.npz", **told)
+        records.append(samples_record(f"dit-{name}", name, step, 1.0, **more))
+        np.savez(tmp_path / f"early-{name}.npz", arr_0=255 - pictures[name])
+        early = more | dict(samples=f"early-{name}.npz")
+        records.append(samples_record(f"early-{name}", name, 50, 1.0, **early))
+        records.append(samples_record(f"later-{name}", name, 300, 1.0, args={}, **told))
+        records[-1]["about"]["hashes"] = {"none.npz": name}
+    records.append(samples_record("gone", "nobody's", 300, 1.0, args={}))
+    draw(tmp_path, *records)
+    title, rows, _ = drawn["fig4-samples"]
+    assert ("of equal noise and labels" in title) == (differs is None)
+    assert {label for label, _ in rows} == {"SD-VAE + EQ: DiT-XL/2", "SD-VAE + Eq. 1: DiT-XL/2"}
+    for label, shown in rows:
+        first = pictures["eq" if "EQ" in label else "base"][:8]
+        assert np.array_equal([np.asarray(picture)[3::6, 3::6] for picture in shown], first)
+    assert "gone: DiT-XL/2 is not shown, none.npz" in capsys.readouterr().err
+
+
+def test_fig_1s_colours_are_the_strongest_components():
+    """Three of five channels' axes are strong. Colours are numpy's projections on them, with the
+    sample's 1st and 99th percentile at 0 and 255, up to an axis' direction."""
+    rng = np.random.default_rng(0)
+    turned = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    points = rng.normal(size=(6 * 7 * 8, 5)) * [0.1, 5, 0.2, 3, 2]
+    z = (points @ turned + 1.7).reshape(6, 7, 8, 5)
+    latents = torch.from_numpy(z).permute(0, 3, 1, 2)
+    found = figures.principal_colours(latents, latents).numpy()
+    flat = z.reshape(-1, 5) - z.reshape(-1, 5).mean(axis=0)
+    axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
+    for k, axis in enumerate(axes):
+        projection = flat @ axis
+        low, high = np.percentile(projection, (1, 99))
+        expected = np.clip((projection - low) / (high - low) * 255, 0, 255)
+        ours = found[:, k].reshape(-1)
+        differences = [np.abs(ours - each).max() for each in (expected, 255 - expected)]
+        assert min(differences) <= 0.51, (k, differences)
+
+
+def to_pixels(x):
+    return ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).byte().numpy()
+
+
+@torch.no_grad()
+def test_figures_of_checkpoints_show_what_their_labels_say(drawn, trained, photos, tmp_path):  # noqa: F811
+    """Images, transformed images, and what latents decode to that were transformed after or before
+    the encoder: of each autoencoder, by torch alone. Training both takes seconds."""
+    names = ("standard", "eq")
+    words = ("--data", photos, "--image-size", 32, "--num-images", 3, "--out", tmp_path / "f")
+    run(figures.main, *[trained / f"{name}.pt" for name in names], *words)
+    x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 3, "cpu"))
+    turn = functools.partial(torch.rot90, k=2, dims=(2, 3))
+    shrink = functools.partial(F.interpolate, scale_factor=0.5, mode="bicubic", antialias=True)
+    for figure, tau in (("fig2-rotation", turn), ("fig2-scale", shrink)):
+        expected = {"tau o x": tau(x)}
+        for name in names:
+            model = vae.load_autoencoder(trained / f"{name}.pt")
+            expected[f"{name}: D(E(tau o x))"] = model.decode(model.encode(tau(x)).mean)
+            expected[f"{name}: D(tau o E(x))"] = model.decode(tau(model.encode(x).mean))
+        _, rows, _ = drawn[figure]
+        assert [label for label, _ in rows] == list(expected)
+        for (label, shown), pixels in zip(rows, expected.values()):
+            factor = shown[0].width // pixels.shape[3]
+            small = [np.asarray(picture)[factor // 2 :: factor, factor // 2 :: factor].astype(int)
+                     for picture in shown]  # fmt: skip
+            assert np.abs(np.array(small) - to_pixels(pixels)).max() <= 1, (figure, label)
+    _, rows, _ = drawn["fig1-latents"]
+    assert [label for label, _ in rows] == ["images", "standard: latents", "eq: latents"]
+    assert [len(shown) for _, shown in rows] == [3, 3, 3]
+    sizes = {picture.size for _, shown in rows for picture in shown}
+    assert len(sizes) == 1, "latents are as large as images"
+
+
+def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
+    texts = {}
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, place, text, *_: texts.update({text: place})
+    )
+    colours = [["red", "lime"], ["blue", "yellow"], ["black", "cyan"]]
+    heights = (30, 70, 50)
+    labels = ("above", "b: low", "last")
+    rows = []
+    for name, height, pair in zip(labels, heights, colours):
+        rows.append((name, [Image.new("RGB", (20, height), colour) for colour in pair]))
+    canvas = figures.panel("title", rows)
+    top = 34
+    for label, height, pair in zip(("above", "b:\nlow", "last"), heights, colours):
+        for column, colour in enumerate(pair):
+            corner = (190 + 24 * column, top)
+            inside = canvas.crop((*corner, corner[0] + 20, corner[1] + height))
+            assert inside.getcolors() == [
+                (20 * height, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))
+            ]
+        assert top - 18 <= texts[label][1] < top + height and texts[label][0] < 190
+        top += height + 4
+    assert canvas.size == (190 + 48, top) and texts["title"][1] < 34
+
+
+def test_nothing_to_draw_is_told_in_one_line(capsys, tmp_path):
+    nothing = tmp_path / "nothing"
+    assert "nothing to draw" in refusal(capsys, figures.main, "--out", nothing)
+    assert not nothing.exists()
+
+
+# ==================================================================================================
+# make.py
+
+# A command of the make: writes more to a file, and counts its runs beside it. "fail" makes it fail
+ADD = """
+import os, sys
+_, target, text = sys.argv
+print("adding", text)
+with open(target, "a") as file:
+    file.write(text)
+with open(os.path.join(os.path.dirname(__file__), "runs.txt"), "a") as file:
+    file.write(text)
+sys.exit(text == "fail")
+"""
+# Writes what evaluate.py's --record does
+SCORE = """
+import json, sys
+_, target, value = sys.argv
+with open(target, "w") as file:
+    json.dump({"model": {"N": 4, "FD-EfficientNet": float(value)}, "about": {"seed": 0}}, file)
+"""
+# Makes two cells that wait, each until the other one has begun
+MEET = """
+import sys, time
+from pathlib import Path
+_, mine, other = sys.argv
+Path(mine).write_text("here")
+for _ in range(500):
+    if Path(other).exists():
+        sys.exit(0)
+    time.sleep(0.02)
+sys.exit("the other cell did not begin")
+"""
+# Takes two runs: the first one saves when it is stopped
+SAVES = """
+import signal, sys, time
+_, target = sys.argv
+def save(*_):
+    open(target, "w").write("half")
+    sys.exit(143)
+try:
+    half = open(target).read()
+    open(target, "w").write(half + " whole")
+except FileNotFoundError:
+    signal.signal(signal.SIGTERM, save)
+    open(target + ".begun", "w").close()
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """A folder with the commands above as programs."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name, text in dict(add=ADD, score=SCORE, meet=MEET, saves=SAVES).items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def make_two(commands, one, two):
+    """Two cells, the second of which goes on from a copy of the first -> what they hold."""
+    folder = commands.parent / "out"
+    first = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ {one}")
+    second = make.Cell(folder, "two", ".txt", f"{commands}/add.py @ {two}", start=first)
+    make.make([second], folder, 2)
+    return first.file.read_text(), second.file.read_text()
+
+
+def make_score(commands, value, need="a"):
+    """A record that needs another file -> (its cell, the lines of the records' file)."""
+    folder = commands.parent / "out"
+    records = commands.parent / "records.jsonl"
+    before = make.Cell(folder, "need", ".txt", f"{commands}/add.py @ {need}")
+    command = f"{commands}/score.py @ {value}"
+    score = make.Cell(folder, "score", ".json", command, [before], records=records)
+    make.make([score], folder, 1)
+    return score, make.read_records(records)
+
+
+def test_a_cell_is_made_once_and_again_where_a_command_before_it_has_changed(commands):
+    """What lies beside a changed cell's file, as a cache of latents, goes with it."""
+    runs = commands / "runs.txt"
+    assert make_two(commands, "a", "b") == ("a", "ab"), "the second goes on from a copy"
+    make_two(commands, "a", "b")
+    assert runs.read_text() == "ab", "what is made is not made again"
+    cache = commands.parent / "out" / "two" / "cache"
+    cache.mkdir()
+    assert make_two(commands, "a", "c") == ("a", "ac") and runs.read_text() == "abc"
+    assert not cache.exists()
+    assert make_two(commands, "d", "c") == ("d", "dc"), "what depends on it is made anew, too"
+
+
+def test_a_half_made_cell_of_another_command_is_begun_anew(commands):
+    folder = commands.parent / "out"
+    cell = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ a")
+    cell.file.parent.mkdir(parents=True)
+    cell.file.write_text("half of another")
+    cell.write_state(key="another", seconds=100.0)
+    make.make([cell], folder, 1)
+    assert cell.file.read_text() == "a" and cell.state()["seconds"] < 90
+
+
+def test_a_failed_command_is_told_and_keeps_what_was_made_before_it(commands):
+    for _ in range(2):  # what failed is not made
+        with pytest.raises(SystemExit, match=r"failed: python .*add.py .*fail\nadding fail"):
+            make_two(commands, "a", "fail")
+    make_two(commands, "a", "b")
+    assert (commands / "runs.txt").read_text() == "afailfailb"
+
+
+def test_commands_run_side_by_side(commands):
+    folder = commands.parent / "out"
+    files = [folder / name / f"{name}.txt" for name in ("one", "two")]
+    cells = [
+        make.Cell(folder, "one", ".txt", f"{commands}/meet.py @ {files[1]}"),
+        make.Cell(folder, "two", ".txt", f"{commands}/meet.py @ {files[0]}"),
+    ]
+    make.make(cells, folder, 2)
+    assert all(cell.is_made() for cell in cells)
+
+
+def make_in_a_process(commands, *cells):
+    """A process that makes cells, each (name, command)."""
+    lines = [f"import sys; sys.path.insert(0, {str(RESULTS)!r})", "import make", "import pathlib"]
+    lines.append(f"folder = pathlib.Path({str(commands.parent / 'out')!r})")
+    for name, command in cells:
+        lines.append(f"cell = make.Cell(folder, {name!r}, '.txt', {command!r})")
+        lines.append("make.make([cell], folder, 1)")
+    command = [sys.executable, "-u", "-c", "\n".join(lines)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path):
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} does not come")
+
+
+def test_a_stopped_command_saves_and_another_run_waits_then_goes_on(commands):
+    out = commands.parent / "out"
+    first = make_in_a_process(commands, ("one", f"{commands}/saves.py @"))
+    wait_for(out / "one" / "one.txt.begun")
+    second = make_in_a_process(
+        commands, ("two", f"{commands}/add.py @ a"), ("one", f"{commands}/saves.py @")
+    )
+    assert "waiting for the commands of another run" in second.stdout.readline()
+    assert not (out / "two").exists()
+    first.send_signal(signal.SIGTERM)
+    printed, _ = first.communicate(timeout=30)
+    assert "stopped; the same command goes on" in printed
+    second.communicate(timeout=30)
+    assert (out / "two" / "two.txt").read_text() == "a"
+    assert (out / "one" / "one.txt").read_text() == "half whole"
+
+
+def test_the_seconds_of_a_stopped_cell_add_up(commands):
+    folder = commands.parent / "out"
+    cell = make.Cell(folder, "one", ".txt", f"{commands}/add.py @ a")
+    cell.file.parent.mkdir(parents=True)
+    cell.write_state(key=cell.key, seconds=100.0)
+    make.make([cell], folder, 1)
+    assert 100 < cell.state()["seconds"] < 130
+
+
+def test_a_record_becomes_one_line_with_the_commands_that_led_to_it(commands):
+    score, (record,) = make_score(commands, 7)
+    about = record["about"]
+    assert record["model"]["FD-EfficientNet"] == 7 and about["cell"] == "score"
+    assert about["key"] == score.key and about["seed"] == 0
+    told = [part["commands"][-1].split() for part in about["chain"]]
+    assert [words[-1] for words in told] == ["a", "7"]
+    assert told[-1][2] == "OUT/score/score.json", "no path of this machine is told"
+    assert about["seconds"] == pytest.approx(sum(part["seconds"] for part in about["chain"]))
+    assert about["chain"][-1]["sha256"] == vae.file_hash(score.file)
+
+
+def test_a_record_is_made_once_and_again_where_it_is_gone_or_a_command_changed(commands):
+    score, _ = make_score(commands, 7)
+    score.write_state(seconds=100.0)
+    score.records.unlink()
+    score, records = make_score(commands, 7)
+    assert len(records) == 1 and (commands / "runs.txt").read_text() == "a"
+    assert score.state()["seconds"] < 30, "the time of a deleted record counts once"
+    shutil.rmtree(commands.parent / "out")
+    _, records = make_score(commands, 7)
+    assert len(records) == 1 and (commands / "runs.txt").read_text() == "a"
+    score, records = make_score(commands, 7, need="b")
+    assert len(records) == 2 and records[1]["about"]["key"] == score.key
+
+
+# ==================================================================================================
+# reproduce.py: the commands
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Every script ends as soon as it has understood its command line."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(parser, *words, **more):
+        parse_args(parser, *words, **more)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+
+
+@functools.cache
+def all_goals():
+    found = {}
+    for table in reproduce.TABLES.values():
+        found |= dict.fromkeys(reproduce.goals(table))
+    return list(found)
+
+
+def test_every_command_of_the_small_tables_is_understood(only_parse, capsys):
+    kinds = {}
+    for cell in make.closure(all_goals()):
+        kinds.setdefault(re.sub(r"s[012]\b|--seed \d+", "", cell.command), cell.command)
+    understood = set()
+    for command in kinds.values():
+        script, *words = command.split()
+        with pytest.raises(Parsed):
+            run(SCRIPTS[Path(script).stem].main, *words)
+        understood.add(Path(script).stem)
+    assert understood == set(SCRIPTS) and 100 < len(kinds) < 300
+
+
+def test_a_cell_has_one_name_and_one_command_however_many_tables_need_it():
+    cells = make.closure(all_goals())
+    assert len({cell.name for cell in cells}) == len({cell.key for cell in cells}) == len(cells)
+    gain = reproduce.goals(reproduce.TABLES["gain"])
+    assert len(gain) == 3 * 2 * (1 + 3), "three seeds, two arms, three points"
+    shared = set(reproduce.goals(reproduce.TABLES["6"])) & set(gain)
+    assert len(shared) == len(gain), "table 6 only adds the pretrained arm"
+    for goal in all_goals():
+        assert "--features efficientnet" in goal.command and goal.records == reproduce.RECORDS
+
+
+def chain_of(arm, seed=1, kind="f8", network="dit", steps=500):
+    return make.closure([reproduce.generation(kind, arm, network, seed, steps)])
+
+
+@pytest.mark.parametrize(
+    "arm, first, second",
+    [
+        ("standard", "--p-alpha 1", "--p-alpha 1"),
+        ("eq", "--p-alpha 0.1", "--p-alpha 0.5"),
+        ("r", "--p-alpha 0.1 --tau r", "--p-alpha 0.5 --tau r"),
+        ("s", "--p-alpha 0.1 --tau s", "--p-alpha 0.5 --tau s"),
+        ("aniso", "--p-alpha 0.1 --tau rs-aniso", "--p-alpha 0.5 --tau rs-aniso"),
+        (
+            "stop",
+            "--p-alpha 0.1 --explicit-weight 0.1 --stop-gradient",
+            "--p-alpha 0.5 --explicit-weight 0.1 --stop-gradient",
+        ),
+        ("p3", "--p-alpha 0.3", "--p-alpha 0.3"),
+        ("kl-3", "--p-alpha 1 --kl-weight 3", "--p-alpha 1 --kl-weight 3"),
+    ],
+)
+def test_the_arms_of_a_seed_differ_in_their_objective_alone(arm, first, second):
+    ours, standard = chain_of(arm), chain_of("standard")
+    assert ours[0] is standard[0] and "--init scratch" in ours[0].command
+    seeds = [re.search(r"--seed (\d+)$", cell.command).group(1) for cell in ours[:3]]
+    assert seeds == ["1", "11", "21"], "each stage sees the pictures in an order of its own"
+    for flags, one, other in zip((first, second), ours[1:], standard[1:]):
+        plain = one.command.replace(f"f8-{arm}-", "f8-standard-")
+        assert plain == other.command.replace("--p-alpha 1", flags)
+    for one, other in zip(ours[3:], standard[3:], strict=True):
+        assert one.command.replace(f"f8-{arm}-", "f8-standard-") == other.command
+
+
+def test_a_generator_goes_on_from_the_point_before_and_keeps_its_cache():
+    """The arm without a fine-tune is the pretrained file."""
+    names = [cell.name for cell in make.closure([reproduce.reconstruction("f8", "untuned", 0)])]
+    assert names == ["f8-pretrained-s0", "f8-untuned-s0"]
+    for kind, network, steps in (
+        ("f8", "sit", 1500),
+        ("elpv", "dit", 200),
+        ("vq", "maskgit", 1000),
+    ):
+        cell = reproduce.trained(kind, "eq", network, 0, steps)
+        found = []
+        caches = set()
+        while cell is not None:
+            found.append(int(re.search(r"--steps (\d+)$", cell.command).group(1)))
+            caches.add(re.search("--cache ([^ ]+)", cell.command).group(1))
+            first, cell = cell, cell.start
+        points = reproduce.KINDS[kind].points
+        assert found == sorted(points[: points.index(steps) + 1], reverse=True)
+        assert caches == {f"{first.file.parent}/cache"}, "the cache lies with the first model"
+
+
+def test_a_try_has_all_cells_with_fewer_steps():
+    """A process of its own takes seconds to import torch."""
+    code = "import reproduce as r; print(r.EMOJI_POINTS, r.KINDS['elpv'].points, r.SAMPLES, r.OUT)"
+    environment = os.environ | dict(SMALL_SCALE="0.003", PYTHONPATH=str(RESULTS))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True
+    )
+    expected = "(2, 4, 6, 9, 14, 18) (2, 4, 6, 8) 16 out/small-try\n"
+    assert done.stdout == expected, done.stderr
+
+
+def test_the_help_of_the_small_tables_needs_no_environment_and_names_every_table():
+    words = ["bash", str(RESULTS / "reproduce.sh"), "--help"]
+    done = subprocess.run(words, text=True, capture_output=True, env=dict(PATH="/usr/bin:/bin"))
+    assert done.returncode == 0 and "bash results/reproduce.sh 2 6" in done.stdout
+    for name in [*reproduce.TABLES, "why"]:
+        assert re.search(rf"^    {name} +\w", done.stdout, re.MULTILINE), name
+
+
+def test_tables_are_chosen_by_name_and_reported_also_where_a_command_fails(monkeypatch, tmp_path):
+    wanted = []
+
+    def fail(goals, *_):
+        wanted.extend(goals)
+        raise SystemExit("failed: python dit.py")
+
+    monkeypatch.setattr(reproduce, "make", fail)
+    monkeypatch.setattr(reproduce, "check_pictures", lambda wanted: None)
+    monkeypatch.setattr(reproduce, "OUT", tmp_path)
+    for words, names in (((), ["gain"]), (("2", "6"), ["2", "6"]), (("all",), reproduce.TABLES)):
+        wanted.clear()
+        with pytest.raises(SystemExit, match="failed"):
+            run(reproduce.main, *words)
+        expected = [goal for name in names for goal in reproduce.goals(reproduce.TABLES[name])]
+        assert wanted == expected
+        assert "**gain: " in (tmp_path / "README.md").read_text()
+    for words in (("3",), ("gain", "other")):
+        with pytest.raises(SystemExit, match="The paper's tables at a small scale"):
+            run(reproduce.main, *words)
+
+
+# ==================================================================================================
+# reproduce.py: the tables
+
+
+@pytest.fixture
+def write_score(tmp_path):
+    """write(cell's name, key=None, **scores): a line of records.jsonl in tmp_path. A command of two
+    hours led to all of them, and one of an hour to each."""
+    keys = {goal.name: goal.key for goal in all_goals()}
+
+    def write(name, key=None, **scores):
+        chain = [dict(commands=["python pretrained"], seconds=7200.0)]
+        chain.append(dict(commands=[f"python {name}"], seconds=3600.0))
+        about = dict(cell=name, key=key or keys[name], chain=chain)
+        with open(tmp_path / "records.jsonl", "a") as file:
+            file.write(json.dumps({name: {"N": 4} | scores, "about": about}) + "\n")
+
+    return write
+
+
+@pytest.fixture
+def write_distances(write_score):
+    """write(arm, steps, distances of the seeds, ...); None where there is no record."""
+
+    def write(arm, steps, distances, thumbnails=None, kind="f8", network="dit"):
+        for seed, distance in enumerate(distances):
+            if distance is not None:
+                scores = {"FD-EfficientNet": float(distance), "FD-thumbnails": float(distance) / 10}
+                if thumbnails:
+                    scores["FD-thumbnails"] = float(thumbnails[seed])
+                write_score(f"{kind}-{arm}-s{seed}-{network}-{steps}", **scores)
+
+    return write
+
+
+def reported(folder):
+    """{table's name: its part of the page of reproduce.py}"""
+    reproduce.write_report(folder)
+    text = (folder / "README.md").read_text()
+    found = {}
+    for part in re.split(r"^\*\*(?=\w+: )", text, flags=re.MULTILINE)[1:]:
+        found[part.partition(":")[0]] = part
+    return found
+
+
+def rows_of(part):
+    """{(score, autoencoder): the other cells} of a table."""
+    rows = [report.cells(line) for line in part.splitlines() if line.startswith("|")]
+    return {(row[0], row[1]): row[2:] for row in rows}
+
+
+def test_a_row_has_mean_and_deviation_changes_by_seed_and_the_papers_number(
+    write_distances, write_score, tmp_path
+):
+    """A seed of which one arm is missing makes no change. The t-test is that of the differences."""
+    write_distances("standard", 1500, (200, 100, 50))
+    write_distances("eq", 1500, (180, 85, None))
+    for arm, psnr in (("standard", 23.0), ("eq", 22.5)):
+        scores = {"R": 0.8, "S": psnr / 50, "PSNR": psnr, "rFD-EfficientNet": 4 * psnr}
+        write_score(f"f8-{arm}-s0", **scores)
+    part = reported(tmp_path)["gain"]
+    rows = rows_of(part)
+    mean, deviation = np.mean([200, 100, 50]), np.std([200, 100, 50], ddof=1)
+    score = "FD-EfficientNet of DiT-Ti/1, 1,500 steps"
+    assert rows[score, "standard"] == [f"{mean:.3g} ± {deviation:.2g} (3)", "", "", "43.8"]
+    p = 2 * (1 - math.atan(7.0) / math.pi - 0.5)  # Student's t of 7 with one degree of freedom
+    assert rows[score, "EQ"] == ["132 ± 67 (2)", "-10.0, -15.0 %", f"p = {p:.2g}", "34.1"]
+    score = "FD-thumbnails of DiT-Ti/1, 1,500 steps"
+    assert rows[score, "EQ"][:2] == ["13.2 ± 6.7 (2)", "-10.0, -15.0 %"]
+    assert rows["FD-EfficientNet of DiT-Ti/1, 500 steps", "EQ"] == ["not run", "", "", ""]
+    assert rows["PSNR, dB", "EQ"] == ["22.5 (1)", "-0.5 dB", "", "25.95"]
+    assert rows["FD-EfficientNet of reconstructions", "EQ"] == ["90 (1)", "-2.2 %", "", ".82"]
+    assert rows["S", "EQ"] == ["0.45 (1)", "-2.2 %", "", ".15"]
+    assert "nearer: **not run in all seeds**" in part and "Not complete." in part
+    assert "core hours" in part and "; 9.0 core hours." in part  # 2 + 7 records of an hour
+
+
+def test_tables_stand_beside_the_papers_rows_of_theirs():
+    """The number of each arm in the paper's table, spelled out."""
+    expected = {
+        ("6", 0): dict(standard="43.5", untuned="43.8", eq="34.1"),
+        ("2", 0): dict(standard="33.0", eq="31.2"),
+        ("2", 1): dict(standard="7.9", eq="7.5"),
+        ("5", 0): dict(standard="43.5", eq="34.1", r="41.2", s="35.8", aniso="33.2"),
+        ("7", 0): dict(standard="43.5", eq="34.1", explicit="141.3", stop="134.7"),
+        ("8", 0): dict(standard="", p3="35.4", p5="34.1", p7="34.4"),
+        ("1", 0): dict(standard="64.1", eq="49.7"),
+        ("1", 1): dict(standard="6.8", eq="5.9"),
+        ("photographs", 0): dict(standard="", eq=""),
+    }
+    for (name, number), scores in expected.items():
+        table = reproduce.TABLES[name]
+        line = table.lines[number]
+        found = {arm: reproduce.paper_score(table, line, arm, "gFID") for arm in line.arms}
+        assert found == scores, name
+
+
+@pytest.mark.parametrize(
+    "changes, gains, says",
+    [
+        ((-3, -2, -1), True, "holds"),
+        ((-3, -2, -1), False, "does not hold"),
+        ((-9, -1, -1), True, "cannot be told at this scale"),  # the deviation is 4.6, the mean 3.7
+        ((-3, -2, 1), True, "cannot be told at this scale"),
+        ((1, 9, 1), True, "does not hold"),
+        ((1, 9, 1), False, "holds"),
+        ((-3, -2), True, "not run in all seeds"),
+    ],
+)
+def test_what_holds_is_told_by_the_plans_rule(changes, gains, says):
+    assert reproduce.verdict(changes, 3, gains) == says
+    assert "one seed" in reproduce.verdict((-3,), 1)
+
+
+def test_claims_are_of_the_last_steps_and_of_both_measures(write_distances, tmp_path):
+    write_distances("standard", 500, (100, 100, 100))
+    write_distances("standard", 1500, (100, 100, 100), (10, 10, 10))
+    write_distances("eq", 1500, (90, 80, 85), (9, 11, 10))
+    write_distances("untuned", 1500, (99, 98, 97), (9, 8, 9))
+    part = reported(tmp_path)["6"]
+    assert (
+        "- EQ gains beside Eq. 1 for as many steps: **holds** (EQ beside standard, DiT-Ti/1, 1,500 "
+        "steps: FD-EfficientNet -10.0, -20.0, -15.0 %). By FD-thumbnails: cannot be told at this "
+        "scale (-10.0, +10.0, +0.0 %)."
+    ) in part
+    claim = "- Eq. 1 for more steps gains nothing: **holds** (standard beside pretrained, "
+    assert f"{claim}DiT-Ti/1, 1,500 steps: FD-EfficientNet +1.0, +2.0, +3.1 %)" in part
+
+
+CURVE = {500: (100, 101, 99), 1000: (80, 81, 79), 1500: (60, 61, 59)}
+RISES = {500: (100, 100, 100), 1000: (60, 60, 60), 1500: (80, 80, 80)}
+
+
+@pytest.mark.parametrize(
+    "standard, eq, speed",
+    [
+        (CURVE, (90, 70, 50), "EQ is 1.2 times as fast (by seed: 1.2, 1.2, 1.2)]"),
+        (
+            CURVE,
+            (60, 55, 50),
+            "EQ is more than 3 times as fast (by seed: more than 3, more than 3,",
+        ),
+        (CURVE, (120, 110, 100), "EQ is less than 0.33 times as fast (by seed: less than 0.33,"),
+        (RISES, (70, 60, 50), "EQ is more than 1.5 times as fast (by seed: more than 1.5,"),
+    ],
+)
+def test_the_speed_up_and_the_curves_come_once_all_seeds_are_there(
+    drawn, write_distances, tmp_path, standard, eq, speed
+):
+    for (steps, distances), distance in zip(standard.items(), eq):
+        write_distances("eq", steps, (distance,) * 3)
+        write_distances("standard", steps, distances if steps < 1500 else distances[:2])
+    assert "Not complete." in reported(tmp_path)["gain"] and "gain-curves" not in drawn
+    write_distances("standard", 1500, (None, None, standard[1500][2]))
+    assert speed in reported(tmp_path)["gain"]
+    expected = {"standard": [], "EQ": []}
+    for (steps, distances), distance in zip(standard.items(), eq):
+        deviation = pytest.approx(np.std(distances, ddof=1), abs=1e-6)
+        expected["standard"].append((steps, np.mean(distances), deviation))
+        expected["EQ"].append((steps, distance, pytest.approx(0, abs=1e-6)))
+    assert curves_in(drawn["gain-curves"]) == expected
+    assert drawn["gain-curves"].axes[0].get_ylabel() == "FD-EfficientNet of samples"
+
+
+def test_samples_of_both_arms_are_drawn_once_they_are_made(drawn, tmp_path, monkeypatch):
+    """Those of photographs never are: their licence allows no copies."""
+    monkeypatch.chdir(tmp_path)
+    pictures = {}
+    for number, arm in enumerate(("standard", "eq")):
+        reported(tmp_path)
+        assert "gain-samples" not in drawn
+        pictures[arm] = np.full((13, 64, 64, 3), 100 * number, np.uint8)
+        pictures[arm][:, 0, 0, 0] = range(13)
+        for kind, steps in (("f8", 1500), ("elpv", 800)):
+            cell = reproduce.sampled(kind, arm, "dit", 0, steps)
+            cell.file.parent.mkdir(parents=True)
+            np.savez(cell.file, arr_0=pictures[arm])
+            cell.write_state(key=cell.key, done=True)
+    reported(tmp_path)
+    title, rows, _ = drawn["gain-samples"]
+    assert "1,500 steps, seed 0" in title and "photographs-samples" not in drawn
+    assert [label for label, _ in rows] == ["standard", "EQ"]
+    for (_, shown), expected in zip(rows, pictures.values()):
+        assert np.array_equal([np.asarray(picture) for picture in shown], expected[:12])
+
+
+def test_of_two_records_the_later_wins_and_those_of_other_commands_do_not_count(
+    write_score, write_distances, tmp_path
+):
+    write_distances("standard", 1500, (10,))
+    write_distances("eq", 1500, (7,))
+    write_distances("eq", 1500, (8,))
+    write_score("f8-eq-s1-dit-1500", key="old", **{"FD-EfficientNet": 123.4})
+    parts = reported(tmp_path)
+    found = rows_of(parts["gain"])["FD-EfficientNet of DiT-Ti/1, 1,500 steps", "EQ"]
+    assert found[:2] == ["8 (1)", "-20.0 %"]
+    assert "Not run." in parts["2"] and "Not run." in parts["photographs"]
+    total = (tmp_path / "README.md").read_text()
+    assert "All tables: 4.0 core hours." in total, "two hours for both, one for each"
+
+
+def test_the_report_keeps_what_stands_around_its_markers(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("# Title\n\n<!-- records -->\nold\n<!-- /records -->\n\nThe rest.\n")
+    reproduce.write_report(tmp_path)
+    text = page.read_text()
+    assert text.startswith("# Title\n\n<!-- records -->") and text.endswith("\n\nThe rest.\n")
+    assert "old" not in text
+    page.write_text("# Title\n")
+    with pytest.raises(SystemExit, match="wanted: one line <!-- records -->"):
+        reproduce.write_report(tmp_path)
+    assert page.read_text() == "# Title\n"
+
+
+# ==================================================================================================
+# data/elpv, and the documents
+
+
+def test_photographs_are_written_by_class_and_every_eighth_is_held_out(tmp_path):
+    """From a stand-in for the package: 16 pictures of one grey each, twice as large."""
+    data = tmp_path / "elpv_dataset" / "data"
+    (data / "images").mkdir(parents=True)
+    (tmp_path / "elpv_dataset" / "__init__.py").touch()
+    lines = []
+    for number in range(16):
+        name = f"images/cell{number:04d}.png"
+        Image.new("L", (128, 128), 10 * number).save(data / name)
+        defect = ("0.0", "0.3333333333333333")[number % 2]
+        lines.append(f"{name}  {defect}   {('mono', 'poly')[number // 8]}")
+    (data / "labels.csv").write_text("\n".join(lines) + "\n")
+    script = ROOT / "data" / "elpv" / "prepare.py"
+    command = [sys.executable, script, "--out", tmp_path / "out"]
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    for says in ("16 pictures in train and val", "already there"):
+        done = subprocess.run(command, env=environment, text=True, capture_output=True)
+        assert says in done.stdout, done.stderr
+    found = {}
+    for file in (tmp_path / "out").rglob("*.png"):
+        with Image.open(file) as picture:
+            assert picture.size == (64, 64)
+            found[str(file.relative_to(tmp_path / "out"))] = picture.getpixel((9, 9))
+    expected = {}
+    for number in range(16):
+        folder = f"{('mono', 'poly')[number // 8]}-{(0, 33)[number % 2]}"
+        part = "train" if number % 8 else "val"
+        expected[f"{part}/{folder}/cell{number:04d}.png"] = 10 * number
+    assert found == expected
+
+
+def test_every_recipe_is_understood(only_parse, capsys):
+    scripts = SCRIPTS | {"results/figures": figures, "results/report": report}
+    spans = re.findall(r"`([\w/]+)\.py( [^`\n]*)?`", (RESULTS / "recipes.md").read_text())
+    recipes = [(script, words) for script, words in spans if script in scripts]
+    for script, words in recipes:
+        with pytest.raises(Parsed):
+            run(scripts[script].main, *words.split())
+    assert len(recipes) > 70
+
+
+def test_the_small_readme_has_the_tables_of_its_records(tmp_path):
+    shutil.copy(RESULTS / "small" / "records.jsonl", tmp_path)
+    reproduce.write_report(tmp_path)
+    tables_alone = (tmp_path / "README.md").read_text().strip()
+    assert tables_alone in (RESULTS / "small" / "README.md").read_text()
+
+
+def test_no_text_or_record_holds_a_path_of_a_machine():
+    files = [file for file in RESULTS.rglob("*") if file.suffix in (".json", ".jsonl", ".md")]
+    assert len(files) > 12
+    for file in files:
+        assert not re.search(r"(?<![\w.])/(tmp|home|root|work|Users)/", file.read_text()), file
