@@ -74,7 +74,7 @@ def times_in_turns(args, tau, precision, released, device):
         tempfile.TemporaryDirectory() as folder,
         patch.object(vae, "benchmark", short_run),
         patch.object(vae, "step_rngs", released_step_first),
-        patch.object(vae, "draw_transform", lambda *_: (identity_transform(tau.grid), tau)),
+        patch.object(vae, "draw_transforms", lambda *_: (identity_transform(tau.grid), tau, None)),
         patch.object(sys, "argv", command(args, folder, precision)),
     ):
         vae.main()
