@@ -1,13 +1,18 @@
-"""What the scripts of this folder share: weights that need no file, comparing, timing, records.
+"""What the scripts of this folder share: the command line, weights that need no file, comparing,
+training steps, timing, records.
 
 Importing it puts the files of this project on Python's path.
 """
 
+import argparse
+import itertools
 import json
+import math
 import os
 import platform
 import sys
 import time
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import vae  # noqa: E402
+
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")  # what the tests compare with
 
 
@@ -36,6 +44,19 @@ def formula(network):
             width = 1.4 / p[0].numel() ** 0.5
         p.copy_(wave * width)
     return network.eval()
+
+
+def same_weights(ours, theirs):
+    """-> the two networks with the same redrawn weights, in eval mode."""
+    formula(ours)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs.eval()
+
+
+def waves(k, *shape, power=1.0):
+    """sin(k n), or of a power of n: numbers that look random and need no file."""
+    places = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(k * places**power).reshape(shape).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,6 +114,50 @@ def print_golden(part, found):
 
 
 # --------------------------------------------------------------------------------------------------
+# Training steps of the generators, from the latents or tokens on. loss: () -> a scalar
+
+
+def our_step(network, loss, clip=False, average=True, **options):
+    """-> a function that takes a step as our train() does; `options` are AdamW's."""
+    parameters = vae.trainable_parameters(network)
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True, **options)
+    ema = vae.start_ema(network, 0.9999 if average else 0, None, parameters[0].device)
+    numbers = itertools.count()
+
+    def step():
+        loss().backward()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad()
+        vae.update_ema(ema, network, 0.9999, next(numbers))
+
+    return step
+
+
+def official_step(network, loss, clip=False, average=True, **options):
+    """-> a function that takes a step as the official train.py does, whose average of the weights
+    goes parameter by parameter."""
+    parameters = vae.trainable_parameters(network)
+    optimizer = torch.optim.AdamW(parameters, 1e-4, **options)
+    ema = deepcopy(network).requires_grad_(False)
+
+    def step():
+        loss().backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:
+            for old, p in zip(ema.parameters(), network.parameters()):
+                old.data.mul_(0.9999).add_(p.data, alpha=1e-4)
+
+    return step
+
+
+# --------------------------------------------------------------------------------------------------
 # Timing
 
 
@@ -110,25 +175,21 @@ def now(device):
     return time.perf_counter()
 
 
-def seconds(step, device):
-    """The time that a function takes, with all that it leaves to a GPU."""
-    started = now(device)
-    step()
-    return now(device) - started
-
-
-def in_turns(ours, official, rounds, device):
+def in_turns(ours, official, rounds, device, clock=now, warm_up=True):
     """Times two functions, one after the other, in both orders by turns: -> compared_times()."""
     steps = (ours, official)
-    for step in steps:
-        step()
+    if warm_up:
+        for step in steps:
+            step()
     times = np.zeros((rounds, 2))
     for k in range(rounds):
         order = (0, 1)
         if k % 2:
             order = (1, 0)
         for i in order:
-            times[k, i] = seconds(steps[i], device)
+            started = clock(device)
+            steps[i]()
+            times[k, i] = clock(device) - started
     return compared_times(times)
 
 
@@ -148,7 +209,35 @@ def compared_times(times):
 
 
 # --------------------------------------------------------------------------------------------------
-# Records
+# The command line and the records
+
+
+def make_parser(description, parts, rounds=None):
+    """The flags that the scripts share. `rounds` is None where nothing is timed by rounds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", default=",".join(parts), help="some of %(default)s")
+    add("--record", help="JSON file to write; parts of it that are not measured stay")
+    if rounds:
+        add("--rounds", type=int, default=rounds, help="of timing")
+    return parser
+
+
+def compare_with_official(parser, load_official, parts, golden=None):
+    """Measures the parts after load_official() has imported the official code from --official's
+    folder. `golden` is what --golden calls instead."""
+    add = parser.add_argument
+    add("--official", default="official", type=Path, help="folder of the official repositories")
+    if golden:
+        add("--golden", action="store_true", help="only print the numbers that golden.json has")
+    args = parser.parse_args()
+    load_official(args.official)
+    if golden and args.golden:
+        golden()
+    else:
+        measure(args, parts)
 
 
 def about(device, packages=("torch",)):
@@ -168,12 +257,12 @@ def about(device, packages=("torch",)):
 
 def measure(args, parts):
     """Measures the parts that --parts names, prints them, and writes them to --record, where the
-    others stay as they are. parts: name -> a function without arguments."""
+    others stay as they are. parts: name -> a function of args."""
     record = {}
     if args.record and os.path.exists(args.record):
         record = json.loads(Path(args.record).read_text())
     for name in args.parts.split(","):
-        record[name] = parts[name]()
+        record[name] = parts[name](args)
         print(name, json.dumps(record[name], indent=1))
         if args.record:
             Path(args.record).write_text(json.dumps(record, indent=1) + "\n")

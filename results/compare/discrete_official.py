@@ -14,24 +14,25 @@ codes and tokens it counts how many differ. `--golden` prints the official numbe
 holds. Training steps, tokenising and decoding are timed in turns, from the same weights, in fp32.
 """
 
-import argparse
 import contextlib
+import functools
 import importlib
-import math
 import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
+import beside  # also puts our files on the path
 import numpy as np
 import torch
-from beside import (  # also puts our files on the path
+from beside import (
+    CPU,
     Differences,
     about,
+    compare_with_official,
     formula,
     in_turns,
-    measure,
+    make_parser,
     print_golden,
 )
 
@@ -39,7 +40,6 @@ import maskgit
 import vae
 import vqgan
 
-CPU = torch.device("cpu")
 # Small networks for the tests: a VQ-GAN and a MaskGIT on its codes
 SMALL = dict(
     ch=32,
@@ -57,6 +57,7 @@ BASE = dict(maskgit.CONFIGS["MaskGIT-B"], input_size=16, codebook_size=1024, num
 GAN_WEIGHT = 0.8  # of taming's imagenet_vqgan.yaml
 
 official = SimpleNamespace()
+waves = functools.partial(beside.waves, power=1.5)
 cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)  # as in v1.0's trainer
 
 
@@ -83,11 +84,6 @@ def load_official(root):
     official.MaskGIT = trainer.MaskGIT
     official.Transformer = trainer.MaskTransformer
     torch.cuda.amp.autocast = contextlib.nullcontext
-
-
-def waves(k, *shape):
-    places = torch.arange(math.prod(shape), dtype=torch.float64)
-    return torch.sin(k * places**1.5).reshape(shape).float()
 
 
 # ==================================================================================================
@@ -167,7 +163,7 @@ def autoencoder_parameters(network):
 # Parity
 
 
-def parity():
+def parity(args):
     found = Differences()
     generator = torch.Generator().manual_seed(0)
     in_use = compare_vqgans(found, generator)
@@ -283,16 +279,19 @@ def our_backward(model, discriminator, x):
     quantised, _, codebook_loss = model.quantize(model.features(x))
     reconstruction = model.decode(quantised)
     l1 = (x - reconstruction).abs().mean()
-    nll = l1 + Squares()(x, reconstruction).mean()
+    rec_loss = l1 + Squares()(x, reconstruction).mean()
     g_loss = -discriminator(reconstruction).mean()
-    last_layer = model.decoder.conv_out.weight
-    gradient, gan_gradient, weight, _ = vae.adversarial_gradients(
-        nll, g_loss, reconstruction, last_layer, GAN_WEIGHT
-    )
-    gradient = gradient + weight * gan_gradient
     d_loss = vae.hinge_loss(discriminator(x), discriminator(reconstruction.detach()))
     d_loss.backward()
-    ((gradient * reconstruction).sum() + codebook_loss).backward()
+    gradient, _ = vae.loss_gradient(
+        rec_loss,
+        g_loss,
+        reconstruction,
+        model.decoder.conv_out.weight,
+        GAN_WEIGHT,
+        gan_acts=True,
+    )
+    vae.backward_from(reconstruction, gradient, codebook_loss, share=1)
 
 
 @torch.no_grad()
@@ -304,7 +303,7 @@ def compare_files(found, ours, theirs, discriminator, x):
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = dict(arch="VQGAN", config=ours.config, model=ours.state_dict(), ema=None)
         checkpoint |= dict(disc=discriminator.state_dict(), step=0, args={}, latent=None)
-        vae.save_checkpoint(f"{folder}/ours.pt", checkpoint)
+        torch.save(checkpoint, f"{folder}/ours.pt")
         exported = f"{folder}/exported"
         vqgan.export(SimpleNamespace(init=f"{folder}/ours.pt", model=None, export=exported))
 
@@ -366,7 +365,8 @@ def compare_masks(found, name, model, tokens, r):
     k = model.config["codebook_size"]
     square = (len(tokens), side, side)
     for schedule in ("cosine", "arccos"):
-        mask = r[:, 1:] < maskgit.mask_ratio(r[:, :1], schedule)
+        ratio, _ = maskgit.MASK_SCHEDULES[schedule]
+        mask = r[:, 1:] < ratio(r[:, :1])
         masked = tokens.masked_fill(mask, k)
         draws = iter((r[:, 0], r[:, 1:].view(square)))
         with patch("torch.rand", lambda *_, draws=draws, **__: next(draws)):
@@ -520,8 +520,8 @@ def golden():
 # Speed
 
 
-def speed(rounds):
-    record = vqgan_speed(rounds) | maskgit_speed(rounds)
+def speed(args):
+    record = vqgan_speed(args.rounds) | maskgit_speed(args.rounds)
     return record | dict(about=about(CPU))
 
 
@@ -531,7 +531,18 @@ def vqgan_speed(rounds):
     ours, theirs = vq_pair(vqgan.CONFIGS["f16-1024"], x)
     with torch.no_grad():
         tokenising = in_turns(lambda: ours.encode(large), lambda: theirs.encode(large), rounds, CPU)
-    alone = in_turns(our_reconstruction(ours, x), official_reconstruction(theirs, x), rounds, CPU)
+
+    def forward(x):
+        quantised, _, codebook_loss = ours.quantize(ours.features(x))
+        return ours.decode(quantised), codebook_loss
+
+    their_parameters = list(autoencoder_parameters(theirs).values())
+    alone = in_turns(
+        reconstruction_step(forward, ours.parameters(), x, fused=True),
+        reconstruction_step(theirs, their_parameters, x),
+        rounds,
+        CPU,
+    )
     gan = in_turns(our_gan_step(ours, x), official_gan_step(theirs, x), rounds, CPU)
     return {
         "f16-1024 at 64 px, step without discriminator": alone,
@@ -550,22 +561,13 @@ def update(*optimizers):
         optimizer.zero_grad()
 
 
-def our_reconstruction(model, x):
-    optimizer = adam(model.parameters(), fused=True)
+def reconstruction_step(forward, parameters, x, fused=None):
+    """-> a function that takes a step without LPIPS and GAN. forward: x -> (pictures, codebook's
+    loss)"""
+    optimizer = adam(parameters, fused)
 
     def step():
-        quantised, _, codebook_loss = model.quantize(model.features(x))
-        ((x - model.decode(quantised)).abs().mean() + codebook_loss).backward()
-        update(optimizer)
-
-    return step
-
-
-def official_reconstruction(network, x):
-    optimizer = adam(list(autoencoder_parameters(network).values()))
-
-    def step():
-        reconstruction, codebook_loss = network(x)
+        reconstruction, codebook_loss = forward(x)
         ((x - reconstruction).abs().mean() + codebook_loss).backward()
         update(optimizer)
 
@@ -614,67 +616,41 @@ def maskgit_speed(rounds):
         rounds,
         CPU,
     )
-    steps = (our_git_step(ours, tokens, labels), official_git_step(theirs, tokens, labels))
+    steps = git_steps(ours.train(), theirs.train(), tokens, labels)
     return {
         "MaskGIT of 6 blocks, step": in_turns(*steps, rounds, CPU),
         "MaskGIT of 6 blocks, 8 steps of decoding, w 3": decoding,
     }
 
 
-def our_git_step(model, tokens, labels):
-    """-> a function that takes a step as maskgit.train() does, from the tokens on."""
-    model.train()
-    parameters = vae.trainable_parameters(model)
-    options = dict(betas=(0.9, 0.96), weight_decay=1e-5)
-    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True, **options)
-
-    def step():
-        uniform = torch.rand(len(tokens), 2 + tokens.shape[1])
-        mask = uniform[:, 2:] < maskgit.mask_ratio(uniform[:, :1])
-        y = torch.where(uniform[:, 1] < maskgit.LABEL_DROP, 1000, labels)
-        logits = model(tokens.masked_fill(mask, 1024), y)
-        maskgit.token_losses(logits, tokens).mean().backward()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-        update(optimizer)
-
-    return step
-
-
-def official_git_step(network, tokens, labels):
-    network.train()
-    options = dict(betas=(0.9, 0.96), weight_decay=1e-5)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, **options)
+def git_steps(ours, theirs, tokens, labels):
+    """-> two functions that take a step each, from the tokens on: as maskgit.train() does, and as
+    v1.0's trainer."""
     square = tokens.view(-1, 16, 16)
+    masked_share, _ = maskgit.MASK_SCHEDULES["arccos"]
 
-    def step():
+    def loss():
+        uniform = torch.rand(len(tokens), 2 + tokens.shape[1])
+        mask = uniform[:, 2:] < masked_share(uniform[:, :1])
+        y = torch.where(uniform[:, 1] < maskgit.LABEL_DROP, 1000, labels)
+        logits = ours(tokens.masked_fill(mask, 1024), y)
+        return maskgit.token_losses(logits, tokens).mean()
+
+    def their_loss():
         masked, _ = official.MaskGIT.get_mask_code(square, value=1024, codebook_size=1024)
-        logits = network(masked, labels, drop_label=torch.rand(len(labels)) < 0.1)
-        cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        update(optimizer)
+        logits = theirs(masked, labels, drop_label=torch.rand(len(labels)) < 0.1)
+        return cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
-    return step
+    options = dict(clip=True, average=False, betas=(0.9, 0.96), weight_decay=1e-5)
+    return (
+        beside.our_step(ours, loss, **options),
+        beside.official_step(theirs, their_loss, **options),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--official", required=True, type=Path, help="folder of the two official repositories"
-    )
-    parser.add_argument("--parts", default="parity,speed")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--golden", action="store_true", help="print the official numbers")
-    parser.add_argument("--record", help="parts of it that are not measured stay")
-    args = parser.parse_args()
-    load_official(args.official)
-    if args.golden:
-        golden()
-        return
-    measure(args, dict(parity=parity, speed=lambda: speed(args.rounds)))
+    parts = dict(parity=parity, speed=speed)
+    compare_with_official(make_parser(__doc__, parts, rounds=7), load_official, parts, golden)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,35 @@
 """dit.py beside the official DiT code: the same weights give the same numbers; speed.
 
-    git clone https://github.com/facebookresearch/DiT
+    git clone https://github.com/facebookresearch/DiT official/DiT
     pip install timm
-    python results/compare/dit_official.py --dit DiT --record results/dit_official.json
+    python results/compare/dit_official.py --official official --record results/dit_official.json
 
 Parity draws every parameter anew, since a new DiT is the zero function. It compares the forward
 pass, guidance, the terms of the loss, steps of DDPM and DDIM, and all respacings. `--golden` prints
 the official numbers that test_all.py holds. Training steps (forward, loss, backward, AdamW, average
-of the weights) are taken in turns, on the same latents and in fp32. The cache is timed beside the
-bare encoder that fills it, and training from it beside training that encodes with SD-VAE.
+of the weights) are taken in turns, on the same latents and in fp32. What the cache of latents gains
+is told by dit.py's own --bench, with and without --no-cache.
 """
 
-import argparse
-import itertools
 import sys
-import tempfile
-from collections import OrderedDict
-from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from beside import (  # also puts our files on the path
+    CPU,
     Differences,
     about,
     best_device,
-    formula,
+    compare_with_official,
+    formula,  # noqa: F401  test_all.py takes it from here
     in_turns,
-    measure,
-    now,
+    make_parser,
+    official_step,
+    our_step,
     print_golden,
-    seconds,
+    same_weights,
+    waves,
 )
-from PIL import Image
 
 import dit
 import vae
@@ -42,9 +38,9 @@ official = SimpleNamespace()
 
 
 def load_official(root):
-    """Imports the official code from a folder."""
+    """Imports the official code from the folder in `root`."""
     vae.import_lpips()  # mends torchvision beside a CPU torch, for timm
-    sys.path.insert(0, str(root))
+    sys.path.insert(0, str(root / "DiT"))
     import diffusion
     import models
 
@@ -56,10 +52,7 @@ def load_official(root):
 
 def pair(**config):
     """(our DiT, the official one) with the same redrawn weights."""
-    ours = formula(dit.DiT(**config))
-    theirs = official.DiT(**config).eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    return same_weights(dit.DiT(**config), official.DiT(**config))
 
 
 # ==================================================================================================
@@ -67,7 +60,7 @@ def pair(**config):
 
 
 @torch.no_grad()
-def parity():
+def parity(args):
     found = Differences()
     generator = torch.Generator().manual_seed(0)
     for name in ("DiT-S/2", "DiT-B/2", "DiT-B/1", "DiT-XL/2"):
@@ -84,17 +77,15 @@ def parity():
         largest_relative_difference=found.largest,
         keys_and_parameters=compare_shapes(),
         respacings_2_to_1000_equal=compare_respacings(),
-        about=about(torch.device("cpu"), ("torch", "timm")),
+        about=about(CPU, ("torch", "timm")),
     )
 
 
 def compare_network(found, ours, theirs, x, t, y):
     found.add("forward", ours(x, t, y), theirs(x, t, y))
+    null = torch.full_like(y, 1000)
     doubled = theirs.forward_with_cfg(
-        torch.cat([x, x]),
-        torch.cat([t, t]),
-        torch.cat([y, torch.full_like(y, 1000)]),
-        4,
+        torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale=4
     )
     guided = dit.guided(ours, 1000, 4.0, channels=3)
     found.add("three guided channels", guided(x, t, y, 0.5), doubled[:3])
@@ -158,7 +149,7 @@ def golden():
     """What the official code computes for a small network of formula()'s weights."""
     size = dict(hidden_size=48, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
     _, network = pair(**size)
-    x = torch.sin(torch.arange(3 * 4 * 8 * 8, dtype=torch.float64)).reshape(3, 4, 8, 8).float()
+    x = waves(1, 3, 4, 8, 8)
     noise = x.flip(0).roll(5, 3)
     t = torch.tensor([0, 500, 999])
     y = torch.tensor([0, 7, 10])
@@ -181,171 +172,44 @@ def golden():
 # A training step
 
 
-def training_step(args, device):
+def training_step(args):
+    device = best_device()
     record = {}
     for name in ("DiT-S/2", "DiT-B/2"):
         x0 = torch.randn(args.batch_size, 4, 32, 32, device=device)
         t = torch.randint(1000, (args.batch_size,), device=device)
         y = torch.randint(1000, (args.batch_size,), device=device)
-        steps = [make(name, x0, t, y) for make in (our_step, official_step)]
+        steps = steps_of(name, x0, t, y)
         record[name] = in_turns(*steps, args.rounds, device)
         record[name] |= dict(batch=args.batch_size, precision="fp32")
-    record["about"] = about(device, ("torch", "timm"))
-    return record
+    return record | dict(about=about(device, ("torch", "timm")))
 
 
-def our_step(name, x0, t, y):
-    """-> a function that takes a step as dit.train() does, from the latents on."""
+def steps_of(name, x0, t, y):
+    """-> two functions that take a step each, from the latents on: ours and the official one."""
     network = dit.DiT(**dit.CONFIGS[name]).to(x0.device)
-    parameters = vae.trainable_parameters(network)
-    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0, fused=True)
-    ema = vae.start_average(network, 0.9999, None, x0.device)
     diffusion = dit.GaussianDiffusion(device=x0.device)
-    numbers = itertools.count()
+    their_network = official.DiT_models[name]().to(x0.device)
+    their_diffusion = official.create_diffusion("")
 
-    def step():
+    def loss():
         noise = torch.randn_like(x0)
         x = diffusion.add_noise(x0, t, noise)
         mse, vb = diffusion.losses(network(x, t, y), x0, x, t, noise)
-        (mse.mean() + vb.mean()).backward()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-        optimizer.step()
-        optimizer.zero_grad()
-        vae.update_average(ema, network, 0.9999, next(numbers))
+        return mse.mean() + vb.mean()
 
-    return step
+    def their_loss():
+        return their_diffusion.training_losses(their_network, x0, t, dict(y=y))["loss"].mean()
 
-
-def official_step(name, x0, t, y):
-    """-> a function that takes a step as the official train.py does, from the latents on."""
-    network = official.DiT_models[name]().to(x0.device)
-    ema = deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=0)
-    diffusion = official.create_diffusion("")
-
-    def step():
-        loss = diffusion.training_losses(network, x0, t, dict(y=y))["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        update_official_average(ema, network)
-
-    return step
-
-
-@torch.no_grad()
-def update_official_average(ema, network):
-    """As their update_ema(), parameter by parameter."""
-    averages = OrderedDict(ema.named_parameters())
-    for name, p in network.named_parameters():
-        averages[name].mul_(0.9999).add_(p.data, alpha=1e-4)
-
-
-# ==================================================================================================
-# The cache of latents
-
-
-def cache(args, device, images=16):
-    """Images a second: the bare encoder on images and mirror images, the filling of the cache, and
-    training with and without it."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder, "data"), images)
-        write_autoencoder(Path(folder, "sd.pt"))
-        parser, *_ = dit.arguments(__doc__, dit.CONFIGS, "dit.pt")
-        words = ["--vae", f"{folder}/sd.pt", "--data", f"{folder}/data", "--workers", "0"]
-        options = parser.parse_args([*words, "--micro-batch", str(args.batch_size)])
-        autoencoder, where = dit.load_latent_space(options, None, device)
-        pictures = vae.ImageFolder(options.data, autoencoder.image_size, mirror=True)
-
-        encoder = encoder_speed(autoencoder, pictures, args.batch_size, device)
-        started = now(device)
-        latents = dit.latent_data(options, 0, 1, device, autoencoder, where, pictures)
-        filling = images / (now(device) - started)
-        online = training_speed(pictures, autoencoder, args.batch_size, device)
-        cached = training_speed(latents, autoencoder, args.batch_size, device)
-    return dict(
-        model="DiT-B/2 on SD-VAE's latents of 256 px",
-        batch=args.batch_size,
-        images=images,
-        encoder_images_per_second=encoder,
-        filling_images_per_second=filling,
-        filling_to_encoder=filling / encoder,
-        training_images_per_second=dict(online=online, cached=cached),
-        cached_to_online=cached / online,
-        about=about(device),
-    )
-
-
-def write_pictures(folder, n):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for k in range(n):
-        pixels = rng.integers(0, 256, (300, 280, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-
-
-def write_autoencoder(path):
-    """A checkpoint of SD-VAE with new weights."""
-    model = vae.AutoencoderKL(**vae.CONFIGS["sd"])
-    checkpoint = dict(arch="AutoencoderKL", config=model.config, model=model.state_dict())
-    checkpoint |= dict(ema=None, disc=None, step=0, args={}, latent=dict(scale=0.18215, shift=0.0))
-    vae.save_checkpoint(path, checkpoint)
-
-
-@torch.no_grad()
-def encoder_speed(autoencoder, pictures, batch, device):
-    x = torch.stack([pictures[k][0] for k in range(batch)])
-    x = vae.to_float(x, device)
-
-    def encode():
-        autoencoder.encode(x)
-        autoencoder.encode(x.flip(3))
-
-    times = [seconds(encode, device) for _ in range(1 + len(pictures) // batch)]
-    return batch / np.mean(times[1:])  # the first warms up
-
-
-def training_speed(data, autoencoder, batch, device):
-    network = dit.DiT(**dit.CONFIGS["DiT-B/2"]).to(device)
-    diffusion = dit.GaussianDiffusion(device=device)
-
-    def step():
-        latents = torch.stack([data[0, k][0] for k in range(batch)])
-        mean, std = dit.moments(latents, autoencoder, device)
-        x0 = autoencoder.normalize(mean + std * torch.randn_like(mean))
-        t = torch.randint(1000, (batch,), device=device)
-        noise = torch.randn_like(x0)
-        x = diffusion.add_noise(x0, t, noise)
-        mse, vb = diffusion.losses(network(x, t, torch.zeros_like(t)), x0, x, t, noise)
-        (mse.mean() + vb.mean()).backward()
-
-    times = [seconds(step, device) for _ in range(3)]
-    return batch / np.mean(times[1:])
+    options = dict(weight_decay=0)
+    return our_step(network, loss, **options), official_step(their_network, their_loss, **options)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dit", required=True, help="folder of the official repository")
-    parser.add_argument("--parts", default="parity,training_step,cache")
+    parts = dict(parity=parity, training_step=training_step)
+    parser = make_parser(__doc__, parts, rounds=9)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--golden", action="store_true", help="print the official numbers")
-    parser.add_argument("--record", help="parts of it that are not measured stay")
-    args = parser.parse_args()
-    load_official(args.dit)
-    if args.golden:
-        golden()
-        return
-    device = best_device()
-    parts = dict(
-        parity=parity,
-        training_step=lambda: training_step(args, device),
-        cache=lambda: cache(args, device),
-    )
-    measure(args, parts)
+    compare_with_official(parser, load_official, parts, golden)
 
 
 if __name__ == "__main__":

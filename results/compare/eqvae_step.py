@@ -1,10 +1,9 @@
 """A training step of vae.py (autoencoder and discriminator) beside the released EQ-VAE code: speed.
 
-    git clone https://github.com/zelaki/eqvae
-    git clone https://github.com/CompVis/taming-transformers
+    git clone https://github.com/zelaki/eqvae official/eqvae
+    git clone https://github.com/CompVis/taming-transformers official/taming
     pip install einops
-    python results/compare/eqvae_step.py --eqvae eqvae --taming taming-transformers \\
-        --record results/eqvae_step.json
+    python results/compare/eqvae_step.py --official official --record results/eqvae_step.json
 
 Both train the full-size SD-VAE (84M) with L1, LPIPS on a VGG16 with random weights, KL and the
 hinge GAN, under one and the same tau: "eq" is the scale 0.5 with a quarter turn, "standard" the
@@ -15,7 +14,6 @@ vae.py trains as its users run it, in the precision that it picks by itself and 
 of its steps the released procedure takes one, so both meet the same machine.
 """
 
-import argparse
 import random
 import sys
 import tempfile
@@ -28,8 +26,9 @@ import torch
 from beside import (  # also puts our files on the path
     about,
     best_device,
+    compare_with_official,
     compared_times,
-    measure,
+    make_parser,
     now,
 )
 from PIL import Image
@@ -41,8 +40,9 @@ STEPS = 20
 WARM_UP = 3  # steps before these, which are not counted
 
 
-def compare(args, name, device):
+def compare(args, name):
     """-> {precision: times of both}."""
+    device = best_device()
     grid = (args.image_size // 8, args.image_size // 8)
     tau = identity_transform(grid)
     scale = None
@@ -61,20 +61,20 @@ def compare(args, name, device):
 def times_in_turns(args, tau, precision, released, device):
     """-> seconds (STEPS, 2) of vae.py's steps and of the released procedure's."""
     moments = []  # when our step ends, the released one ends, our step ends, ...
-    generators = vae.generators
+    step_rngs = vae.step_rngs
 
     def released_step_first(seed, step, device):
-        """In the place of vae.generators(), with which each of our steps begins."""
+        """In the place of vae.step_rngs(), with which each of our steps begins."""
         moments.append(now(device))
         released()
         moments.append(now(device))
-        return generators(seed, step, device)
+        return step_rngs(seed, step, device)
 
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(vae, "benchmark", short_run),
-        patch.object(vae, "generators", released_step_first),
-        patch.object(vae, "draw_transform", lambda *_: (identity_transform(tau.grid), tau, None)),
+        patch.object(vae, "step_rngs", released_step_first),
+        patch.object(vae, "draw_transforms", lambda *_: (identity_transform(tau.grid), tau, None)),
         patch.object(sys, "argv", command(args, folder, precision)),
     ):
         vae.main()
@@ -107,12 +107,12 @@ def command(args, folder, precision):
 # The released procedure
 
 
-def load_released(args):
+def load_released(official):
     """Imports the released code and taming's, and gives its LPIPS random weights."""
     lightning = types.ModuleType("pytorch_lightning")
     lightning.LightningModule = torch.nn.Module
     sys.modules.setdefault("pytorch_lightning", lightning)
-    sys.path[:0] = [str(Path(args.eqvae, "train_eqvae")), str(Path(args.taming))]
+    sys.path[:0] = [str(official / "eqvae/train_eqvae"), str(official / "taming")]
     vae.import_lpips()  # mends torchvision where it is built for another torch
     import taming.modules.losses.lpips as lpips
     import torchvision
@@ -179,23 +179,14 @@ def released_model(scale, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parts = dict(
+        eq=lambda args: compare(args, "eq"),
+        standard=lambda args: compare(args, "standard"),
     )
-    parser.add_argument("--eqvae", required=True, help="folder of zelaki/eqvae")
-    parser.add_argument("--taming", required=True, help="folder of CompVis/taming-transformers")
-    parser.add_argument("--parts", default="eq,standard")
+    parser = make_parser(__doc__, parts)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--record", help="parts of it that are not measured stay")
-    args = parser.parse_args()
-    load_released(args)
-    device = best_device()
-    parts = dict(
-        eq=lambda: compare(args, "eq", device),
-        standard=lambda: compare(args, "standard", device),
-    )
-    measure(args, parts)
+    compare_with_official(parser, load_released, parts)
 
 
 if __name__ == "__main__":

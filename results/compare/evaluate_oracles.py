@@ -25,19 +25,17 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from unittest import mock
 
 import numpy as np
 import torch
-from beside import about, compared_times, measure  # also puts our files on the path
+from beside import CPU, about, in_turns, make_parser, measure  # also puts our files on the path
 from PIL import Image
 
 import evaluate
 import vae
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-CPU = torch.device("cpu")
 PACKAGES = (
     "torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "pytorch-fid",
     "scikit-dimension",
@@ -219,10 +217,17 @@ def speed(args, scratch, weights):
     folders = [f"{scratch}/one", f"{scratch}/two"]
     for k, folder in enumerate(folders):
         draw_pictures(folder, args.speed_images, 256, args.seed + k, 30)
-    disk, _ = turns(
-        args.rounds,
+
+    def now(device):  # on the wall's clock: torch-fidelity reads in processes of its own
+        return time.perf_counter()
+
+    disk = in_turns(
         lambda: our_features(folders, weights),
         lambda: torch_fidelitys_features(folders, weights),
+        args.rounds,
+        CPU,
+        clock=now,
+        warm_up=False,
     )
     disk |= dict(
         pictures=2 * args.speed_images,
@@ -231,29 +236,18 @@ def speed(args, scratch, weights):
         theirs="torch-fidelity, batch 64: weights, PNG in its own worker processes, pooled, logits",
     )
     statistics = like_features(args.seed)
-    distance, values = turns(
-        args.rounds,
-        lambda: evaluate.frechet_distance(*statistics),
-        lambda: distance_by_sqrtm(*[part.numpy() for part in statistics]),
-    )
-    distance |= dict(d=2048, theirs="sqrtm", distance=values[0])
-    distance |= dict(absolute_difference=abs(values[0] - values[1]))
+    values = {}
+
+    def ours():
+        values["ours"] = evaluate.frechet_distance(*statistics)
+
+    def theirs():
+        values["theirs"] = distance_by_sqrtm(*[part.numpy() for part in statistics])
+
+    distance = in_turns(ours, theirs, args.rounds, CPU, clock=now, warm_up=False)
+    distance |= dict(d=2048, theirs="sqrtm", distance=values["ours"])
+    distance |= dict(absolute_difference=abs(values["ours"] - values["theirs"]))
     return dict(disk_to_features=disk, frechet_distance=distance)
-
-
-def turns(rounds, *functions):
-    """Ours and theirs, one after the other, not warmed up -> (their times, what they returned).
-
-    Seconds on the wall's clock: torch-fidelity reads pictures in processes of its own.
-    """
-    times = np.zeros((rounds, 2))
-    values = [None, None]
-    for k in range(rounds):
-        for i, function in enumerate(functions):
-            started = time.perf_counter()
-            values[i] = function()
-            times[k, i] = time.perf_counter() - started
-    return compared_times(times), values
 
 
 def our_features(folders, weights):
@@ -312,46 +306,32 @@ def distance_by_sqrtm(mean1, cov1, mean2, cov2):
 # ==================================================================================================
 # Memory
 
-KINDS = (
-    "GiB, peaks. RssAnon: a process's own; RssFile: of mapped files, which the kernel takes back "
-    "when it needs memory; VmHWM: the two together; ru_maxrss: the same, but never below that of "
-    "the process that started it"
-)
-
 
 def memory(args, scratch, weights):
+    """Peaks of fresh processes, in GiB, as the kernel tells them (VmHWM)."""
     n = args.memory_images
-    result = dict(kinds=KINDS)
-    result["precision_recall"] = watch(args, scratch, "precision_recall", n)
-    result["precision_recall"] |= dict(dimensions=2048)
+    result = dict(precision_recall=in_fresh_process(args, scratch, "precision_recall", n))
     statistics = {}
     for names, d in ((("mu", "sigma"), 2048), (("mu_s", "sigma_s"), 2023)):
         statistics.update(zip(names, moments(torch.randn(4096, d).relu())))
     cases = (
         ("samples", n, "stand-in of equal widths"),
-        ("true_forward", 128, "Inception's own"),
+        ("true_forward", min(n, 128), "Inception's own"),
     )
     for what, count, forward in cases:
         write_pictures(f"{scratch}/samples.npz", count, args.seed)
         write_pictures(f"{scratch}/reference.npz", count // 5, args.seed + 1, **statistics)
-        result[what] = watch(args, scratch, what, count) | dict(pixels=256, forward=forward)
+        found = in_fresh_process(args, scratch, what, count)
+        result[what] = dict(found, pixels=256, forward=forward)
     return result
 
 
-def watch(args, scratch, what, n):
-    """Starts this file with --child, and looks a hundred times a second what it takes."""
+def in_fresh_process(args, scratch, what, n):
+    """Starts this file with --child -> what it tells."""
     command = [sys.executable, __file__, f"--child={what}", f"--memory-images={n}"]
     command.append(f"--seed={args.seed}")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=scratch)
-    peaks = dict(VmHWM=0, RssAnon=0, RssFile=0)
-    while process.poll() is None:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in peaks:
-                peaks[name] = max(peaks[name], int(value.split()[0]) / 2**20)
-        time.sleep(0.01)
-    told = json.loads(process.stdout.read().splitlines()[-1])
-    return dict(told, **peaks, samples=n, reference=n // 5)
+    told = subprocess.run(command, stdout=subprocess.PIPE, cwd=scratch, check=True).stdout
+    return dict(json.loads(told.splitlines()[-1]), samples=n, reference=n // 5)
 
 
 def child(args):
@@ -367,8 +347,9 @@ def child(args):
         files = ["samples.npz", "reference.npz", "--inception", "weights.pth"]
         with mock.patch.object(sys, "argv", ["", "samples", *files]):
             evaluate.main()
-    peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(dict(seconds=time.time() - started, ru_maxrss=peak)))
+    status = Path("/proc/self/status").read_text()
+    kilobytes = int(status.partition("VmHWM:")[2].split()[0])
+    print(json.dumps(dict(seconds=time.time() - started, VmHWM=kilobytes / 2**20)))
 
 
 def stand_in(project):
@@ -400,41 +381,34 @@ def write_pictures(path, n, seed, **statistics):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default="parity,speed,memory")
-    parser.add_argument(
-        "--images", type=int, default=300, help="parity: multiple of 30; reference has two thirds"
-    )
-    parser.add_argument(
-        "--speed-images", type=int, default=96, help="speed: in each of two folders"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of speed")
-    parser.add_argument(
-        "--memory-images", type=int, default=50_000, help="memory: the reference has a fifth"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", help="folder for temporary files")
-    parser.add_argument("--record", help="parts of it that are not measured stay")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parts = {part.__name__: in_scratch(part) for part in (parity, speed, memory)}
+    parser = make_parser(__doc__, parts, rounds=3)
+    add = parser.add_argument
+    add("--images", type=int, default=300, help="of parity, a multiple of 30")
+    add("--speed-images", type=int, default=96, help="of speed, in each of two folders")
+    add("--memory-images", type=int, default=50_000, help="of memory; a fifth are references")
+    add("--seed", type=int, default=0)
+    add("--scratch", help="folder for temporary files")
+    add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args)
         return
     vae.import_lpips()  # mends torchvision beside a CPU torch, for the oracles
+    measure(args, parts)
 
-    def in_scratch(part):
-        def measured():
-            with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-                weights = f"{scratch}/weights.pth"
-                draw_weights(weights, args.seed)
-                found = part(args, scratch, weights)
-            return dict(found, seed=args.seed, about=about(CPU, PACKAGES))
 
-        return measured
+def in_scratch(part):
+    """The part, given a folder for temporary files and a file of weights."""
 
-    measure(args, {part.__name__: in_scratch(part) for part in (parity, speed, memory)})
+    def measured(args):
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            weights = f"{scratch}/weights.pth"
+            draw_weights(weights, args.seed)
+            found = part(args, scratch, weights)
+        return dict(found, seed=args.seed, about=about(CPU, PACKAGES))
+
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """sit.py and repa.py beside the official SiT, REPA and DINOv2 code: the same weights give the same
 numbers; speed.
 
-    pip install timm torchdiffeq "transformers>=5" tokenizers
+    pip install timm torchdiffeq
     git clone https://github.com/willisma/SiT official/SiT
     git clone https://github.com/sihyun-yu/REPA official/REPA
     git clone https://github.com/facebookresearch/dinov2 official/dinov2
@@ -14,28 +14,29 @@ loss, backward, REPA's clip, AdamW, average of the weights) are timed in turns, 
 weights, in fp32.
 """
 
-import argparse
 import functools
 import importlib
 import importlib.util
 import itertools
 import os
 import sys
-from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
-import numpy as np
 import torch
 from beside import (  # also puts our files on the path
+    CPU,
     Differences,
     about,
     best_device,
-    formula,
+    compare_with_official,
     in_turns,
-    measure,
+    make_parser,
+    official_step,
+    our_step,
     print_golden,
+    same_weights,
+    waves,
 )
 
 import dit
@@ -51,7 +52,7 @@ DIFFUSIONS["sbdm"] = "SBDM"
 DIFFUSIONS["increasing-decreasing"] = "inccreasing-decreasing"
 SMALL = dict(input_size=8, hidden_size=48, depth=2, num_heads=4)
 SMALL_REPA = dict(SMALL, encoder_depth=1, projector_dim=16, z_dims=(8,))
-PACKAGES = ("torch", "timm", "torchdiffeq", "transformers", "scipy")
+PACKAGES = ("torch", "timm", "torchdiffeq", "scipy")
 # What the official files import and none of this needs
 UNUSED = (
     "accelerate", "accelerate.logging", "accelerate.utils", "dataset", "diffusers",
@@ -87,28 +88,19 @@ def import_file(path):
 def sit_pair(**config):
     """(our SiT, the official one) with the same redrawn weights."""
     config.setdefault("learn_sigma", False)  # as trained today; its published files have it
-    ours = formula(sit.SiT(**config))
-    theirs = official.SiT(**config).eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    return same_weights(sit.SiT(**config), official.SiT(**config))
 
 
 def repa_pair(**config):
     """(our REPA, the official one) with the same redrawn weights."""
-    ours = formula(repa.REPA(**config))
     options = dict(decoder_hidden_size=config["hidden_size"], qk_norm=False, fused_attn=True)
-    theirs = official.REPA(**config, **options).eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    return same_weights(repa.REPA(**config), official.REPA(**config, **options))
 
 
 def dino_pair(width, depth, heads, registers=0, positions=37, side=None):
     """DINOv2 (ours, theirs); with `side` their positions are resampled as in REPA's utils.py."""
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    ours = formula(repa.DINOv2(width, depth, heads, registers, positions))
-    if positions == 37:
-        ours.pos_embed.data *= 100  # formula() leaves little of a tensor as long as this
     theirs = official.vits.DinoVisionTransformer(
         14 * positions,
         14,
@@ -119,8 +111,11 @@ def dino_pair(width, depth, heads, registers=0, positions=37, side=None):
         init_values=1.0,
         block_chunks=0,
         num_register_tokens=registers,
-    ).eval()
-    theirs.load_state_dict(ours.state_dict())
+    )
+    ours, theirs = same_weights(repa.DINOv2(width, depth, heads, registers, positions), theirs)
+    if positions == 37:  # formula() leaves little of a tensor as long as this
+        for network in (ours, theirs):
+            network.pos_embed.data *= 100
     if side:
         theirs.pos_embed.data = resample_abs_pos_embed(theirs.pos_embed.data, [side, side])
     return ours, lambda x: theirs.forward_features(x)["x_norm_patchtokens"]
@@ -157,12 +152,11 @@ def parity(args):
     compare_losses(found, "REPA", repa_nets, noise, t, y, randn(4, 16, 8))
     compare_encoders(found, randn)
     compare_preprocessing(found, generator)
-    compare_transformers(found, randn)
     return dict(
         n=len(found.largest),
         largest_relative_difference=found.largest,
         seed=args.seed,
-        about=about(torch.device("cpu"), PACKAGES),
+        about=about(CPU, PACKAGES),
     )
 
 
@@ -174,11 +168,9 @@ def compare_networks(found, randn):
         config = dict(sit.CONFIGS[f"SiT-{size}"], depth=2, input_size=16)
         ours, theirs = sit_pair(**config, learn_sigma=learn_sigma)
         found.add("SiT", ours(x, t, y), theirs(x, t, y))
+        null = torch.full_like(y, 1000)
         doubled = theirs.forward_with_cfg(
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            torch.cat([y, torch.full_like(y, 1000)]),
-            4,
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale=4
         )
         guided = dit.guided(ours, 1000, 4.0, channels=3)
         found.add("SiT, three channels guided", guided(x, t, y, 0.5), doubled[:3])
@@ -319,30 +311,30 @@ def compare_losses(found, name, nets, noise, t, y, z):
         found.add(f"{name}'s gradients", *gradients)
 
 
-def our_losses(network, x1, x0, t, y, z, path="linear"):
+def our_losses(network, latents, noise, t, y, z, path="linear"):
     """As in train() of sit.py or, with the targets z, of repa.py, whose time runs backwards."""
     if z is None:
         alpha, sigma, d_alpha, d_sigma = sit.coefficients(t[:, None, None, None], path)
-        velocity = network(alpha * x1 + sigma * x0, t, y)
-        return [(velocity - (d_alpha * x1 + d_sigma * x0)).square().mean()]
+        velocity = network(alpha * latents + sigma * noise, t, y)
+        return [(velocity - (d_alpha * latents + d_sigma * noise)).square().mean()]
     alpha, sigma, d_alpha, d_sigma = sit.coefficients(1 - t[:, None, None, None], path)
-    x = alpha * x1 + sigma * x0
+    x = alpha * latents + sigma * noise
     velocity, (projection,) = network(x, t, y, return_projections=True)
-    target = -(d_alpha * x1 + d_sigma * x0)
+    target = -(d_alpha * latents + d_sigma * noise)
     return [(velocity - target).square().mean(), -0.5 * repa.alignment(projection, z)]
 
 
-def official_losses(network, x1, x0, t, y, z, path="linear"):
+def official_losses(network, latents, noise, t, y, z, path="linear"):
     """What their code computes of the same times and noise."""
     with (
         patch("torch.rand", lambda size, **_: t.view(size)),
-        patch("torch.randn_like", lambda _: x0),
+        patch("torch.randn_like", lambda _: noise),
     ):
         if z is None:
             transport = sampler(path).transport
-            return [transport.training_losses(network, x1, dict(y=y))["loss"].mean()]
+            return [transport.training_losses(network, latents, dict(y=y))["loss"].mean()]
         criterion = official.loss(path_type=PATHS[path][1])
-        loss, projection = criterion(network, x1, dict(y=y), [z])
+        loss, projection = criterion(network, latents, dict(y=y), [z])
         return [loss.mean(), 0.5 * projection]
 
 
@@ -369,56 +361,6 @@ def compare_preprocessing(found, generator):
         ready = official.preprocess(images, "dinov2")
         found.add("preprocessing", only_prepares.encode(images, size // 16), ready)
     found.add("REPA's targets of uint8 images", ours.encode(images, 16), theirs(ready))
-
-
-def compare_transformers(found, randn):
-    """The third reading of DINOv2, Hugging Face's."""
-    import transformers
-
-    for registers, kind in ((0, "Dinov2"), (4, "Dinov2WithRegisters")):
-        ours = formula(repa.DINOv2(48, 2, 4, registers, grid=4))
-        x = randn(2, 3, 56, 56)
-        config = getattr(transformers, f"{kind}Config")(
-            hidden_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=56,
-            patch_size=14,
-            num_register_tokens=registers,
-        )
-        theirs = getattr(transformers, f"{kind}Model")(config).eval()
-        theirs.load_state_dict(to_transformers(ours.state_dict()))
-        patches = theirs(x).last_hidden_state[:, 1 + registers :]
-        found.add(f"transformers' {kind}Model", ours(x), patches)
-
-
-TRANSFORMERS = {
-    "blocks.": "encoder.layer.",
-    "patch_embed.proj": "patch_embeddings.projection",
-    "pos_embed": "position_embeddings",
-    "attn.": "attention.",
-    ".proj.": ".o_proj.",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-}
-
-
-def to_transformers(weights):
-    """DINOv2's weights under the names that transformers has for them."""
-    renamed = {}
-    for name, p in weights.items():
-        for old, new in TRANSFORMERS.items():
-            name = name.replace(old, new)
-        if name.startswith("norm."):
-            name = f"layer{name}"
-        elif not name.startswith("encoder."):
-            name = f"embeddings.{name}"
-        if "qkv" not in name:
-            renamed[name] = p
-            continue
-        for letter, part in zip("qkv", p.chunk(3)):
-            renamed[name.replace("qkv", f"{letter}_proj")] = part
-    return renamed
 
 
 # ==================================================================================================
@@ -448,11 +390,6 @@ def golden():
     print_golden("flow", found)
 
 
-def waves(k, *shape):
-    places = torch.arange(np.prod(shape), dtype=torch.float64)
-    return torch.sin(k * places).reshape(shape).float()
-
-
 def waves_of_each_step():
     """The noise of step 0, 1, ...: waves(2), waves(3), ..."""
     numbers = itertools.count(2)
@@ -463,7 +400,8 @@ def waves_of_each_step():
 # Speed
 
 
-def speed(args, device, batch=4):
+def speed(args, batch=4):
+    device = best_device()
     x = torch.randn(batch, 4, 32, 32, device=device)
     y = torch.arange(batch, device=device)
     z = torch.randn(batch, 256, 768, device=device)
@@ -489,66 +427,26 @@ def speed(args, device, batch=4):
 def training_steps(ours, theirs, x, y, z):
     """-> two functions that take a step each, from the latents on: as train() of sit.py or, with
     the targets z, of repa.py does, and as their train.py."""
-    return our_step(ours.train(), x, y, z), official_step(theirs.train(), x, y, z)
 
+    def loss_of(network, losses):
+        def loss():
+            t = torch.rand(len(x), device=x.device)
+            return sum(losses(network, x, torch.randn_like(x), t, y, z))
 
-def our_step(network, x, y, z):
-    parameters = vae.trainable_parameters(network)
-    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0, fused=True)
-    ema = vae.start_average(network, 0.9999, None, x.device)
-    numbers = itertools.count()
+        return loss
 
-    def step():
-        t = torch.rand(len(x), device=x.device)
-        sum(our_losses(network, x, torch.randn_like(x), t, y, z)).backward()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if z is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-        optimizer.step()
-        optimizer.zero_grad()
-        vae.update_average(ema, network, 0.9999, next(numbers))
-
-    return step
-
-
-def official_step(network, x, y, z):
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0)
-    ema = deepcopy(network).requires_grad_(False)
-
-    def step():
-        t = torch.rand(len(x), device=x.device)
-        sum(official_losses(network, x, torch.randn_like(x), t, y, z)).backward()
-        if z is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for average, p in zip(ema.parameters(), network.parameters()):
-            average.data.mul_(0.9999).add_(p.data, alpha=1e-4)
-
-    return step
+    options = dict(clip=z is not None, weight_decay=0)
+    return (
+        our_step(ours.train(), loss_of(ours, our_losses), **options),
+        official_step(theirs.train(), loss_of(theirs, official_losses), **options),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--official", required=True, type=Path, help="folder of the three official repositories"
-    )
-    parser.add_argument("--parts", default="parity,speed")
-    parser.add_argument("--rounds", type=int, default=5)
+    parts = dict(parity=parity, speed=speed)
+    parser = make_parser(__doc__, parts, rounds=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--golden", action="store_true", help="print the official numbers")
-    parser.add_argument("--record", help="parts of it that are not measured stay")
-    args = parser.parse_args()
-    load_official(args.official)
-    if args.golden:
-        golden()
-        return
-    device = best_device()
-    measure(args, dict(parity=lambda: parity(args), speed=lambda: speed(args, device)))
+    compare_with_official(parser, load_official, parts, golden)
 
 
 if __name__ == "__main__":

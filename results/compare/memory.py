@@ -1,37 +1,77 @@
-"""The memory that a training step needs, counted from the tensors that autograd keeps.
+"""The memory that a training step needs on a GPU, counted from the tensors that autograd keeps; and
+the time that --checkpoint-activations costs.
 
     python results/compare/memory.py --record results/memory.json
 
-Networks and batches are fake tensors, which have shapes and no numbers, so this takes seconds and
-no memory. For each trainer it counts what one image adds, all that is kept for the backward pass
-under bf16 autocast, and what stands still: weights, gradients, both Adam moments and the average,
-in float32. A GPU needs somewhat more, for the libraries' work space and for what lives only for a
+Networks and batches are fake tensors, which have shapes and no numbers, so counting takes a minute
+and no memory. For each trainer it counts what one image adds, all that is kept for the backward
+pass under bf16 autocast, and what is fixed: weights, gradients, both Adam moments and the average
+in float32, and autocast's bf16 copies of the weights. A tenth of the card is left free, for frozen
+networks (LPIPS, a generator's autoencoder), the libraries' work space, and what lives only for a
 moment.
+
+The tensors are a CPU's, with which autograd keeps other things in three places. There they are made
+as a GPU's (as_on_a_gpu()). With --checkpoint-activations a block is computed again after LPIPS and
+the discriminator have given back what they kept, which is more than a block needs.
 """
 
-import argparse
-import json
-import sys
-import time
-from pathlib import Path
+import contextlib
+from unittest.mock import patch
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from beside import CPU, about, in_turns, make_parser, measure  # also puts our files on the path
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import dit  # noqa: E402
-import maskgit  # noqa: E402
-import repa  # noqa: E402
-import vae  # noqa: E402
-import vqgan  # noqa: E402
+import dit
+import maskgit
+import repa
+import vae
+import vqgan
 
 GIB = 2**30
+CARDS = (12, 16, 24, 40, 80)  # GB, of 1e9 bytes
 
 
-def kept_bytes(forward, parameters):
-    """Bytes of the storages that autograd keeps for forward()'s backward pass, weights aside."""
-    known = {p.untyped_storage()._cdata for p in parameters}
+# ==================================================================================================
+# Counting
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Networks are built and called as fake tensors, for which autograd keeps what it keeps on a
+    GPU: of dropout a mask of bytes, of layer norms an input in float32, and of attention neither
+    its matrix nor the mask of its dropout, which fused kernels draw again."""
+    attention = F.scaled_dot_product_attention
+    layer_norm = F.layer_norm
+
+    def fused_attention(q, k, v, *rest, dropout_p=0.0, **options):
+        return attention(q, k, v)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(x, p, training)[0]
+
+    def layer_norm_in_float32(x, *rest, **options):
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(x.float(), *rest, **options)
+
+    with (
+        patch.object(F, "scaled_dot_product_attention", fused_attention),
+        patch.object(F, "dropout", dropout),
+        patch.object(F, "layer_norm", layer_norm_in_float32),
+        patch.object(nn.init, "trunc_normal_", lambda p, **_: p),  # needs numbers
+        FakeTensorMode(),
+    ):
+        yield
+
+
+def kept_bytes(forward, networks):
+    """Bytes of the storages that autograd keeps for the backward pass of what forward() returns,
+    the networks' parameters aside."""
+    known = set()
+    for network in networks:
+        known |= {p.untyped_storage()._cdata for p in network.parameters()}
     storages = {}
 
     def pack(tensor):
@@ -41,121 +81,198 @@ def kept_bytes(forward, parameters):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
+        losses = forward()
     total = sum(storage.nbytes() for storage in storages.values())
-    del loss
+    del losses
     return total
 
 
-def standing_bytes(networks, average):
-    """Weights, gradients and Adam's two moments, and the average of the first network's weights."""
-    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    return 4 * (4 * sum(sizes) + (sizes[0] if average else 0))
+def parameters_of(networks):
+    return sum(p.numel() for network in networks for p in network.parameters())
 
 
-def autoencoder_step(model, encode, perceptual, discriminator, images):
+def count(case):
+    """-> GiB that an image adds, GiB that are fixed, and how many images fit each of CARDS.
+
+    case  batch -> (forward, networks that are trained, frozen networks, whether there is an average
+          of the first one's weights)
+    """
+    kept = {}
+    for batch in (1, 2):
+        with as_on_a_gpu():
+            forward, trained, frozen, average = case(batch)
+            kept[batch] = kept_bytes(forward, [*trained, *frozen])
+    image = kept[2] - kept[1]
+    copies = kept[1] - image  # what does not grow with the batch
+    fixed = 16 * parameters_of(trained) + copies
+    if average:
+        fixed += 4 * parameters_of(trained[:1])
+    fits = {}
+    for gigabytes in CARDS:
+        fits[f"{gigabytes} GB"] = max(0, int((0.9e9 * gigabytes - fixed) / image))
+    return dict(
+        gib_an_image=round(image / GIB, 3),
+        gib_fixed=round(fixed / GIB, 2),
+        gib_of_bf16_copies=round(copies / GIB, 2),
+        images=fits,
+    )
+
+
+# ==================================================================================================
+# The trainers
+
+
+def autoencoder_losses(encode, perceptual, discriminator, images, bf16=True):
+    """The forward passes of a training step of vae.py or vqgan.py, all of which are kept when the
+    discriminator's backward pass begins."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with autocast:
+        reconstruction, regularizer = encode(images)
+    rec_loss = (images - reconstruction).abs().mean() + perceptual(images, reconstruction).mean()
+    with autocast:
+        g_loss = -discriminator(reconstruction).float().mean()
+        real = discriminator(images).float()
+        fake = discriminator(reconstruction.detach()).float()
+    return rec_loss, g_loss, vae.hinge_loss(real, fake), reconstruction, regularizer
+
+
+def kl_encode(model):
+    def encode(x):
+        posterior = model.encode(x)
+        return model.decode(posterior.mean + posterior.std), posterior.kl().mean()
+
+    return encode
+
+
+def vq_encode(model):
+    def encode(x):
+        quantised, _, loss = model.quantize(model.features(x))
+        return model.decode(quantised), loss
+
+    return encode
+
+
+def autoencoder(network, config, make_encode, pixels, checkpointed=False):
+    def case(batch):
+        model = network(**config)
+        vae.checkpoint_activations(model, checkpointed)
+        discriminator = vae.PatchDiscriminator()
+        perceptual = vae.load_lpips("random")
+        images = torch.zeros(batch, 3, pixels, pixels)
+
+        def forward():
+            return autoencoder_losses(make_encode(model), perceptual, discriminator, images)
+
+        return forward, [model, discriminator], [perceptual], False
+
+    return case
+
+
+def flow_or_diffusion(network, config):
+    def case(batch):
+        model = network(**config)
+        x = torch.zeros(batch, 4, 32, 32)
+        t = torch.zeros(batch)
+        y = torch.zeros(batch, dtype=torch.long)
+
+        def forward():
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x, t, y)
+            return output.square().mean()
+
+        return forward, [model], [], True
+
+    return case
+
+
+def masked_tokens(batch):
+    model = maskgit.MaskGIT()
+    tokens = torch.zeros(batch, 256, dtype=torch.long)
+    labels = torch.zeros(batch, dtype=torch.long)
+
     def forward():
         with torch.autocast("cpu", torch.bfloat16):
-            reconstruction, regularizer = encode(images)
-        loss = (images - reconstruction).abs().mean() + regularizer
-        loss = loss + perceptual(images, reconstruction).mean()
-        with torch.autocast("cpu", torch.bfloat16):
-            fake = discriminator(reconstruction)
-        return loss - fake.float().mean()
+            logits = model(tokens, labels)
+        return maskgit.token_losses(logits, tokens).mean()
 
-    return forward
+    return forward, [model], [], False
 
 
-def measure_autoencoder(model, encode, batch):
+SD = (vae.AutoencoderKL, vae.CONFIGS["sd"], kl_encode)
+CASES = {
+    "vae.py sd, LPIPS, GAN": autoencoder(*SD, 256),
+    "vae.py sd, LPIPS, GAN, --checkpoint-activations": autoencoder(*SD, 256, True),
+    "vae.py sd, LPIPS, GAN, 512 px": autoencoder(*SD, 512),
+    "vae.py sd, LPIPS, GAN, 512 px, --checkpoint-activations": autoencoder(*SD, 512, True),
+    "vqgan.py f16-1024, LPIPS, GAN": autoencoder(
+        vqgan.VQGAN, vqgan.CONFIGS["f16-1024"], vq_encode, 256
+    ),
+    "dit.py DiT-B/2": flow_or_diffusion(dit.DiT, dit.CONFIGS["DiT-B/2"]),
+    "dit.py DiT-XL/2": flow_or_diffusion(dit.DiT, dit.CONFIGS["DiT-XL/2"]),
+    "repa.py REPA-XL/2": flow_or_diffusion(repa.REPA, repa.CONFIGS["REPA-XL/2"]),
+    "maskgit.py MaskGIT-B": masked_tokens,
+}
+
+
+def memory(args):
+    rows = {}
+    print("| trainer | GiB an image | GiB fixed |", " | ".join(f"{n} GB" for n in CARDS), "|")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, case in CASES.items():
+        row = count(case)
+        rows[name] = row
+        images = " | ".join(str(n or "-") for n in row["images"].values())
+        print(f"| {name} | {row['gib_an_image']:.2f} | {row['gib_fixed']:.1f} | {images} |")
+    how = "256 px unless it says otherwise, bf16 autocast; 90 % of a card is counted as usable"
+    return dict(rows, how=how, about=about(CPU))
+
+
+# ==================================================================================================
+# Time
+
+
+def checkpointing_time(args, pixels=64, batch=2):
+    """Seconds of forward and backward passes of sd on small pictures, with and without. (Of a small
+    network most of the time would be LPIPS' and the discriminator's.)"""
+    torch.manual_seed(0)
+    images = torch.rand(batch, 3, pixels, pixels) * 2 - 1
     perceptual = vae.load_lpips("random")
-    discriminator = vae.PatchDiscriminator()
-    images = torch.zeros(batch, 3, 256, 256)
-    parameters = [*model.parameters(), *discriminator.parameters(), *perceptual.parameters()]
-    forward = autoencoder_step(model, encode, perceptual, discriminator, images)
-    return kept_bytes(forward, parameters), standing_bytes([model, discriminator], False)
+    bf16 = vae.has_bf16_units(CPU)
 
-
-def measure_generator(model, inputs, average):
-    def forward():
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(*inputs)
-        return output.float().square().mean()
-
-    return kept_bytes(forward, list(model.parameters())), standing_bytes([model], average)
-
-
-def cases():
-    """(name, batch -> (bytes kept, bytes standing)) of each trainer at 256 px."""
-
-    def kl(batch):
+    def step_of(checkpointed):
         model = vae.AutoencoderKL(**vae.CONFIGS["sd"])
+        vae.checkpoint_activations(model, checkpointed)
+        discriminator = vae.PatchDiscriminator()
 
-        def encode(x):
-            posterior = model.encode(x)
-            return model.decode(posterior.mean + posterior.std), posterior.kl().mean()
+        def step():
+            rec_loss, g_loss, d_loss, reconstruction, regularizer = autoencoder_losses(
+                kl_encode(model), perceptual, discriminator, images, bf16
+            )
+            d_loss.backward()
+            gradient, _ = vae.loss_gradient(
+                rec_loss, g_loss, reconstruction, model.decoder.conv_out.weight, 0.5, gan_acts=True
+            )
+            vae.backward_from(reconstruction, gradient, regularizer, 1)
 
-        return measure_autoencoder(model, encode, batch)
+        return step
 
-    def vq(batch):
-        model = vqgan.VQGAN(**vqgan.CONFIGS["f16-1024"])
-
-        def encode(x):
-            quantised, _, loss = model.quantize(model.features(x))
-            return model.decode(quantised), loss
-
-        return measure_autoencoder(model, encode, batch)
-
-    def latents(network, config):
-        def measure(batch):
-            model = network(**config)
-            x = torch.zeros(batch, 4, 32, 32)
-            t = torch.zeros(batch)
-            y = torch.zeros(batch, dtype=torch.long)
-            return measure_generator(model, (x, t, y), average=True)
-
-        return measure
-
-    transformer = maskgit.MaskGIT()  # its initialisation needs numbers
-
-    def tokens(batch):
-        inputs = torch.zeros(batch, 256, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
-        return measure_generator(transformer, inputs, average=False)
-
-    yield "vae.py sd, LPIPS, GAN", kl
-    yield "vqgan.py f16-1024, LPIPS, GAN", vq
-    yield "dit.py DiT-B/2", latents(dit.DiT, dit.CONFIGS["DiT-B/2"])
-    yield "dit.py DiT-XL/2", latents(dit.DiT, dit.CONFIGS["DiT-XL/2"])
-    yield "repa.py REPA-XL/2", latents(repa.REPA, repa.CONFIGS["REPA-XL/2"])
-    yield "maskgit.py MaskGIT-B", tokens
+    times = in_turns(step_of(True), step_of(False), args.rounds, CPU)
+    return dict(
+        seconds_with=times["seconds_ours"],
+        seconds_without=times["seconds_official"],
+        ratio=times["ratio"],
+        rounds=args.rounds,
+        model="sd, LPIPS, GAN",
+        pixels=pixels,
+        batch=batch,
+        precision="bf16" if bf16 else "fp32",
+        about=about(CPU),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--record", help="JSON file to write")
-    args = parser.parse_args()
-    rows = {}
-    print("| trainer | GiB an image | GiB standing | images on 24 GB | 40 GB | 80 GB |")
-    print("|---|---|---|---|---|---|")
-    for name, measure in cases():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            one, standing = measure(1)
-            two, _ = measure(2)
-        image = (two - one) / GIB
-        standing = standing / GIB
-        fits = [int((0.9 * gigabytes * 1e9 / GIB - standing) / image) for gigabytes in (24, 40, 80)]
-        rows[name] = dict(gib_an_image=round(image, 3), gib_standing=round(standing, 2), fits=fits)
-        print(f"| {name} | {image:.2f} | {standing:.1f} | {fits[0]} | {fits[1]} | {fits[2]} |")
-    if args.record:
-        about = dict(
-            command="python results/compare/memory.py",
-            how="counted with fake tensors, bf16 autocast; 90 % of a card is counted as usable",
-            torch=torch.__version__,
-            date=time.strftime("%Y-%m-%d"),
-        )
-        text = json.dumps(dict(rows, about=about), indent=1) + "\n"
-        Path(args.record).write_text(text)
+    parts = dict(memory=memory, checkpointing_time=checkpointing_time)
+    measure(make_parser(__doc__, parts, rounds=9).parse_args(), parts)
 
 
 if __name__ == "__main__":
