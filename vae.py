@@ -605,7 +605,6 @@ def train(args, rank, world, device):
     found = starting_point(args, resumed, CONFIGS, read)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
-    check_scale_flag(args, model)
     discriminator = make_discriminator(args, found, step)
     perceptual = load_perceptual(args, device)
     ssim = load_ssim(args)
@@ -825,12 +824,6 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
     log.picture(step, picture)
     log.write(dict(step=step, **record))
     say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
-
-
-@torch.no_grad()
-def check_scale_flag(args, model):
-    if args.latent_scale == "published" and model.scaling_factor is None:
-        raise InputError("--latent-scale published: this autoencoder has no published scale")
 
 
 @torch.no_grad()
