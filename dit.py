@@ -546,7 +546,7 @@ def check_source(flag, path, source, kept):
     if kept["sha256"] != source["sha256"]:
         raise vae.InputError(
             f"{flag} {path}: the generator was trained with another one ({kept['file']}, SHA-256 "
-            f"{kept['sha256'][:16]}); give that one, or another --out"
+            f"{kept['sha256'][:16]}); give that one, or train anew with another --out"
         )
 
 
@@ -755,7 +755,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     made_of = dict(made_of, images=digest, image_size=images.size)
     rows = Rows(folder, shape, dtype, "--cache", **made_of)
     if vae.MAIN:
-        vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
+        with contextlib.suppress(vae.InputError):  # a complete cache may lie where nobody may write
+            vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
 
     @torch.no_grad()
     def encode_views(batch):
@@ -828,10 +829,10 @@ def images_hash(images, memo):
     """SHA-256 of what an ImageFolder reads: the name and size of each file, and 4 KB out of its
     middle. The same pictures elsewhere have the same hash.
 
-    memo  file of the last result. It holds as long as names, sizes and times are the same
+    memo  file of the last result. It holds as long as folder, names, sizes and times are the same
     """
     root = os.path.normpath(images.root)
-    about = hashlib.sha256()
+    about = hashlib.sha256(os.fsencode(os.path.abspath(root)))
     for file in images.files:
         found = os.stat(file)
         name = os.fsencode(os.path.relpath(file, root))
@@ -1161,7 +1162,8 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     config = model.config
     check_guidance(args.cfg_scale, config["num_classes"])
     autoencoder, source = load_latent_space(args, kept, device)
-    autoencoder.check_scale()
+    if autoencoder.scaling_factor is None:
+        raise vae.InputError(f"--vae {args.vae}: the scale of its latents is unknown")
     if autoencoder.config["z_channels"] != config["in_channels"]:
         raise vae.InputError(
             f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
