@@ -37,8 +37,8 @@ FAMILIES = {
 KINDS = {"rs": "EQ", "r": "EQ (R)", "s": "EQ (S)", "rs-aniso": "EQ (R, sx sy)"}
 # Arguments that change where a run writes and how fast it is, but not what it computes
 BOOKKEEPING = {
-    "bench", "cache", "compile", "given", "log_every", "micro_batch", "out", "sample_every",
-    "sample_from", "samples", "save_every", "seed", "workers",
+    "bench", "cache", "change", "compile", "given", "log_every", "micro_batch", "out",
+    "sample_every", "sample_from", "samples", "save_every", "seed", "workers",
 }  # fmt: skip
 
 
