@@ -452,6 +452,76 @@ def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
     assert canvas.size == (190 + 48, top) and texts["title"][1] < 34
 
 
+def write_log(path, **numbers):
+    """A log with a line for each step from 10 on: numbers are lists of what each line says."""
+    rows = [dict(zip(numbers, values)) for values in zip(*numbers.values())]
+    lines = [json.dumps(dict(step=10 * (i + 1), **row)) for i, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def lines_in(axes):
+    """[(label, colour, opacity, [(x, y), ...]), ...] of what plot() drew in a panel."""
+    found = []
+    for line in axes.lines:
+        points = list(zip(*line.get_data()))
+        found.append((line.get_label(), line.get_color(), line.get_alpha(), points))
+    return found
+
+
+def test_the_curves_of_runs_stand_together_raw_and_smoothed(drawn, tmp_path):
+    """One panel for each number, with every run that has it; its title says which way is good."""
+    wave = [1.0 + 0.1 * (-1) ** i for i in range(40)]
+    wave[7] = None  # a NaN
+    standard = write_log(tmp_path / "standard.jsonl", rec_loss=wave, images_per_second=[5] * 40)
+    eq = write_log(tmp_path / "eq.jsonl", rec_loss=[0.5, 0.4], R=[0.3, 0.2], skipped=[0, 0])
+    with open(eq, "a") as file:
+        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n')
+    run(figures.main, standard, eq, "--out", tmp_path / "figures")
+    figure = drawn["training-curves"]
+    panels = {axes.get_title(): lines_in(axes) for axes in figure.axes}
+    titles = ("reconstruction loss.*less is better", "R: .*0 is perfect", "speed.*more is better")
+    assert len(panels) == 3, "skipped and a whole codebook's usage are no curves"
+    for title, pattern in zip(panels, titles):
+        assert re.search(pattern, title.replace("\n", " "))
+    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
+    raw, smooth, other_raw, other_smooth = list(panels.values())[0]
+    points = [(10 * (i + 1), value) for i, value in enumerate(wave) if value is not None]
+    assert raw[3] == points and 0 < raw[2] < 1, "the raw curve is pale"
+    assert smooth[0] == "standard" and other_smooth[0] == "eq" and smooth[2] is None
+    assert raw[1] == smooth[1] != other_raw[1] == other_smooth[1], "a colour for each run"
+    # 39 points: means over one neighbour on either side, and the ends as they are
+    assert smooth[3][0] == points[0] and smooth[3][-1] == points[-1]
+    middle = [(points[i - 1][1] + points[i][1] + points[i + 1][1]) / 3 for i in range(1, 38)]
+    assert [y for _, y in smooth[3][1:-1]] == pytest.approx(middle)
+    assert other_raw[3] == other_smooth[3] == [(10, 0.5), (20, 0.4)], "too short to be smoothed"
+    assert [label for label, *_ in list(panels.values())[1]][1] == "eq"
+    legend = figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["standard", "eq"]
+    assert np.asarray(Image.open(tmp_path / "figures" / "training-curves.png")).std() > 5
+
+
+def test_every_number_that_training_logs_has_a_curve_or_none_on_purpose(tmp_path):
+    """And a line in the table of results/recipes.md, with the way that is good."""
+    logged = set()
+    for script in SCRIPTS.values():
+        for call in re.findall(r"log\.add\(([^\n]*)\)", Path(script.__file__).read_text()):
+            logged |= set(re.findall(r"(\w+)=", call))
+    table = (RESULTS / "recipes.md").read_text().partition("| number |")[2]
+    no_curves = {"logits_real", "logits_fake"}
+    assert {"l1", "mse", "usage", "loss"} < logged
+    for name in logged | set(figures.CURVES):
+        assert name in figures.CURVES or name in no_curves, name
+        assert f"`{name}`" in table, name
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", '{"l1": 1}\n', '{"step": 1, "lr": 1}\n', "[]\n"])
+def test_what_is_no_log_of_a_run_is_told_in_one_line(capsys, tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    out = tmp_path / "figures"
+    assert "a.jsonl: no " in refusal(capsys, figures.main, tmp_path / "a.jsonl", "--out", out)
+
+
 def test_nothing_to_draw_is_told_in_one_line(capsys, tmp_path):
     nothing = tmp_path / "nothing"
     assert "nothing to draw" in refusal(capsys, figures.main, "--out", nothing)
