@@ -160,20 +160,25 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
     out = tmp_path / "r.md"
     run(report.main, *full_size, "--figures", folder, "--out", out)
     for line in (
-        "| DiT-XL/2 400k: N reference | unknown | - |  |",
+        "| DiT-XL/2 after 400k steps: reference pictures | unknown | - |  |",
+        " steps, guided: FID ↓ |",
+        "| autoencoder | generator | gFID ↓ |",
+        "| PSNR, dB ↑ |",
+        "less is better",
         "| paper: SD-VAE + EQ | DiT-XL/2 400k | 14.5 |",
         "| ours: eq | one, two | 14.5 ± 0.71 (2 seeds) |",
         "| ours: eq | unknown | 9 |",
         "| ours: eq | cfg | 2.5 | not run | not run | not run | not run |",
         "| paper: SD-VAE + EQ | .82 | 25.95 | .141 | .72 |",
         "| ours: eq | 0.8 | 26 | not run | not run |",
-        "(figures/fig5-fine-tuning.png)",
-        "nothing was run for 3, 10, 11.",
+        "![The samples' distance over the autoencoder's steps](figures/fig5-fine-tuning.png)",
     ):
         assert line in out.read_text(), line
+    assert "nothing was run" not in out.read_text(), "a table without a line of ours is left out"
+    assert not re.search("## Table (3|10|11):", out.read_text())
     run(report.main, *full_size[2:4], "--out", out)
-    assert "|  | one | two | what |" in out.read_text(), "samples alone have a column for each"
-    assert "| DiT-XL/2 400k: FID | 14 | 15 |  |" in out.read_text()
+    assert "|  | one | two | how |" in out.read_text(), "samples alone have a column for each"
+    assert "| DiT-XL/2 after 400k steps: FID ↓ | 14 | 15 |  |" in out.read_text()
     assert report.markdown_table(["a"], [["|x|"]])[-1] == "| \\|x\\| |"
     words = (ROOT / "pyproject.toml", "--out", tmp_path / "no.md")
     assert "no record" in refusal(capsys, report.main, *words)
@@ -185,8 +190,21 @@ def test_a_report_of_small_networks_has_no_row_of_the_paper_and_no_seeds(tmp_pat
     records = [recon_record(name, name, config=small, init="scratch") for name in ("a", "b")]
     run(report.main, *paths_of(tmp_path, *records), "--out", tmp_path / "r.md")
     page = (tmp_path / "r.md").read_text()
-    assert "seeds)" not in page and "ours" not in page and "| PSNR | 26 | 26 |" in page
-    assert "nothing was run for 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12." in page
+    assert "seeds)" not in page and "ours" not in page and "| PSNR, dB ↑ | 26 | 26 |" in page
+    assert "Table" not in page
+
+
+def test_every_score_has_its_way_and_counts_have_none():
+    """↓ and ↑ by hand, of all names that records have."""
+    less = "rFID FID sFID gFID rFD-EfficientNet FD-EfficientNet FD-thumbnails LPIPS R S R90 S0.25"
+    for name in [*less.split(), "rFID S0.50", "rFID R", "EfficientNet distance"]:
+        assert report.arrow(name) == "↓", name
+    for name in "PSNR SSIM IS Precision Recall".split():
+        assert report.arrow(name) == "↑", name
+    for name in [*report.COUNTS, "ID", "autoencoder", "generator"]:
+        assert report.arrow(name) == "", name
+    assert report.plain_name("S0.25") == "S at .25 ↓" and report.plain_name("R90") == "R at 90 ↓"
+    assert report.plain_name("N_ID") == "pictures for ID"
 
 
 # ==================================================================================================
