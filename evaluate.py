@@ -33,6 +33,7 @@ perceptual distance for vae.py and vqgan.py.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -1026,7 +1027,7 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
     pictures. Of a reference there are no logits, and features of at most REFERENCES pictures."""
     if pictures is None:
         return {}
-    picked = np.zeros(len(pictures), dtype=bool)
+    picked = torch.zeros(len(pictures), dtype=torch.bool)
     count = min(len(pictures), REFERENCES) if is_reference else len(pictures)
     picked[np.linspace(0, len(pictures) - 1, count).astype(int)] = True
     columns = defaultdict(list)
@@ -1089,7 +1090,7 @@ def open_folder(path, notes, size):
 
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
-    for file in pictures.files[:100] if size else pictures.files:  # of a reference some will do
+    for file in itertools.islice(pictures.files, 100 if size else None):  # some of a reference do
         with contextlib.suppress(Exception):  # scoring names and counts files that cannot be read
             with Image.open(file, formats=vae.FORMATS) as image:
                 sizes.setdefault((image.height, image.width), file)

@@ -2816,10 +2816,10 @@ def say_duration(args, step, device, forward):
     if device.type != "cpu" or images < 100 or not MAIN or args.bench:
         return
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        seconds = seconds_of(forward)
-        if seconds < 1:  # the first pass also sets things up
-            seconds = seconds_of(forward)
-    hours = 3 * seconds * images / 3600
+        passes = []
+        while len(passes) < 3 and sum(passes) < 10:  # the first one also sets things up
+            passes.append(seconds_of(forward))
+    hours = 3 * min(passes) * images / 3600
     if hours > 1:
         taken = f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
         say(

