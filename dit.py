@@ -444,6 +444,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
     measure_scale(autoencoder, images)
+    vae.say_duration(args, step, device, one_image(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
@@ -563,6 +564,15 @@ def set_image_size(args, autoencoder):
         vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
     autoencoder.image_size = (args.image_size, args.image_size)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
+
+
+def one_image(model):
+    """A function that passes one latent through the network, for vae.say_duration()."""
+    side = model.config["input_size"]
+    device = next(model.parameters()).device
+    x = torch.zeros(1, model.config["in_channels"], side, side, device=device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    return lambda: model(x, label.float(), label)
 
 
 def network_config(args, preset, autoencoder, images, **options):

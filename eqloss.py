@@ -4,17 +4,17 @@ EQ-VAE (https://arxiv.org/abs/2502.09509) wants an autoencoder's latent space to
 equivariant: to transform an image and then encode it should give the same as to
 encode it and then transform the latent, E(tau o x) = tau o E(x) (Eq. 3). Common
 autoencoders are far from that. A short fine-tune with the loss below brings them
-near it. In any autoencoder's training loop the whole method is three lines before
-your own loss:
+near it. In any autoencoder's training loop the whole method is two new lines before
+your own loss, and tau(z) in the decoder's call:
 
     >>> import torch
     >>> encode = torch.nn.Conv2d(3, 4, kernel_size=8, stride=8)  # a toy encoder of factor f = 8
     >>> decode = torch.nn.ConvTranspose2d(4, 3, kernel_size=8, stride=8)
     >>> x = torch.rand(2, 3, 64, 64) * 2 - 1  # images (2, 3, 64, 64) in [-1, 1]
     >>> z = encode(x)  # latents (2, 4, 8, 8)
-    >>> tau = sample_transform(grid=z.shape[-2:], p_alpha=0.5)  # EQ-VAE: half the time identity
-    >>> target = tau(x)  # EQ-VAE: then your losses, with target wherever they had x
-    >>> reconstruction = decode(tau(z))  # EQ-VAE: where it was decode(z)
+    >>> tau = sample_transform(grid=z.shape[-2:], p_alpha=0.5)  # new: half the time identity
+    >>> target = tau(x)  # new: then your losses, with target wherever they had x
+    >>> reconstruction = decode(tau(z))  # was decode(z)
     >>> loss = (target - reconstruction).abs().mean()  # your own loss
     >>> loss.backward()
 

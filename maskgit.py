@@ -379,6 +379,8 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
+    blank = torch.zeros(1, side**2, dtype=torch.long, device=device)
+    vae.say_duration(args, step, device, lambda: model(blank, blank[:, 0]))
     data = token_data(args, rank, world, device, tokenizer, source, images)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)

@@ -332,6 +332,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source, encoder_id)
     dit.measure_scale(autoencoder, images)
+    vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
     if args.cache_features:

@@ -278,6 +278,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
     dit.measure_scale(autoencoder, images)
+    vae.say_duration(args, step, device, dit.one_image(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)

@@ -61,7 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torch.utils.flop_counter
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import eqloss
@@ -635,6 +635,7 @@ def train(args, rank, world, device):
     log = Log(args, step, world, device)
     check_processes(step, model, data)
     say_start(args, model, data, world, micro_batch, device)
+    say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
@@ -683,6 +684,7 @@ def train(args, rank, world, device):
                     )
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
+            # Per value: the sum would jump with the size that tau leaves
             log.add(l1=l1, lpips=lpips, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
@@ -820,10 +822,13 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
         record = eqloss.rotation_and_scale_error(encode, images, grid)
     mse = ((images - decoded) / 2).square().mean(dim=(1, 2, 3))
     record["PSNR"] = -10 * mse.log10().mean().item()
-    picture = image_grid([images, decoded, tau(images), transformed])
-    log.picture(step, picture)
+    rows = [images, decoded, tau(images), transformed]
+    log.picture(step, image_grid(rows, captions=("x", "D(E(x))", "tau x", "D(tau E(x))")))
     log.write(dict(step=step, **record))
-    say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in record.items()))
+    say(
+        f"step {step}: equivariance errors R {record['R']:.3f}, S {record['S']:.3f} (0 is best), "
+        f"PSNR {record['PSNR']:.2f} dB (more is better)"
+    )
 
 
 @torch.no_grad()
@@ -1837,6 +1842,8 @@ def add_run_arguments(parser, **defaults):
     add = parser.add_argument_group("run").add_argument
     add("--data", help="folder of images, flat or with a folder for each class")
     add("--out", help="checkpoint to write, or to go on with")
+    words = "let --out go on with other --data, --image-size or --batch-size than it was made with"
+    add("--change", action="store_true", help=words)
     add("--steps", type=count, help="steps in all")
     add("--batch-size", type=positive_int, help="images a step, over all processes")
     words = "images per forward pass (default: all of a process's)"
@@ -2556,13 +2563,21 @@ def to_uint8(images):
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(rows, margin=2):
-    """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image with cells as large as the largest."""
+def image_grid(rows, margin=2, captions=()):
+    """Rows of images (N, 3, H, W) in [-1, 1] -> a PIL image with cells as large as the largest.
+
+    captions  a text for each row; they stand to the right of the images
+    """
     arrays = [to_uint8(row).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
     columns = max(len(array) for array in arrays)
     height = max(array.shape[1] for array in arrays) + margin
     width = max(array.shape[2] for array in arrays) + margin
-    canvas = Image.new("RGB", (width * columns, height * len(arrays)), "white")
+    font = ImageFont.load_default()
+    space = max([math.ceil(font.getlength(text)) + 8 for text in captions], default=0)
+    canvas = Image.new("RGB", (width * columns + space, height * len(arrays)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(captions):
+        draw.text((width * columns + 4, i * height + height // 2 - 8), text, "black", font)
     for i, array in enumerate(arrays):
         for j, picture in enumerate(array):
             canvas.paste(Image.fromarray(picture), (j * width, i * height))
@@ -2663,6 +2678,7 @@ def load_run(args, arch, configs, required=()):
 
     Flags that were not given take the values that the checkpoint was made with. Those that were
     given win, and are reported where they differ. What the run began from (--init) stays.
+    Other pictures or another batch make another run: InputError, unless --change is given.
     """
     if Path(args.out).suffix != ".pt":
         raise InputError(
@@ -2680,6 +2696,8 @@ def load_run(args, arch, configs, required=()):
             f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
     stored = stored_arguments(args, checkpoint["args"])
+    if not args.change:
+        check_same_run(args, stored)
     changes = []
     for name, value in stored.items():
         given = getattr(args, name)
@@ -2692,6 +2710,28 @@ def load_run(args, arch, configs, required=()):
             changes.append(f"--{name.replace('_', '-')} {given} {note}")
     say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
+
+
+def check_same_run(args, stored):
+    """InputError if the command line wants other pictures or another batch than the checkpoint at
+    args.out was trained with."""
+    for name in ("data", "image_size", "batch_size"):
+        value = stored.get(name)
+        given = getattr(args, name, None)
+        is_same = given == value
+        if name == "data" and value is not None:
+            is_same = os.path.realpath(given) == os.path.realpath(value)
+        if name in args.given and not is_same:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{args.out}: was made with {flag} {in_words(value)}, not {in_words(given)}; give "
+                "another --out, or --change to go on with it all the same"
+            )
+
+
+def in_words(value):
+    """A flag's value as it is written on the command line."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 # What entries of our checkpoints must be
@@ -2716,7 +2756,7 @@ def check_entries(path, checkpoint, names):
 
 FROM_THE_START = ("init", "padding_mode")  # arguments that a run cannot change later
 # Arguments that a run never takes from its checkpoint
-NOT_STORED = ("out", "workers", "bench", "export", "sample_from", "samples")
+NOT_STORED = ("out", "workers", "bench", "change", "export", "sample_from", "samples")
 
 
 def stored_arguments(args, stored):
@@ -2754,7 +2794,8 @@ def stored_arguments(args, stored):
 
 def saved_arguments(args):
     """The arguments that a checkpoint keeps."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "parser")}
+    left_out = ("change", "given", "parser")
+    return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 def say_start(args, model, data, world, micro_batch, device, classes=()):
@@ -2763,11 +2804,42 @@ def say_start(args, model, data, world, micro_batch, device, classes=()):
     images = f"{len(data):,} images"
     if classes:
         images += f" of {len(classes):,} classes ({shortened(classes)})"
+    place = device.type
+    if place == "cpu" and torch.backends.mps.is_available():
+        place = "cpu (this Mac's GPU is not used)"
     say(
         f"{type(model).__name__}, {count:,} parameters in training; {images}; training "
         f"to step {args.steps} with {args.batch_size} images a step ({world} processes x {passes} "
-        f"passes x {micro_batch}), lr {args.lr:g}; {device.type}, {args.precision}"
+        f"passes x {micro_batch}), lr {args.lr:g}; {place}, {args.precision}"
     )
+
+
+def say_duration(args, step, device, forward):
+    """Says on a CPU about how long a run will take, before it starts, if that is over an hour.
+
+    forward  a function that passes one image through the network. A step takes about three times as
+             long for each of its images, since its backward pass costs two forward passes
+    """
+    images = (args.steps - step) * args.batch_size
+    if device.type != "cpu" or images < 100 or not MAIN or args.bench:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        passes = []
+        while len(passes) < 3 and sum(passes) < 10:  # the first one also sets things up
+            passes.append(seconds_of(forward))
+    hours = 3 * min(passes) * images / 3600
+    if hours > 1:
+        taken = f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        say(
+            f"on this CPU {images:,} images will take about {taken}; fewer --steps, a smaller "
+            "--batch-size, --image-size or --model make it short (--help has commands for a CPU)"
+        )
+
+
+def seconds_of(function):
+    started = time.monotonic()
+    function()
+    return time.monotonic() - started
 
 
 def shortened(names):

@@ -280,6 +280,7 @@ def train(args, rank, world, device):
     log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, data)
     vae.say_start(args, model, data, world, micro_batch, device)
+    vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)

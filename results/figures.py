@@ -1,6 +1,10 @@
 """Draws the paper's figures, as far as what is given goes.
 
     python results/figures.py standard.pt eq.pt --data data/imagenet/val --records out/*.json
+    python results/figures.py standard.jsonl eq.jsonl
+
+Of the logs of runs (.jsonl): training-curves.png, a panel for each loss, R, S, PSNR and speed, with
+all runs in each. results/recipes.md tells what each number means.
 
 Of checkpoints: fig1-latents.png, the latents as colours (Fig. 1, left); fig2-scale.png and
 fig2-rotation.png, what transformed latents decode to (Fig. 2 and 6). Of records of evaluate.py:
@@ -10,6 +14,8 @@ autoencoder's steps (Fig. 5).
 """
 
 import argparse
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -291,16 +297,126 @@ def distance_name(rows):
 
 
 # --------------------------------------------------------------------------------------------------
+# Of the logs of runs: curves
+
+# Number of a log -> its title, and which way is good. What is not here is no curve
+CURVES = {
+    "rec_loss": ("rec_loss: reconstruction loss per value", "less is better"),
+    "l1": ("l1: absolute error", "less is better"),
+    "l2": ("l2: squared error", "less is better"),
+    "ssim": ("ssim: structural similarity", "more is better"),
+    "lpips": ("lpips: perceptual distance", "less is better"),
+    "R": ("R: equivariance error, rotations", "less is better, 0 is perfect"),
+    "S": ("S: equivariance error, scales", "less is better, 0 is perfect"),
+    "PSNR": ("PSNR of reconstructions, dB", "more is better"),
+    "kl": ("kl: KL term of an image", "neither way is good"),
+    "explicit": ("explicit: Eq. 4's loss", "less is better"),
+    "codebook": ("codebook: the quantiser's loss", "less is better"),
+    "usage": ("usage: share of codes in a batch", "more is better"),
+    "perplexity": ("perplexity: codes as if used alike", "more is better"),
+    "g_loss": ("g_loss: minus the logits on fakes", "neither way is good"),
+    "d_loss": ("d_loss: the discriminator's", "1: it cannot tell, 0: it can"),
+    "d_weight": ("d_weight: of the GAN term", "neither way is good"),
+    "mse": ("mse: squared error of the prediction", "less is better"),
+    "vb": ("vb: variational bound, bits", "less is better"),
+    "alignment": ("alignment: cosine to the encoder", "more is better"),
+    "loss": ("loss: cross entropy of tokens", "less is better"),
+    "accuracy": ("accuracy: right among all tokens", "more is better"),
+    "accuracy_masked": ("accuracy_masked: among masked ones", "more is better"),
+    "grad_norm": ("grad_norm: length of the gradient", "should not grow"),
+    "images_per_second": ("speed, images/s", "more is better"),
+}
+
+
+def run_figures(paths, out):
+    """Draws the curves of the logs of runs, all runs in one figure; -> names of figures."""
+    logs = {}
+    for path in paths:
+        label = Path(path).stem
+        while label in logs:
+            label += "'"
+        logs[label] = read_log(path)
+    panels = {}
+    for name in CURVES:
+        curves = {}
+        for label, lines in logs.items():
+            points = points_of(lines, name)
+            if points:
+                curves[label] = points
+        if curves:
+            panels[name] = curves
+    if not panels:
+        raise vae.InputError(f"{', '.join(map(str, paths))}: no numbers of a run in it")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure((4.5 * columns, 3.2 * rows))
+    for place, (name, curves) in enumerate(panels.items()):
+        title, good = CURVES[name]
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.set_title(f"{title}\n({good})", fontsize=10)
+        axes.set_xlabel("step")
+        draw_smoothed(axes, curves)
+    save(figure.savefig, out / "training-curves.png")
+    return ["training-curves"]
+
+
+def read_log(path):
+    """The lines of OUT.jsonl, as dictionaries. InputError if it is none."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        if not all(isinstance(line["step"], int) for line in lines):
+            raise ValueError("a step is no number")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise vae.InputError(f"{path}: no log of a run ({reason})") from None
+    return lines
+
+
+def points_of(lines, name):
+    """[(step, value), ...] of one number; a NaN of a run is null in its log, and no point. Nor are
+    a codebook's usage and perplexity over many images (they come with `dead`), beside a batch's."""
+    points = []
+    for line in lines:
+        if isinstance(line.get(name), (int, float)) and "dead" not in line:
+            points.append((line["step"], line[name]))
+    return points
+
+
+def smoothed(values):
+    """Means over a tenth of the curve around each point; short curves stay as they are."""
+    reach = len(values) // 20
+    means = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)  # as far on both sides
+        means.append(float(np.mean(values[place - near : place + near + 1])))
+    return means
+
+
+def draw_smoothed(axes, curves):
+    """Each curve [(step, value), ...] pale, and smoothed in the same colour over it."""
+    for number, (label, points) in enumerate(curves.items()):
+        steps, values = zip(*points)
+        colour = f"C{number}"
+        axes.plot(steps, values, color=colour, alpha=0.3)
+        axes.plot(steps, smoothed(values), color=colour, label=label)
+    axes.legend(fontsize=8)
+
+
+# --------------------------------------------------------------------------------------------------
 # Drawing
 
 
 def new_plot(title, x, y):
+    figure = new_figure((6, 4))
+    return figure, figure.add_subplot(title=title, xlabel=x, ylabel=y)
+
+
+def new_figure(size):
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise vae.InputError("curves and bars need a package: pip install matplotlib") from None
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    return figure, figure.add_subplot(title=title, xlabel=x, ylabel=y)
+    return Figure(figsize=size, dpi=120, layout="constrained")
 
 
 def draw_curves(axes, curves):
@@ -356,7 +472,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="for Fig. 1, 2 and 6")
+    words = "for Fig. 1, 2 and 6; or RUN.jsonl, the log of a run, for its curves"
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help=words)
     parser.add_argument("--records", nargs="*", default=[], help="for Fig. 1, 3, 4 and 5")
     parser.add_argument("--data", help="folder of the images to show, with checkpoints")
     parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="(256)")
@@ -365,14 +482,20 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (figures)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logs = [path for path in args.checkpoints if path.endswith(".jsonl")]
+    args.checkpoints = [path for path in args.checkpoints if path not in logs]
     try:
         arms, runs = read_records(args.records)
         if args.checkpoints and not args.data:
             raise vae.InputError("--data: the folder of images to show")
-        if not args.checkpoints and not args.records:
-            raise vae.InputError("nothing to draw: give checkpoints with --data, or --records")
+        if not args.checkpoints and not args.records and not logs:
+            raise vae.InputError(
+                "nothing to draw: give logs of runs, checkpoints with --data, or --records"
+            )
         args.out.mkdir(parents=True, exist_ok=True)
         made = record_figures(arms, runs, args.out)
+        if logs:
+            made += run_figures(logs, args.out)
         if args.checkpoints:
             made += latent_figures(args, device)
         if not made:

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -37,8 +38,8 @@ FAMILIES = {
 KINDS = {"rs": "EQ", "r": "EQ (R)", "s": "EQ (S)", "rs-aniso": "EQ (R, sx sy)"}
 # Arguments that change where a run writes and how fast it is, but not what it computes
 BOOKKEEPING = {
-    "bench", "cache", "compile", "given", "log_every", "micro_batch", "out", "sample_every",
-    "sample_from", "samples", "save_every", "seed", "workers",
+    "bench", "cache", "change", "compile", "given", "log_every", "micro_batch", "out",
+    "sample_every", "sample_from", "samples", "save_every", "seed", "workers",
 }  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def cell(rows, column):
 
 def all_scores(arms, runs):
     """A column for each autoencoder, with the scores of the samples that were made on it; further
-    ones for samples whose autoencoder has no record. A line for each score."""
+    ones for samples whose autoencoder has no record. A line for each score, then for each count."""
     columns = []
     names = []
     conventions = {}
@@ -275,21 +276,63 @@ def all_scores(arms, runs):
         column = columns[-1] if run["arm"] is None else columns[arms.index(run["arm"])]
         column |= {f"{run['generator']}: {key}": value for key, value in run["scores"].items()}
     rows = []
-    for key in dict.fromkeys(key for column in columns for key in column):
+    for key in sorted(dict.fromkeys(key for column in columns for key in column), key=is_count):
         if all(column.get(key) is None or isinstance(column[key], list) for column in columns):
             continue
         values = [show(column.get(key)) for column in columns]
-        rows.append([key, *values, conventions.get(key, "")])
-    return markdown_table(["", *names, "what"], rows)
+        rows.append([plain_name(key), *values, conventions.get(key, "")])
+    return markdown_table(["", *names, "how"], rows)
+
+
+# What records call a score -> what the page calls it
+COUNTS = {
+    "step": "steps of training",
+    "N": "pictures scored",
+    "N reference": "reference pictures",
+    "N_ID": "pictures for ID",
+    "equal images": "pictures that come back without any error",
+    "unreadable": "pictures that could not be read",
+}
+PLAIN_NAMES = {
+    **COUNTS,
+    "PSNR": "PSNR, dB",
+    "R": "R, equivariance error under rotation",
+    "S": "S, equivariance error under scaling",
+    "ID": "ID, intrinsic dimension of the latents",
+}
+
+
+def is_count(key):
+    return key.rpartition(": ")[2] in COUNTS
+
+
+def plain_name(key):
+    """A score's name for readers, with the way that is good: ↓ less is better, ↑ more is.
+
+    key  as in a record, or "DiT-XL/2 400k: FID", of a generator's samples
+    """
+    generator, _, score = key.rpartition(": ")
+    name = PLAIN_NAMES.get(score, score)
+    name = re.sub(r"^([RS])([\d.]+)$", r"\1 at \2", name).replace("at 0.", "at .")
+    name = f"{name} {arrow(score)}".strip()
+    if not generator:
+        return name
+    network, _, step = generator.partition(" ")
+    guided = ", guided" if step.endswith("*") else ""
+    return f"{network} after {step.removesuffix('*')} steps{guided}: {name}"
+
+
+def arrow(score):
+    """Which way of a score, or of a column of the paper's tables, is good."""
+    if score in ("PSNR", "SSIM", "IS", "Precision", "Recall"):
+        return "↑"
+    distances = r"[rgs]?FID( .*)?|r?FD-\S+( .*)?|LPIPS|EfficientNet distance|[RS][\d.]*"
+    return "↓" if re.fullmatch(distances, score) else ""
 
 
 def paper_tables(arms, runs):
-    """The tables of paper.md of which something was run, with our lines below the paper's.
-
-    The others are named in one line.
-    """
+    """The tables of paper.md of which something was run, with our lines below the paper's."""
     lines = []
-    unused = []
     for part in PAPER.read_text().split("\n## ")[1:]:
         title, _, header, _, *rows = part.strip().splitlines()
         header = cells(header)
@@ -301,11 +344,8 @@ def paper_tables(arms, runs):
             found = found or bool(ours)
             table += [["paper: " + row[0], *row[1:]], *ours]
         if found:
-            lines += [f"## {title}", "", *markdown_table(header, table), ""]
-        else:
-            unused.append(title.partition(":")[0].removeprefix("Table "))
-    if unused:
-        lines += [f"Of the paper's tables nothing was run for {', '.join(unused)}.", ""]
+            named = [f"{name} {arrow(name)}".strip() for name in header]
+            lines += [f"## {title}", "", *markdown_table(named, table), ""]
     return lines
 
 
@@ -337,6 +377,25 @@ def our_lines(row, header, arms, runs):
     return lines
 
 
+# Files of results/figures.py -> what they show
+FIGURES = {
+    "fig1-curves": "The samples' distance over the generator's steps",
+    "fig1-latents": "The latents as colours",
+    "fig2-rotation": "What turned latents decode to",
+    "fig2-scale": "What shrunken latents decode to",
+    "fig3-transforms": "The distance under transforms",
+    "fig4-samples": "Samples of each generator",
+    "fig5-fine-tuning": "The samples' distance over the autoencoder's steps",
+    "training-curves": "Losses and measures over the steps of training",
+}
+
+
+def pictures_in(folder):
+    if folder is None:
+        return []
+    return [*sorted(Path(folder).glob("fig*.png")), *Path(folder).glob("training-curves.png")]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -347,10 +406,12 @@ def main():
     args = parser.parse_args()
     try:
         arms, runs = read_records(args.records)
-        lines = ["# EQ-VAE", "", *all_scores(arms, runs), "", *paper_tables(arms, runs)]
+        lines = ["# EQ-VAE", "", "↓: less is better. ↑: more is better.", ""]
+        lines += [*all_scores(arms, runs), "", *paper_tables(arms, runs)]
         folder = Path(args.out).parent
-        for picture in sorted(Path(args.figures).glob("fig*.png")) if args.figures else []:
-            lines += [f"![{picture.stem}]({os.path.relpath(picture, folder)})", ""]
+        for picture in pictures_in(args.figures):
+            words = FIGURES.get(picture.stem, picture.stem)
+            lines += [f"![{words}]({os.path.relpath(picture, folder)})", ""]
         names = ", ".join(Path(path).name for path in args.records)
         lines.append(f"Commands, seeds, hashes, versions and devices are in {names}.")
         text = "\n".join(lines) + "\n"

