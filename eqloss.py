@@ -197,10 +197,10 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
         1/4 p_alpha       a scaling       identity    (kind "r": as in the line above)
         1 - p_alpha       identity        a draw of the kind
 
-    `before` is applied to the image before it is encoded. Where it scales, a smaller image is
-    autoencoded as it is, with one scale for both sides, and tau lies on the smaller grid. Scales
-    are k/32 with k uniform over 32 low .. 31, and sides are rounded down. tau interpolates
-    bilinearly, without antialias.
+    `before` is applied to the image before it is encoded. Where it scales, a
+    smaller image is autoencoded as it is, with one scale for both sides, and tau
+    lies on the smaller grid. Scales are k/32 with k uniform over 32 low .. 31, and
+    sides are rounded down. tau interpolates bilinearly, without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """
@@ -235,8 +235,8 @@ def draw_released_size(grid, scales, low, smallest, generator):
 
 
 def eq_loss(criterion, decode, x, z, tau):
-    """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one call. (vae.py and
-    vqgan.py write its lines out.)
+    """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one
+    call. (vae.py and vqgan.py write its lines out.)
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.
