@@ -1151,8 +1151,8 @@ def read_statistics(path, notes):
 
 
 # --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
-# mu_s and sigma_s ADM's. Precision and recall need the features of every picture, so with FID's
-# network they are kept, too: 8 kB a picture. `made` says in JSON what the numbers are of
+# mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
+# FID's network they are kept, too: 8 kB a picture. `made` says in JSON what the numbers are of
 KEPT = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features", "N", "unreadable")
 
 
