@@ -308,10 +308,17 @@ class GaussianDiffusion:
         """The mean of q(x_{t-1} | x_t, x0)."""
         return self.mean_from_x0[i] * x0 + self.mean_from_x[i] * x
 
+    @staticmethod
+    def split(output, x):
+        """The network's output (B, 2C, h, w) -> eps and v (B, C, h, w)."""
+        if output.shape[1] != 2 * x.shape[1]:
+            raise ValueError("GaussianDiffusion needs a network with learn_sigma=True")
+        return output.chunk(2, dim=1)
+
     def predict(self, output, x, i):
         """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log
         variance of the next x."""
-        eps, v = output.chunk(2, dim=1)
+        eps, v = self.split(output, x)
         x0 = self.x0_from_x[i] * x - self.x0_from_eps[i] * eps
         fraction = (v + 1) / 2  # of the way between the two bounds of the variance
         low = self.log_variance_low[i]
@@ -324,7 +331,7 @@ class GaussianDiffusion:
         mse is the squared error of the noise. vb is the variational bound in bits per value, and
         trains the variance alone.
         """
-        eps, v = output.chunk(2, dim=1)
+        eps, v = self.split(output, x)
         frozen = torch.cat([eps.detach(), v], dim=1)
         _, _, mean, log_variance = self.predict(frozen, x, i)
         true_mean = self.posterior_mean(x0, x, i)
@@ -442,9 +449,9 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
     data = latent_data(args, rank, world, device, autoencoder, source, images)
+    batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
-    batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
@@ -810,8 +817,8 @@ class CachedViews(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        if self.reader is None:
-            self.reader = RowReader(self.path)
+        if self.reader is None or self.reader.process != os.getpid():
+            self.reader = RowReader(self.path)  # two processes must not share a place in a file
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
         row = self.reader.read(self.indices[index], view)
         return torch.from_numpy(row), int(self.labels[index]), index, True
@@ -995,6 +1002,7 @@ class RowReader:
         self.dtype = array.dtype
         self.offset = array.offset
         self.file = open(path, "rb", buffering=0)
+        self.process = os.getpid()
 
     def read(self, *place):
         """array[place], a copy; `place` are the first indices."""
@@ -1261,6 +1269,7 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
     calls   how often draw() calls the model, for the progress bar
     record  all that the pictures depend on: kept beside them, and compared when it goes on
     """
+    vae.check_agreement(record)
     if is_written(out, record):
         vae.say(f"{out}: already there")
         return

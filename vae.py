@@ -645,10 +645,10 @@ def train(args, rank, world, device):
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    log = Log(args, step, world, device)
     check_processes(step, model, data)
-    say_start(args, model, data, world, micro_batch, device)
     batches = endless_batches(data, args, step, rank, world)
+    log = Log(args, step, world, device)
+    say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
     # A complete run, whose latents were measured, is not measured and saved again
@@ -1064,12 +1064,26 @@ def build(network, found):
 
 
 def check_sizes(config):
-    """ValueError for a size that no network has. A configuration is somebody's text file, and torch
-    builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full."""
+    """ValueError for a value that no network has. A configuration is somebody's text file, and
+    torch builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full.
+    """
+    choices = dict(padding_mode=("zeros", "reflect"), path=("linear", "gvp"))
     for name, value in config.items():
-        for size in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(size, int) and not 0 <= size <= 2**18:
-                raise ValueError(f"{name} = {size}")
+        if name in choices:
+            is_right = value in choices[name]
+        elif name.endswith(("_factor", "_ratio")) or name in ("beta", "dropout"):
+            is_right = value is None or is_number(value)
+        else:
+            most = 1000 if name in ("depth", "num_res_blocks", "encoder_depth") else 2**18
+            sizes = value if isinstance(value, (tuple, list)) else [value]
+            is_right = len(sizes) <= 100
+            is_right = is_right and all(isinstance(n, int) and 0 <= n <= most for n in sizes)
+        if not is_right:
+            raise ValueError(f"{name} = {str(value)[:60]}")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
@@ -1355,7 +1369,8 @@ def config_beside(path):
         with import_safetensors().safe_open(path, "pt") as file:
             told = (file.metadata() or {}).get("eqvae")
         if told is not None:
-            return our_config(json.loads(told))
+            with contextlib.suppress(ValueError, AttributeError):  # else somebody else's word
+                return our_config(json.loads(told))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
             return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
@@ -1583,7 +1598,10 @@ def read_file(path):
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
+            hint = f"; if it is on the hub: hf download {path} --local-dir {os.path.basename(path)}"
+        raise InputError(f"{path}: no such file{hint}")
     try:
         check_head(path)
         if path.endswith(".index.json"):  # of weights in several files
@@ -1737,7 +1755,10 @@ def call_function(name, flag, *values):
         raise InputError(
             f"{flag} {name}: cannot be called as MODULE:FUNCTION of {len(values)} values ({error})"
         ) from None
-    return found(*values)
+    result = found(*values)
+    if not callable(result):
+        raise InputError(f"{flag} {name}: returned a {type(result).__name__}, not a function")
+    return result
 
 
 def file_hash(path):
@@ -1924,20 +1945,19 @@ def launch(parser, run):
                 run(args, rank, world, device)
         except SystemExit as end:
             code = end.code
-        except (torch.OutOfMemoryError, MemoryError):
-            tell(f"{parser.prog}: {out_of_memory(args, world)}")
-            code = 2
         except InputError as error:
             tell(f"{parser.prog}: {in_one_line(error)}")
             code = 2
         except BaseException as error:
-            if "DefaultCPUAllocator: can't allocate memory" in str(error):
+            is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if is_memory or "DefaultCPUAllocator: can't allocate memory" in str(error):
                 tell(f"{parser.prog}: {out_of_memory(args, world)}")
-                raise SystemExit(2) from None
-            if world == 1:
+                code = 2
+            elif world == 1:
                 raise
-            traceback.print_exc()
-            code = 1
+            else:
+                traceback.print_exc()
+                code = 1
         if world > 1:
             leave_processes(code)
     if code:
@@ -2029,18 +2049,16 @@ def in_one_line(error):
 
 
 def out_of_memory(args, world):
-    """The GPU's memory was not enough: what to give instead."""
+    """What to give instead where memory was not enough."""
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
-        return f"out of the GPU's memory: give --batch-size {max(1, args.batch_size // 2)}"
+        return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
     if micro_batch == 1:
-        return (
-            "out of the GPU's memory with one image a pass: take a smaller --model or --image-size"
-        )
+        return "out of memory with one image a pass: take a smaller --model or --image-size"
     smaller = micro_batch // 2
     while micro_batch % smaller:
         smaller -= 1
-    return f"out of the GPU's memory with {micro_batch} images a pass: give --micro-batch {smaller}"
+    return f"out of memory with {micro_batch} images a pass: give --micro-batch {smaller}"
 
 
 def leave_processes(code):
@@ -2167,17 +2185,22 @@ def gather_objects(value):
 def check_processes(step, model, images, *others):
     """InputError, on all processes, if they do not begin with the same step, weights, pictures and
     `others`: on several machines each may see a disk of its own."""
+    if dist.is_initialized():
+        sums = [value.double().sum().item() for value in model.state_dict().values()]
+        files = hashlib.sha256(images.files.data.tobytes()).hexdigest()
+        check_agreement(step, sums, files, *others)
+
+
+def check_agreement(*values):
+    """InputError, on all processes, if these values are not the same on each of them."""
     if not dist.is_initialized():
         return
-    sums = [value.double().sum().item() for value in model.state_dict().values()]
-    digest = hashlib.sha256(repr((step, sums, others)).encode())
-    digest.update(images.files.data.tobytes())
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, hashlib.sha256(repr(values).encode()).hexdigest())
+    if len(set(found)) > 1:
         raise InputError(
-            "the processes begin with different files: --out, --data, --init and --vae must be on "
-            "a disk that all machines see"
+            "the processes begin with different files: what is read, and --out, must be on a disk "
+            "that all machines see"
         )
 
 
@@ -2481,8 +2504,7 @@ def endless_batches(data, args, step, rank, world):
             places = [divmod(place, len(data)) for place in range(first, first + size)]
             yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
-    if args.workers:
-        check_shared_memory(data, args, world)
+    check_memory(data, args, world)
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=items(),
@@ -2493,12 +2515,18 @@ def endless_batches(data, args, step, rank, world):
     return iter(loader)
 
 
-def check_shared_memory(data, args, world):
-    """InputError if the batches that data loaders hold ready do not fit into /dev/shm, which is 64
-    MB in a container."""
+def check_memory(data, args, world):
+    """InputError if a batch does not fit into memory, or if those that data loaders hold ready do
+    not fit into /dev/shm, which is 64 MB in a container."""
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
-    needed = 2 * args.workers * size * (args.batch_size // world) * world
+    here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
+    needed = size * here
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(
+            f"--batch-size {args.batch_size}: {needed / 1e9:.3g} GB do not fit into the memory"
+        )
+    needed *= 2 * args.workers
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise InputError(
             f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
@@ -2612,16 +2640,24 @@ def restore_optimizers(optimizers, resumed, lr):
         if resumed is None or not resumed[key]:
             continue
         try:
-            optimizer.load_state_dict(resumed[key])
+            load_optimizer(optimizer, resumed[key], lr)
         except Exception as error:  # whatever somebody's file makes of it
             raise InputError(f"--out: the optimiser's state in it does not fit ({error})") from None
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # A fused step wants its moments in the layout of their weights
-        for parameter, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
-            state["step"] = state["step"].clone()  # else it stays mapped to the file
+
+
+def load_optimizer(optimizer, state, lr):
+    """Adam's averages and count of steps; its settings are the command's. A fused step wants the
+    averages in the layout of their weights."""
+    settings = [dict(group, lr=lr) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+    for parameter, kept in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if kept[name].shape != parameter.shape:
+                raise ValueError(f"{name} has the shape {list(kept[name].shape)}")
+            kept[name] = torch.empty_like(parameter).copy_(kept[name])
+        kept["step"] = kept["step"].clone().reshape(())  # else it stays mapped to the file
 
 
 def start_ema(model, decay, resumed, device):
@@ -2630,6 +2666,7 @@ def start_ema(model, decay, resumed, device):
         return None
     weights = model.state_dict()
     if resumed is not None and resumed["ema"]:
+        check_fit(model, resumed["ema"], "--out's average of the weights")
         weights = resumed["ema"]
     return {name: value.to(device, copy=True) for name, value in weights.items()}
 
@@ -2663,6 +2700,7 @@ def load_run(args, arch, configs, required=()):
         raise InputError(
             f"--out {args.out}: give a name that ends in .pt (a folder without it is made)"
         )
+    check_writable(args.out)
     if args.bench or not os.path.exists(args.out):
         return None
     checkpoint = read_file(args.out)
@@ -2687,6 +2725,15 @@ def load_run(args, arch, configs, required=()):
     return checkpoint
 
 
+def check_writable(out):
+    """InputError if the nearest folder of `out` that is there cannot be written to."""
+    folder = Path(os.path.realpath(out)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--out {out}: cannot write there")
+
+
 # What entries of our checkpoints must be
 ENTRY_TYPES = dict(config=dict, model=dict, opt=dict, step=int, args=dict, classes=list)
 OPTIONAL_TYPES = dict(ema=dict, disc=dict, opt_disc=dict, latent=dict, vae=dict, vqgan=dict)
@@ -2701,10 +2748,28 @@ def check_entries(path, checkpoint, names):
         is_right = isinstance(value, ENTRY_TYPES.get(name, object))
         if name in OPTIONAL_TYPES and value is not None:
             is_right = isinstance(value, OPTIONAL_TYPES[name])
-        if name == "step" and is_right:
-            is_right = 0 <= value < 2**31
+        if is_right and value is not None:
+            is_right = is_plausible(name, value)
         if not is_right:
             raise InputError(f"{path}: not a checkpoint of ours: its {name} is {str(value)[:40]!r}")
+
+
+def is_plausible(name, value):
+    """Whether what an entry holds is what it should hold."""
+    if name == "step":
+        return 0 <= value < 2**31
+    if name == "classes":
+        return all(isinstance(item, str) for item in value)
+    if name in ("vae", "vqgan"):
+        return all(isinstance(value.get(key), str) for key in ("file", "sha256"))
+    if name == "latent" and "scale" in value:  # vqgan.py's has none
+        shift = value.get("shift")
+        return is_number(shift) and is_number(value["scale"]) and value["scale"] > 0
+    if name in ("args", "config"):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            return bool(json.dumps(value))
+        return False
+    return True
 
 
 # Of this command alone
@@ -2719,6 +2784,7 @@ def stored_arguments(args, stored):
     them, if this run was made with one.
     """
     actions = {action.dest: action for action in args.parser._actions if action.option_strings}
+    actions.pop("help")
     actions = {name: actions[name] for name in actions if name in stored and name not in NOT_STORED}
     words = []
     for name, action in actions.items():

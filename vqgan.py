@@ -287,10 +287,10 @@ def train(args, rank, world, device):
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, data)
-    vae.say_start(args, model, data, world, micro_batch, device)
     batches = vae.endless_batches(data, args, step, rank, world)
+    log = vae.Log(args, step, world, device)
+    vae.say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
