@@ -748,6 +748,10 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
 
     A signal ends the run; what it has cached stays, and the same command caches the rest.
     """
+    if os.path.realpath(folder) == os.path.realpath(Path(args.out).with_suffix("")):
+        raise vae.InputError(
+            f"--cache {folder}: there --out {args.out} writes its pictures; give another folder"
+        )
     views = 2 if mirror else 1
     shape = (len(images), views, *shape)
     memo = Path(folder, "images.json")

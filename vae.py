@@ -1074,7 +1074,7 @@ def check_sizes(config):
         elif name.endswith(("_factor", "_ratio")) or name in ("beta", "dropout"):
             is_right = value is None or is_number(value)
         else:
-            most = 1000 if name in ("depth", "num_res_blocks", "encoder_depth") else 2**18
+            most = 200 if name in ("depth", "num_res_blocks", "encoder_depth") else 2**18
             sizes = value if isinstance(value, (tuple, list)) else [value]
             is_right = len(sizes) <= 100
             is_right = is_right and all(isinstance(n, int) and 0 <= n <= most for n in sizes)
@@ -1259,16 +1259,31 @@ def find_weights(checkpoint, anchor):
             holders.append((str(key), value))
             inner = [(f"{key}.{name}", item) for name, item in value.items()]
             holders += [(name, item) for name, item in inner if isinstance(item, dict)]
-    holders.sort(key=lambda pair: not re.search("ema|shadow|average", pair[0].lower()))
-    for _, holder in holders:
+    holders.sort(key=lambda pair: not is_average(pair[0]))
+    for name, holder in holders:
         names = {}
         for key, value in holder.items():
             if isinstance(key, str) and isinstance(value, torch.Tensor):
                 names[key.replace("_orig_mod.", "")] = value
         prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
         if prefixes:
-            return weights_under(names, min(prefixes, key=len))
+            prefix = min(prefixes, key=lambda prefix: (not is_average(prefix), len(prefix)))
+            say_averages(checkpoint, f"{name}.{prefix}")
+            return weights_under(names, prefix)
     return None
+
+
+def is_average(name):
+    """Whether a file's name for some weights says that they are an average."""
+    return bool(re.search("ema|shadow|average|swa|polyak", name.lower()))
+
+
+def say_averages(checkpoint, taken):
+    """Says where a file holds an average of the weights in a form that is not read here."""
+    for key, value in checkpoint.items():
+        is_one = is_average(str(key)) and isinstance(value, (dict, list)) and len(value) > 0
+        if is_one and not is_average(taken):
+            say(f"{key}: an average of the weights of unknown form; the weights are taken instead")
 
 
 def weights_under(weights, prefix):
@@ -1369,7 +1384,7 @@ def config_beside(path):
         with import_safetensors().safe_open(path, "pt") as file:
             told = (file.metadata() or {}).get("eqvae")
         if told is not None:
-            with contextlib.suppress(ValueError, AttributeError):  # else somebody else's word
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):  # another's word
                 return our_config(json.loads(told))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
@@ -1672,8 +1687,10 @@ def load_inert(path, names, stand_in):
     with torch.serialization.safe_globals(stand_ins):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, UnicodeError):
+            # Files from before torch 1.6 cannot be mapped, nor those whose names are no UTF-8
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def plain(value):
@@ -2033,8 +2050,8 @@ class GuardedStream:
 
 
 def tell(text):
-    """Writes a line to stderr, above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """Writes a line to stderr, above a progress bar. (A file's name may hold an end of line.)"""
+    tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
 
 def say(text):
@@ -2044,8 +2061,7 @@ def say(text):
 
 def in_one_line(error):
     """An error's message, without the traceback that a data loader's process puts before it."""
-    message = str(error).rpartition("InputError: ")[2].strip()
-    return message.replace("\n", "\\n")  # as a file's name may hold one
+    return str(error).rpartition("InputError: ")[2].strip()
 
 
 def out_of_memory(args, world):
@@ -2350,7 +2366,8 @@ def list_folder(folder, others):
 
 def is_service_name(name):
     """Of hidden files, and of what systems and NAS put into every folder."""
-    return name.startswith((".", "@", "#", "$")) or name in ("__MACOSX", "lost+found")
+    others = ("__MACOSX", "lost+found", "System Volume Information")
+    return name.startswith((".", "@", "#", "$")) or name in others
 
 
 def walk(folder, seen, others):
@@ -3049,7 +3066,13 @@ def save_run(args, checkpoint):
     if not finite:
         say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
-    write_file(args.out, lambda part: torch.save(checkpoint, part))
+    write_file(args.out, lambda part: save_torch(checkpoint, part))
+
+
+def save_torch(checkpoint, path):
+    """torch.save; torch itself opens only paths whose names are UTF-8."""
+    with open(path, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def write_file(path, write):
