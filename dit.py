@@ -365,6 +365,8 @@ class GaussianDiffusion:
         sampler     "ddpm" or "ddim"
         noise_like  x -> N(0, 1) like x, for ddpm
         """
+        if sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"sampler {sampler!r}: ddpm or ddim")
         x = noise
         for k in reversed(range(len(self.timesteps))):
             i = torch.full((len(x),), k, device=x.device)
@@ -1084,8 +1086,6 @@ def generate(
     sampler      "ddpm" or "ddim", in `steps` steps
     options      cfg_scale, low, high, channels of guided(); precision, "fp32" or "bf16"
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler {sampler!r}: ddpm or ddim")
     diffusion = GaussianDiffusion(steps, next(model.parameters()).device)
 
     def draw(predict, noise, labels, noise_like):
@@ -1105,7 +1105,7 @@ def draw_pictures(
     device = next(model.parameters()).device
     side = model.config["input_size"]
     shape = (model.config["in_channels"], side, side)
-    labels = torch.as_tensor(labels, device=device)
+    labels = check_labels(labels, model, precision).to(device)
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -1120,6 +1120,17 @@ def draw_pictures(
     if model.latent:
         set_scale(autoencoder, model.latent)
     return decode_pictures(autoencoder.decode, autoencoder.denormalize(z.float()))
+
+
+def check_labels(labels, model, precision):
+    """The labels as a tensor (N,). ValueError for what generate() cannot draw."""
+    labels = torch.as_tensor(labels)
+    known = model.config["num_classes"]  # itself the label that stands for no class
+    if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
+        raise ValueError(f"labels: give a list of numbers from 0 to {known}")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision {precision!r}: fp32 or bf16")
+    return labels
 
 
 @torch.no_grad()

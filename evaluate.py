@@ -862,7 +862,7 @@ def load_models(args, device):
     made = {}
     for path in args.checkpoints:
         name = name_of(path, models)
-        model = vqgan.load_model(path, args.model)
+        model = vqgan.load_model(path, args.model, args.padding_mode)
         model.grid(args.image_size)  # InputError if the autoencoder cannot take this size
         made[name] = dict(file=portable(path), sha256=vae.weights_hash(model), model=args.model)
         made[name] |= dict(config=model.config)
@@ -1294,6 +1294,8 @@ def main():
     add("--data", default="data/imagenet/val", help="folder of images")
     add("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
     add("--model", help="preset, for checkpoints that have no configuration: sd, sdxl, sd3, sd-16")
+    words = "of the autoencoders' convolutions, where their files do not tell"
+    add("--padding-mode", choices=("zeros", "reflect"), help=words)
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
     words = "decode samples of the posterior, as in the paper, or its means"
     add("--latent", choices=("sample", "mean"), default="sample", help=words)

@@ -629,7 +629,7 @@ def generate(
     device = next(model.parameters()).device
     n = model.config["input_size"] ** 2
     counts, ramps = decoding_schedule(sampling_steps, n, decoding)
-    labels = torch.as_tensor(labels, device=device)
+    labels = dit.check_labels(labels, model, precision).to(device)
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]

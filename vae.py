@@ -614,8 +614,9 @@ def train(args, rank, world, device):
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
     resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
     torch.manual_seed(args.seed)
-    read = functools.partial(read_autoencoder, default="sd", padding_mode=args.padding_mode)
+    read = functools.partial(read_autoencoder, default="sd")
     found = starting_point(args, resumed, CONFIGS, read)
+    set_padding(args, resumed, found)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
     discriminator = make_discriminator(args, found, step)
@@ -748,6 +749,18 @@ def train(args, rank, world, device):
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
     log.end(step)
+
+
+def set_padding(args, resumed, found):
+    """--padding-mode, of a run that begins. InputError if one that goes on has another."""
+    padding_mode = found.config.get("padding_mode", "zeros")
+    if args.padding_mode in (None, padding_mode):
+        return
+    if resumed is not None:
+        raise InputError(
+            f"{args.out}: was trained with --padding-mode {padding_mode}; give another --out"
+        )
+    found.config = dict(found.config, padding_mode=args.padding_mode)
 
 
 def draw_transform(args, grid, smallest, generator):
@@ -1455,6 +1468,8 @@ def export(args):
     if model.config["padding_mode"] != "zeros":
         say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
     if args.export.endswith(".safetensors"):
+        if os.path.exists(args.export):
+            raise InputError(f"--export {args.export}: already there; give a new name")
         write_file(args.export, lambda part: write_single(part, model))
         args.layout = "one file, ldm"
     elif args.layout == "ldm":
@@ -2537,6 +2552,7 @@ def check_memory(data, args, world):
     not fit into /dev/shm, which is 64 MB in a container."""
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
+    size = max(size, 4096)  # a network's layers take more than that
     here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
     needed = size * here
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):

@@ -462,11 +462,12 @@ def read_taming(path, checkpoint, model):
     return vae.Stored(path, config, weights, disc or None)
 
 
-def load_model(path, model=None):
-    """The VQ-GAN or the KL autoencoder in a file or folder."""
+def load_model(path, model=None, padding_mode=None):
+    """The VQ-GAN or the KL autoencoder in a file or folder. `padding_mode` is of the latter, where
+    its file does not tell."""
     checkpoint = vae.read_file(vae.find_file(path))
     if vae.find_weights(checkpoint, "quantize.embedding.weight") is None:
-        return vae.load_autoencoder(path, model)
+        return vae.load_autoencoder(path, model, padding_mode)
     return load_vqgan(path, model)
 
 
