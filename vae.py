@@ -612,7 +612,9 @@ def no_distance(x, y):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
-    resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
+    resumed = load_run(
+        args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
+    )
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
     found = starting_point(args, resumed, CONFIGS, read)
@@ -2536,7 +2538,8 @@ def endless_batches(data, args, step, rank, world):
             places = [divmod(place, len(data)) for place in range(first, first + size)]
             yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
-    check_memory(data, args, world)
+    if args.workers:
+        check_shared_memory(data, args, world)
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=items(),
@@ -2547,19 +2550,13 @@ def endless_batches(data, args, step, rank, world):
     return iter(loader)
 
 
-def check_memory(data, args, world):
-    """InputError if a batch does not fit into memory, or if those that data loaders hold ready do
-    not fit into /dev/shm, which is 64 MB in a container."""
+def check_shared_memory(data, args, world):
+    """InputError if the batches that data loaders hold ready do not fit into /dev/shm, which is 64
+    MB in a container."""
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
-    size = max(size, 4096)  # a network's layers take more than that
     here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
-    needed = size * here
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise InputError(
-            f"--batch-size {args.batch_size}: {needed / 1e9:.3g} GB do not fit into the memory"
-        )
-    needed *= 2 * args.workers
+    needed = 2 * args.workers * size * here
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise InputError(
             f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
@@ -2581,6 +2578,12 @@ def images_per_pass(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
     size = args.batch_size // world
+    needed = 4096 * size  # the least that the smallest pictures and networks take
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(
+            f"--batch-size {args.batch_size}: more than {needed / 1e9:.3g} GB do not fit into the "
+            "memory"
+        )
     micro_batch = args.micro_batch or size
     if size % micro_batch:
         raise InputError(
@@ -2796,8 +2799,8 @@ def is_plausible(name, value):
     if name in ("vae", "vqgan"):
         return all(isinstance(value.get(key), str) for key in ("file", "sha256"))
     if name == "latent" and "scale" in value:  # vqgan.py's has none
-        shift = value.get("shift")
-        return is_number(shift) and is_number(value["scale"]) and value["scale"] > 0
+        scale = value["scale"]  # None: unknown
+        return is_number(value.get("shift")) and (scale is None or is_number(scale) and scale > 0)
     if name in ("args", "config"):
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             return bool(json.dumps(value))

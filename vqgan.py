@@ -253,7 +253,7 @@ def codebook_use(model, images, n=1024):
 
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
-    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
+    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
     torch.manual_seed(args.seed)
     found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
