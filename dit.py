@@ -310,10 +310,17 @@ class GaussianDiffusion:
         """The mean of q(x_{t-1} | x_t, x0)."""
         return self.mean_from_x0[i] * x0 + self.mean_from_x[i] * x
 
+    @staticmethod
+    def split(output, x):
+        """The network's output (B, 2C, h, w) -> eps and v (B, C, h, w)."""
+        if output.shape[1] != 2 * x.shape[1]:
+            raise ValueError("GaussianDiffusion needs a network with learn_sigma=True")
+        return output.chunk(2, dim=1)
+
     def interpret(self, output, x, i):
         """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log
         variance of the next x."""
-        eps, v = output.chunk(2, dim=1)
+        eps, v = self.split(output, x)
         x0 = self.x0_from_x[i] * x - self.x0_from_eps[i] * eps
         fraction = (v + 1) / 2  # of the way between the two bounds of the variance
         low = self.log_variance_low[i]
@@ -326,7 +333,7 @@ class GaussianDiffusion:
         mse is the squared error of the noise. vb is the variational bound in bits per value, and
         trains the variance alone.
         """
-        eps, v = output.chunk(2, dim=1)
+        eps, v = self.split(output, x)
         frozen = torch.cat([eps.detach(), v], dim=1)
         _, _, mean, log_variance = self.interpret(frozen, x, i)
         true_mean = self.posterior_mean(x0, x, i)
@@ -360,6 +367,8 @@ class GaussianDiffusion:
         sampler     "ddpm" or "ddim"
         noise_like  x -> N(0, 1) like x, for ddpm
         """
+        if sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"sampler {sampler!r}: ddpm or ddim")
         x = noise
         for k in reversed(range(len(self.timesteps))):
             i = torch.full((len(x),), k, device=x.device)
@@ -446,9 +455,9 @@ def train(args, rank, world, device):
     measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, one_image(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
+    batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
-    batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
@@ -758,6 +767,10 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
 
     A signal ends the run; what it has cached stays, and the same command caches the rest.
     """
+    if os.path.realpath(folder) == os.path.realpath(Path(args.out).with_suffix("")):
+        raise vae.InputError(
+            f"--cache {folder}: there --out {args.out} writes its pictures; give another folder"
+        )
     views = 2 if mirror else 1
     shape = (len(images), views, *shape)
     memo = Path(folder, "images.json")
@@ -828,8 +841,8 @@ class CachedViews(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        if self.reader is None:
-            self.reader = RowReader(self.path)
+        if self.reader is None or self.reader.process != os.getpid():
+            self.reader = RowReader(self.path)  # two processes must not share a place in a file
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
         row = self.reader.read(self.indices[index], view)
         return torch.from_numpy(row), int(self.labels[index]), index, True
@@ -1013,6 +1026,7 @@ class RowReader:
         self.dtype = array.dtype
         self.offset = array.offset
         self.file = open(path, "rb", buffering=0)
+        self.process = os.getpid()
 
     def read(self, *place):
         """array[place], a copy; `place` are the first indices."""
@@ -1113,7 +1127,7 @@ def draw_pictures(
     device = next(model.parameters()).device
     side = model.config["input_size"]
     shape = (model.config["in_channels"], side, side)
-    labels = torch.as_tensor(labels, device=device)
+    labels = check_labels(labels, model, precision).to(device)
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -1128,6 +1142,17 @@ def draw_pictures(
     if model.latent:
         set_scale(autoencoder, model.latent)
     return decode_pictures(autoencoder.decode, autoencoder.denormalize(z.float()))
+
+
+def check_labels(labels, model, precision):
+    """The labels as a tensor (N,). ValueError for what generate() cannot draw."""
+    labels = torch.as_tensor(labels)
+    known = model.config["num_classes"]  # itself the label that stands for no class
+    if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
+        raise ValueError(f"labels: give a list of numbers from 0 to {known}")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision {precision!r}: fp32 or bf16")
+    return labels
 
 
 @torch.no_grad()
@@ -1286,6 +1311,7 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
     calls   how often draw() calls the model, for the progress bar
     record  all that the pictures depend on: kept beside them, and compared when it goes on
     """
+    vae.check_agreement(record)
     if is_written(out, record):
         if vae.MAIN:
             shutil.rmtree(f"{out}.part", ignore_errors=True)  # of a run killed at its end

@@ -104,13 +104,15 @@ class Transform:
 
 def identity_transform(grid):
     """The tau that changes nothing: it turns Eq. 5 back into Eq. 1."""
-    return Transform(tuple(grid), tuple(grid))
+    grid = check_grid(grid)
+    return Transform(grid, grid)
 
 
 def scale_transform(s, grid, quarter_turns=0, interpolation="bicubic-antialias"):
     """The fixed tau of the metrics: scale s in (0, 1], rounded to whole cells, then the turns."""
+    grid = check_grid(grid)
     size = tuple(max(1, round(s * side)) for side in grid)
-    return Transform(tuple(grid), size, quarter_turns, interpolation)
+    return Transform(grid, size, quarter_turns, interpolation)
 
 
 # ----------------------------------------------------------------------------------

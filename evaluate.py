@@ -165,6 +165,8 @@ def precision_recall(real, fake, k=3, chunk=2048):
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, 3, H, W), with peak 255.
     The error is averaged over all pixels and channels of an image. Equal images have infinity."""
+    if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.shape != y.shape:
+        raise ValueError("psnr() is of two batches of uint8 images of one size, 0 to 255")
     error = (x.double() - y.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)  # (B,)
 
@@ -180,6 +182,8 @@ def ssim(x, y, data_range=None):
     SSIM differs by up to .014, so say which was used. Equal images have 1, even constant ones, for
     which torchmetrics has nan.
     """
+    if not (x.is_floating_point() and y.is_floating_point() and x.shape == y.shape):
+        raise ValueError("ssim() is of two batches of float images of one size, as [-1, 1]")
     if data_range is None:
         sides = (1, 2, 3)
         ranges = [z.amax(sides, keepdim=True) - z.amin(sides, keepdim=True) for z in (x, y)]
@@ -807,6 +811,7 @@ def recon(args, rank, world, device):
     picked = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, picked)
     models, made = load_models(args, device)
+    vae.check_agreement(data.dataset.files.data.tobytes(), made)
     extractor = load_extractor(args, "pytorch-fid", device)
     distance = f"r{extractor.DISTANCE}"
     perceptual = {}
@@ -857,7 +862,7 @@ def load_models(args, device):
     made = {}
     for path in args.checkpoints:
         name = name_of(path, models)
-        model = vqgan.load_model(path, args.model)
+        model = vqgan.load_model(path, args.model, args.padding_mode)
         model.grid(args.image_size)  # InputError if the autoencoder cannot take this size
         made[name] = dict(file=portable(path), sha256=vae.weights_hash(model), model=args.model)
         made[name] |= dict(config=model.config)
@@ -1013,7 +1018,7 @@ def read_settings(path, samples):
     if not path.is_file():
         return {}
     try:
-        drawn = json.loads(path.read_text())
+        drawn = vae.read_json(path)
         if drawn.get("args"):
             drawn["args"] = {key: portable(value) for key, value in drawn["args"].items()}
     except (ValueError, AttributeError):
@@ -1090,7 +1095,8 @@ def open_folder(path, notes, size):
 
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
-    for file in itertools.islice(pictures.files, 100 if size else None):  # some of a reference do
+    seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
+    for file in seen:
         with contextlib.suppress(Exception):  # scoring names and counts files that cannot be read
             with Image.open(file, formats=vae.FORMATS) as image:
                 sizes.setdefault((image.height, image.width), file)
@@ -1288,6 +1294,8 @@ def main():
     add("--data", default="data/imagenet/val", help="folder of images")
     add("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
     add("--model", help="preset, for checkpoints that have no configuration: sd, sdxl, sd3, sd-16")
+    words = "of the autoencoders' convolutions, where their files do not tell"
+    add("--padding-mode", choices=("zeros", "reflect"), help=words)
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
     words = "decode samples of the posterior, as in the paper, or its means"
     add("--latent", choices=("sample", "mean"), default="sample", help=words)

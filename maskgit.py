@@ -382,9 +382,9 @@ def train(args, rank, world, device):
     blank = torch.zeros(1, side**2, dtype=torch.long, device=device)
     vae.say_duration(args, step, device, lambda: model(blank, blank[:, 0]))
     data = token_data(args, rank, world, device, tokenizer, source, images)
+    batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
-    batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         preview(args, step, log, model, tokenizer, autocast)
@@ -630,7 +630,7 @@ def generate(
     device = next(model.parameters()).device
     n = model.config["input_size"] ** 2
     counts, ramps = decoding_schedule(sampling_steps, n, decoding)
-    labels = torch.as_tensor(labels, device=device)
+    labels = dit.check_labels(labels, model, precision).to(device)
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]

@@ -340,9 +340,9 @@ def train(args, rank, world, device):
             args, rank, world, device, images, latent_views, encode, encoder_id, side, width
         )
     data = AlignedLatents(latent_views, images, features)  # REPA
+    batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
-    batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)

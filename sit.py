@@ -280,9 +280,9 @@ def train(args, rank, world, device):
     dit.measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, dit.one_image(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
+    batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
-    batches = vae.endless_batches(data, args, step, rank, world)
     first_step = step
     if resumed is None:
         dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)

@@ -599,10 +599,13 @@ def no_distance(x, y):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
-    resumed = load_run(args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema"))
+    resumed = load_run(
+        args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
+    )
     torch.manual_seed(args.seed)
-    read = functools.partial(read_autoencoder, default="sd", padding_mode=args.padding_mode)
+    read = functools.partial(read_autoencoder, default="sd")
     found = starting_point(args, resumed, CONFIGS, read)
+    set_padding(args, resumed, found)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, found)
     discriminator = make_discriminator(args, found, step)
@@ -632,11 +635,11 @@ def train(args, rank, world, device):
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    log = Log(args, step, world, device)
     check_processes(step, model, data)
-    say_start(args, model, data, world, micro_batch, device)
     say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
+    log = Log(args, step, world, device)
+    say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
     # A complete run, whose latents were measured, is not measured and saved again
@@ -736,6 +739,18 @@ def train(args, rank, world, device):
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
     log.end(step)
+
+
+def set_padding(args, resumed, found):
+    """--padding-mode, of a run that begins. InputError if one that goes on has another."""
+    padding_mode = found.config.get("padding_mode", "zeros")
+    if args.padding_mode in (None, padding_mode):
+        return
+    if resumed is not None:
+        raise InputError(
+            f"{args.out}: was trained with --padding-mode {padding_mode}; give another --out"
+        )
+    found.config = dict(found.config, padding_mode=args.padding_mode)
 
 
 def draw_transforms(args, grid, smallest, generator):
@@ -1062,12 +1077,26 @@ def build(network, found):
 
 
 def check_sizes(config):
-    """ValueError for a size that no network has. A configuration is somebody's text file, and torch
-    builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full."""
+    """ValueError for a value that no network has. A configuration is somebody's text file, and
+    torch builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full.
+    """
+    choices = dict(padding_mode=("zeros", "reflect"), path=("linear", "gvp"))
     for name, value in config.items():
-        for size in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(size, int) and not 0 <= size <= 2**18:
-                raise ValueError(f"{name} = {size}")
+        if name in choices:
+            is_right = value in choices[name]
+        elif name.endswith(("_factor", "_ratio")) or name in ("beta", "dropout"):
+            is_right = value is None or is_number(value)
+        else:
+            most = 200 if name in ("depth", "num_res_blocks", "encoder_depth") else 2**18
+            sizes = value if isinstance(value, (tuple, list)) else [value]
+            is_right = len(sizes) <= 100
+            is_right = is_right and all(isinstance(n, int) and 0 <= n <= most for n in sizes)
+        if not is_right:
+            raise ValueError(f"{name} = {str(value)[:60]}")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
@@ -1243,16 +1272,31 @@ def find_weights(checkpoint, anchor):
             holders.append((str(key), value))
             inner = [(f"{key}.{name}", item) for name, item in value.items()]
             holders += [(name, item) for name, item in inner if isinstance(item, dict)]
-    holders.sort(key=lambda pair: not re.search("ema|shadow|average", pair[0].lower()))
-    for _, holder in holders:
+    holders.sort(key=lambda pair: not is_average(pair[0]))
+    for name, holder in holders:
         names = {}
         for key, value in holder.items():
             if isinstance(key, str) and isinstance(value, torch.Tensor):
                 names[key.replace("_orig_mod.", "")] = value
         prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
         if prefixes:
-            return weights_under(names, min(prefixes, key=len))
+            prefix = min(prefixes, key=lambda prefix: (not is_average(prefix), len(prefix)))
+            say_averages(checkpoint, f"{name}.{prefix}")
+            return weights_under(names, prefix)
     return None
+
+
+def is_average(name):
+    """Whether a file's name for some weights says that they are an average."""
+    return bool(re.search("ema|shadow|average|swa|polyak", name.lower()))
+
+
+def say_averages(checkpoint, taken):
+    """Says where a file holds an average of the weights in a form that is not read here."""
+    for key, value in checkpoint.items():
+        is_one = is_average(str(key)) and isinstance(value, (dict, list)) and len(value) > 0
+        if is_one and not is_average(taken):
+            say(f"{key}: an average of the weights of unknown form; the weights are taken instead")
 
 
 def weights_under(weights, prefix):
@@ -1353,7 +1397,8 @@ def config_beside(path):
         with import_safetensors().safe_open(path, "pt") as file:
             told = (file.metadata() or {}).get("eqvae")
         if told is not None:
-            return our_config(json.loads(told))
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):  # another's word
+                return our_config(json.loads(told))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
             return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
@@ -1589,7 +1634,10 @@ def read_file(path):
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
+            hint = f"; if it is on the hub: hf download {path} --local-dir {os.path.basename(path)}"
+        raise InputError(f"{path}: no such file{hint}")
     try:
         check_head(path)
         if path.endswith(".index.json"):  # of weights in several files
@@ -1660,8 +1708,10 @@ def load_inert(path, names, stand_in):
     with torch.serialization.safe_globals(stand_ins):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, UnicodeError):
+            # Files from before torch 1.6 cannot be mapped, nor those whose names are no UTF-8
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def plain(value):
@@ -1743,7 +1793,10 @@ def call_function(name, flag, *values):
         raise InputError(
             f"{flag} {name}: cannot be called as MODULE:FUNCTION of {len(values)} values ({error})"
         ) from None
-    return found(*values)
+    result = found(*values)
+    if not callable(result):
+        raise InputError(f"{flag} {name}: returned a {type(result).__name__}, not a function")
+    return result
 
 
 def file_hash(path):
@@ -2019,8 +2072,8 @@ class GuardedStream:
 
 
 def tell(text):
-    """Writes a line to stderr, above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """Writes a line to stderr, above a progress bar. (A file's name may hold an end of line.)"""
+    tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
 
 def say(text):
@@ -2031,8 +2084,7 @@ def say(text):
 
 def in_one_line(error):
     """An error's message, without the traceback that a data loader's process puts before it."""
-    message = str(error).rpartition("InputError: ")[2].strip()
-    return message.replace("\n", "\\n")  # as a file's name may hold one
+    return str(error).rpartition("InputError: ")[2].strip()
 
 
 def is_out_of_memory(error):
@@ -2041,7 +2093,7 @@ def is_out_of_memory(error):
 
 
 def out_of_memory(args, world):
-    """The memory was not enough: what to give instead."""
+    """What to give instead where memory was not enough."""
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
         return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
@@ -2179,17 +2231,22 @@ def gather_objects(value):
 def check_processes(step, model, images, *others):
     """InputError, on all processes, if they do not begin with the same step, weights, pictures and
     `others`: on several machines each may see a disk of its own."""
+    if dist.is_initialized():
+        sums = [value.double().sum().item() for value in model.state_dict().values()]
+        files = hashlib.sha256(images.files.data.tobytes()).hexdigest()
+        check_agreement(step, sums, files, *others)
+
+
+def check_agreement(*values):
+    """InputError, on all processes, if these values are not the same on each of them."""
     if not dist.is_initialized():
         return
-    sums = [value.double().sum().item() for value in model.state_dict().values()]
-    digest = hashlib.sha256(repr((step, sums, others)).encode())
-    digest.update(images.files.data.tobytes())
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, hashlib.sha256(repr(values).encode()).hexdigest())
+    if len(set(found)) > 1:
         raise InputError(
-            "the processes begin with different files: --out, --data, --init and --vae must be on "
-            "a disk that all machines see"
+            "the processes begin with different files: what is read, and --out, must be on a disk "
+            "that all machines see"
         )
 
 
@@ -2339,7 +2396,8 @@ def list_folder(folder, others):
 
 def is_service_name(name):
     """Of hidden files, and of what systems and NAS put into every folder."""
-    return name.startswith((".", "@", "#", "$")) or name in ("__MACOSX", "lost+found")
+    others = ("__MACOSX", "lost+found", "System Volume Information")
+    return name.startswith((".", "@", "#", "$")) or name in others
 
 
 def walk(folder, seen, others):
@@ -2510,7 +2568,8 @@ def check_shared_memory(data, args, world):
     MB in a container."""
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
-    needed = 2 * args.workers * size * (args.batch_size // world) * world
+    here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
+    needed = 2 * args.workers * size * here
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise InputError(
             f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
@@ -2532,6 +2591,12 @@ def images_per_pass(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
     size = args.batch_size // world
+    needed = 4096 * size  # the least that the smallest pictures and networks take
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(
+            f"--batch-size {args.batch_size}: more than {needed / 1e9:.3g} GB do not fit into the "
+            "memory"
+        )
     micro_batch = args.micro_batch or size
     if size % micro_batch:
         raise InputError(
@@ -2632,16 +2697,24 @@ def restore_optimizers(optimizers, resumed, lr):
         if resumed is None or not resumed[key]:
             continue
         try:
-            optimizer.load_state_dict(resumed[key])
+            load_optimizer(optimizer, resumed[key], lr)
         except Exception as error:  # whatever somebody's file makes of it
             raise InputError(f"--out: the optimiser's state in it does not fit ({error})") from None
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # A fused step wants its moments in the layout of their weights
-        for parameter, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
-            state["step"] = state["step"].clone()  # else it stays mapped to the file
+
+
+def load_optimizer(optimizer, state, lr):
+    """Adam's averages and count of steps; its settings are the command's. A fused step wants the
+    averages in the layout of their weights."""
+    settings = [dict(group, lr=lr) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+    for parameter, kept in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if kept[name].shape != parameter.shape:
+                raise ValueError(f"{name} has the shape {list(kept[name].shape)}")
+            kept[name] = torch.empty_like(parameter).copy_(kept[name])
+        kept["step"] = kept["step"].clone().reshape(())  # else it stays mapped to the file
 
 
 def start_ema(model, decay, resumed, device):
@@ -2650,6 +2723,7 @@ def start_ema(model, decay, resumed, device):
         return None
     weights = model.state_dict()
     if resumed is not None and resumed["ema"]:
+        check_fit(model, resumed["ema"], "--out's average of the weights")
         weights = resumed["ema"]
     return {name: value.to(device, copy=True) for name, value in weights.items()}
 
@@ -2684,6 +2758,7 @@ def load_run(args, arch, configs, required=()):
         raise InputError(
             f"--out {args.out}: give a name that ends in .pt (a folder without it is made)"
         )
+    check_writable(args.out)
     if args.bench or not os.path.exists(args.out):
         return None
     checkpoint = read_file(args.out)
@@ -2701,11 +2776,11 @@ def load_run(args, arch, configs, required=()):
     changes = []
     for name, value in stored.items():
         given = getattr(args, name)
-        if name not in args.given or name in FROM_THE_START:
+        if name not in args.given or name == "init":
             setattr(args, name, value)
         if name in args.given and given != value:
             note = f"was {value}"
-            if name in FROM_THE_START:
+            if name == "init":
                 note = "is not read, since the run has begun"
             changes.append(f"--{name.replace('_', '-')} {given} {note}")
     say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
@@ -2734,6 +2809,15 @@ def in_words(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 
+def check_writable(out):
+    """InputError if the nearest folder of `out` that is there cannot be written to."""
+    folder = Path(os.path.realpath(out)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--out {out}: cannot write there")
+
+
 # What entries of our checkpoints must be
 ENTRY_TYPES = dict(config=dict, model=dict, opt=dict, step=int, args=dict, classes=list)
 OPTIONAL_TYPES = dict(ema=dict, disc=dict, opt_disc=dict, latent=dict, vae=dict, vqgan=dict)
@@ -2748,13 +2832,30 @@ def check_entries(path, checkpoint, names):
         is_right = isinstance(value, ENTRY_TYPES.get(name, object))
         if name in OPTIONAL_TYPES and value is not None:
             is_right = isinstance(value, OPTIONAL_TYPES[name])
-        if name == "step" and is_right:
-            is_right = 0 <= value < 2**31
+        if is_right and value is not None:
+            is_right = is_plausible(name, value)
         if not is_right:
             raise InputError(f"{path}: not a checkpoint of ours: its {name} is {str(value)[:40]!r}")
 
 
-FROM_THE_START = ("init", "padding_mode")  # arguments that a run cannot change later
+def is_plausible(name, value):
+    """Whether what an entry holds is what it should hold."""
+    if name == "step":
+        return 0 <= value < 2**31
+    if name == "classes":
+        return all(isinstance(item, str) for item in value)
+    if name in ("vae", "vqgan"):
+        return all(isinstance(value.get(key), str) for key in ("file", "sha256"))
+    if name == "latent" and "scale" in value:  # vqgan.py's has none
+        scale = value["scale"]  # None: unknown
+        return is_number(value.get("shift")) and (scale is None or is_number(scale) and scale > 0)
+    if name in ("args", "config"):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            return bool(json.dumps(value))
+        return False
+    return True
+
+
 # Arguments that a run never takes from its checkpoint
 NOT_STORED = ("out", "workers", "bench", "change", "export", "sample_from", "samples")
 
@@ -2767,6 +2868,7 @@ def stored_arguments(args, stored):
     them, if this run was made with one.
     """
     actions = {action.dest: action for action in args.parser._actions if action.option_strings}
+    actions.pop("help")
     actions = {name: actions[name] for name in actions if name in stored and name not in NOT_STORED}
     words = []
     for name, action in actions.items():
@@ -3063,7 +3165,13 @@ def save_run(args, checkpoint):
     if not finite:
         say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
-    write_file(args.out, lambda part: torch.save(checkpoint, part))
+    write_file(args.out, lambda part: save_torch(checkpoint, part))
+
+
+def save_torch(checkpoint, path):
+    """torch.save; torch itself opens only paths whose names are UTF-8."""
+    with open(path, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def write_file(path, write):

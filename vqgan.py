@@ -243,7 +243,7 @@ def codebook_use(model, images, n=1024):
 
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
-    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
+    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
     torch.manual_seed(args.seed)
     found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
@@ -277,11 +277,11 @@ def train(args, rank, world, device):
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    log = vae.Log(args, step, world, device)
     vae.check_processes(step, model, data)
-    vae.say_start(args, model, data, world, micro_batch, device)
     vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
+    log = vae.Log(args, step, world, device)
+    vae.say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
@@ -445,11 +445,12 @@ def read_taming(path, checkpoint, model):
     return vae.Stored(path, config, weights, disc or None)
 
 
-def load_model(path, model=None):
-    """The VQ-GAN or the KL autoencoder in a file or folder."""
+def load_model(path, model=None, padding_mode=None):
+    """The VQ-GAN or the KL autoencoder in a file or folder. `padding_mode` is of the latter, where
+    its file does not tell."""
     checkpoint = vae.read_file(vae.find_file(path))
     if vae.find_weights(checkpoint, "quantize.embedding.weight") is None:
-        return vae.load_autoencoder(path, model)
+        return vae.load_autoencoder(path, model, padding_mode)
     return load_vqgan(path, model)
 
 

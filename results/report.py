@@ -36,6 +36,19 @@ FAMILIES = {
     "f16-1024": "VQ-GAN",
 }
 KINDS = {"rs": "EQ", "r": "EQ (R)", "s": "EQ (S)", "rs-aniso": "EQ (R, sx sy)"}
+# The fine-tuning of every row of the paper
+RECIPE = dict(
+    train="all",
+    recipe="paper",
+    perceptual="lpips",
+    lpips_weight=1,
+    l2_weight=0,
+    ssim_weight=0,
+    kl_weight=1e-6,
+    steps=50_000,
+    batch_size=160,
+    image_size=[256, 256],
+)
 # Arguments that change where a run writes and how fast it is, but not what it computes
 BOOKKEEPING = {
     "bench", "cache", "change", "compile", "given", "log_every", "micro_batch", "out",
@@ -125,9 +138,9 @@ def paper_name(made):
     args = made.get("args")
     if not args:  # somebody's file
         return family + "-FT-EMA" if "ft-ema" in made["file"] else family
-    if args["init"] == "scratch" or args.get("train", "all") != "all":
-        return None
-    if args.get("recipe", "paper") != "paper" or args.get("perceptual", "lpips") != "lpips":
+    recipe = dict(RECIPE, gan_weight=0.8 if family == "VQ-GAN" else 0.5)
+    differing = [name for name in recipe if plain(args.get(name, recipe[name])) != recipe[name]]
+    if differing or args["init"] == "scratch" or made.get("step", args["steps"]) < args["steps"]:
         return None
     if args.get("explicit_weight"):
         return family + " + explicit" + (" (stop-gradient)" if args["stop_gradient"] else "")
