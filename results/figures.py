@@ -167,7 +167,7 @@ def curves_of(runs, x):
         elif run["arm"] is None or run["arm"]["made"].get("step") is None:
             continue
         else:
-            label = f"{run['arm']['name']}: {run['generator']}"
+            label = f"{run['arm']['of_any_length']}: {run['generator']}"
             key = (label, measure_of(run), made_alike(run["arm"], "steps"))
         families.setdefault(key, []).append(run)
 

@@ -92,7 +92,9 @@ def read_record(path, record, arms, runs):
         row = dict(stem=stem, scores=scores, about=about, record=path)
         if "autoencoders" in about:
             made = about["autoencoders"][stem]
-            arms.append(row | dict(made=made, name=paper_name(made) or stem))
+            row |= dict(made=made, name=paper_name(made) or stem)
+            # For Fig. 5, which has fine-tunes of several lengths
+            arms.append(row | dict(of_any_length=paper_name(made, any_length=True) or stem))
         else:
             drawn = about["drawn"]
             step = drawn.get("step") or 0  # an official checkpoint does not say it
@@ -130,7 +132,7 @@ def thousands(n):
 # Which row of the paper is it, and which records are seeds of one another?
 
 
-def paper_name(made):
+def paper_name(made, any_length=False):
     """An autoencoder's name in paper.md, or None where it is none of the paper's."""
     family = FAMILIES.get(preset_of(made.get("config"), made.get("model")))
     if family is None:
@@ -139,8 +141,12 @@ def paper_name(made):
     if not args:  # somebody's file
         return family + "-FT-EMA" if "ft-ema" in made["file"] else family
     recipe = dict(RECIPE, gan_weight=0.8 if family == "VQ-GAN" else 0.5)
-    differing = [name for name in recipe if plain(args.get(name, recipe[name])) != recipe[name]]
-    if differing or args["init"] == "scratch" or made.get("step", args["steps"]) < args["steps"]:
+    differing = {name for name in recipe if plain(args.get(name, recipe[name])) != recipe[name]}
+    if made.get("step", args["steps"]) < args["steps"]:
+        differing.add("steps")
+    if any_length:
+        differing.discard("steps")
+    if differing or args["init"] == "scratch":
         return None
     if args.get("explicit_weight"):
         return family + " + explicit" + (" (stop-gradient)" if args["stop_gradient"] else "")
