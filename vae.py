@@ -2875,7 +2875,8 @@ def stored_arguments(args, stored):
         value = stored[name]
         flag = action.option_strings[0]
         is_code = name in ("perceptual", "encoder") and ":" in str(value)
-        if (is_code or name == "cache") and value is not None and name not in args.given:
+        is_folder = name == "cache" and not getattr(args, "no_cache", False)
+        if (is_code or is_folder) and value is not None and name not in args.given:
             raise InputError(
                 f"{args.out}: was made with {flag} {value}: give it again, since what to call and "
                 "where to write is not taken from a file"
