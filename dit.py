@@ -1055,6 +1055,8 @@ def load_generator(file, network=DiT, **options):
     The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
     Others it would cast again at every call.
     """
+    if vae is None:
+        raise ImportError("load_generator() needs vae.py and eqloss.py beside this file")
     path = find_generator(file)
     checkpoint = vae.read_file(path)
     kept = {}

@@ -642,8 +642,9 @@ def train(args, rank, world, device):
     say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    # A complete run, whose latents were measured, is not measured and saved again
+    # A complete run is not measured and saved again, unless --latent-scale asks for it
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    was_finished = was_finished and "latent_scale" not in args.given
     resumed = found = None  # frees the loaded tensors
     log.begin(step)
 
@@ -750,6 +751,8 @@ def set_padding(args, resumed, found):
         raise InputError(
             f"{args.out}: was trained with --padding-mode {padding_mode}; give another --out"
         )
+    if args.train == "decoder":
+        say("--padding-mode: is of the encoder, too, and so changes its latents")
     found.config = dict(found.config, padding_mode=args.padding_mode)
 
 
@@ -862,7 +865,7 @@ def final_scale(args, step, model, ema, data, device):
     if model.scaling_factor is not None:
         text += (
             f"; networks that were trained with {model.scaling_factor} and {model.shift_factor} "
-            "need those: --latent-scale published"
+            "need those: give the same command with --latent-scale published"
         )
     say(text)
     return latent
@@ -943,7 +946,9 @@ def arguments(description, configs, init, out):
     add("--init", default=init, help="file or folder to start from or export, or scratch")
     words = "preset, if --init is scratch or a file that names none"
     add("--model", choices=configs, help=words)
-    words = "convert --init to this new folder, do not train"
+    words = (
+        "convert --init to this new folder (vae.py: or NAME.safetensors, one file); do not train"
+    )
     add("--export", metavar="NAME", help=words)
     add("--train", choices=("all", "decoder"), default="all", help="the part to train")
     words = "compute blocks again in the backward pass: less memory, more time"
@@ -1469,7 +1474,7 @@ def export(args):
         say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
     layout = args.layout
     if args.export.endswith(".safetensors"):
-        layout = "ldm, in one file"
+        layout = "one file in LDM's"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
         write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
@@ -1986,7 +1991,8 @@ def launch(parser, run):
         except SystemExit as end:
             code = end.code
         except InputError as error:
-            tell(f"{parser.prog}: {in_one_line(error)}")
+            if is_first_to_tell():
+                tell(f"{parser.prog}: {in_one_line(error)}")
             code = 2
         except BaseException as error:
             if is_out_of_memory(error):
@@ -2080,6 +2086,14 @@ def say(text):
     """The same, from the first process alone."""
     if MAIN:
         tell(text)
+
+
+def is_first_to_tell():
+    """Whether no other process has told of an error: most errors are every process's."""
+    with contextlib.suppress(RuntimeError):  # the others may have gone already
+        if dist.is_initialized():
+            return dist.distributed_c10d._get_default_store().add("told", 1) == 1
+    return True
 
 
 def in_one_line(error):
