@@ -1640,7 +1640,10 @@ def read_file(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
+        is_file = path.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))
+        if is_file:
+            hint = "; download it (--help of the script says where from), or name another"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
             hint = f"; if it is on the hub: hf download {path} --local-dir {os.path.basename(path)}"
         raise InputError(f"{path}: no such file{hint}")
     try:
@@ -3303,6 +3306,7 @@ def device_name(device):
 
 
 if __name__ == "__main__":
-    import vae  # as the others import it: one InputError, one list of signals in the process
-
-    vae.main()
+    sys.modules["vae"] = sys.modules[
+        "__main__"
+    ]  # for others that import it: one InputError for all
+    main()
