@@ -15,6 +15,8 @@ oracles (diffusers, torchmetrics, ...) are skipped where they are not installed.
     vae.py: files are written whole
     The command line of vae.py
     vae.py and vqgan.py: training
+    vae.py: captions, what is said before a run, another run under the same name
+    Attacks: what testers did to the project, each kind in one table
     Networks: the official codes' numbers, sizes and files
     Training steps, and the pictures that a run draws
     The caches of latents and tokens
@@ -4281,6 +4283,448 @@ def test_speed_is_that_of_the_steps_since_the_last_line(photos, tmp_path):
     seconds = [line["seconds"] for line in log[1:]]
     assert seconds[0] > 0.4 and sum(seconds) < taken, "no second is told twice"
     assert [line["lr"] for line in log] == [1e-3] * 8
+
+
+# ==================================================================================================
+# vae.py: captions, what is said before a run, another run under the same name
+
+
+def test_a_grid_has_captions_to_the_right_of_its_rows():
+    """The pictures stay where they are without captions."""
+    rows = [torch.zeros(3, 3, 20, 16), torch.ones(3, 3, 20, 16)]
+    plain = np.asarray(vae.image_grid(rows))
+    captioned = np.asarray(vae.image_grid(rows, captions=("x", "D(tau E(x))")))
+    width = plain.shape[1]
+    assert np.array_equal(captioned[:, :width], plain)
+    ink = (captioned[:, width:] < 128).any(axis=2)
+    upper, lower = ink[:22], ink[22:]
+    assert upper.any() and lower.any(), "each row has its own"
+    assert lower.sum() > 3 * upper.sum(), "the longer one is the lower one's"
+    assert not ink[:, -1].any(), "no caption is cut off"
+
+
+@pytest.mark.parametrize("script", [vae, vqgan])
+def test_the_logged_reconstruction_loss_is_per_value(tmp_path, photos, script):  # noqa: F811
+    """It is L1 + LPIPS as means. Under tau, which leaves images of another size in each step, a sum
+    over an image's values would jump."""
+    words = ("--data", photos, "--steps", 4, "--p-alpha", 0)
+    _, log = train(tmp_path / "a.pt", *words, main=script.main, base=VQ)
+    for line in log:
+        if "rec_loss" in line:
+            assert line["rec_loss"] == pytest.approx(line["l1"], rel=1e-5)
+
+
+def test_a_preview_says_which_way_is_good(tmp_path, photos, capsys):  # noqa: F811
+    words = ("--data", photos, "--steps", 1, "--sample-every", 1)
+    train(tmp_path / "a.pt", *words, base=VAE)
+    said = capsys.readouterr().err
+    pattern = r"step 1: equivariance errors R [\d.]+, S [\d.]+ \(0 is best\), PSNR [\d.]+ dB \(more"
+    assert re.search(pattern, said)
+
+
+@pytest.mark.parametrize(
+    "name, value, was",
+    [("--image-size", 16, "32x32"), ("--batch-size", 2, "4"), ("--data", "other", "photos")],
+)
+def test_a_run_of_other_pictures_or_batches_wants_another_name_or_change(
+    tmp_path,
+    trained,  # noqa: F811
+    photos,  # noqa: F811
+    capsys,
+    name,
+    value,
+    was,
+):
+    """--data is compared as a place: another way to write it is the same folder."""
+    out = tmp_path / "a.pt"
+    words = [*VAE, "--out", out, "--data", photos]
+    run(vae.main, *words, "--steps", 1)
+    before = out.read_bytes()
+    if name == "--data":
+        value = tmp_path / "other"
+        value.mkdir()
+        for number in range(4):
+            Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(value / f"{number}.png")
+    said = refusal(capsys, vae.main, *words, "--steps", 2, name, value)
+    assert name in said and was in said and "--change" in said
+    assert out.read_bytes() == before
+    run(vae.main, *words, "--data", f"{photos}/../{photos.name}/", "--steps", 2)
+    run(vae.main, *words, "--steps", 3, name, value, "--change")
+    kept = torch.load(out, weights_only=True)
+    assert kept["step"] == 3 and "change" not in kept["args"]
+    run(vae.main, "--out", out, "--steps", 4)
+    kept = torch.load(out, weights_only=True)["args"]
+    stored = kept[name[2:].replace("-", "_")]
+    assert stored == (str(value) if name == "--data" else (16, 16) if value == 16 else value)
+
+
+def test_a_generators_run_of_another_size_is_refused_too(tmp_path, trained, photos, capsys):  # noqa: F811
+    words = ["--vae", trained / "eq.pt", "--data", photos, "--model", "DiT-Ti/2", *RUN]
+    words += ["--no-cache", "--out", tmp_path / "d.pt", "--steps"]
+    run(dit.main, *words, 1)
+    assert "--image-size" in refusal(capsys, dit.main, *words, 2, "--image-size", 16)
+    assert "--batch-size 4, not 2" in refusal(capsys, dit.main, *words, 2, "--batch-size", 2)
+
+
+def start_words(seconds, monkeypatch, capsys, step=0, **changes):
+    """What say_duration() says of a run whose network takes so many seconds for an image."""
+    clock = [0.0]
+    monkeypatch.setattr(vae.time, "monotonic", lambda: clock[0])
+
+    def forward():
+        clock[0] += seconds
+
+    args = types.SimpleNamespace(**(dict(steps=1000, batch_size=16, bench=False) | changes))
+    vae.say_duration(args, step, torch.device("cpu"), forward)
+    monkeypatch.undo()
+    return capsys.readouterr().err
+
+
+def test_a_long_run_on_a_cpu_is_told_before_it_starts(monkeypatch, capsys):
+    """Three times the forward pass for each image that is left; nothing of runs within an hour."""
+    said = start_words(2.0, monkeypatch, capsys)
+    assert "16,000 images will take about 27 hours" in said
+    for flag in ("--steps", "--batch-size", "--image-size", "--model"):
+        assert flag in said
+    assert "about 11 days" in start_words(20.0, monkeypatch, capsys)
+    assert "about 13 hours" in start_words(2.0, monkeypatch, capsys, step=500)
+    assert start_words(0.05, monkeypatch, capsys) == ""
+    assert start_words(2.0, monkeypatch, capsys, bench=True) == ""
+
+
+def test_the_measured_pass_leaves_the_random_numbers_alone(monkeypatch, capsys):
+    args = types.SimpleNamespace(steps=1000, batch_size=16, bench=False)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    vae.say_duration(args, 0, torch.device("cpu"), lambda: torch.rand(5))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_start_line_says_that_a_macs_gpu_is_not_used(tmp_path, photos, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    words = ("--data", photos, "--steps", 0)
+    train(tmp_path / "a.pt", *words, base=VAE)
+    assert "this Mac's GPU is not used" in capsys.readouterr().err
+
+
+# ==================================================================================================
+# Attacks: what testers did to the project, each kind in one table
+
+
+def spoilt(source, path, entry, value):
+    """A copy of a checkpoint with one entry, ("args", "lr") say, replaced -> its path."""
+    checkpoint = torch.load(source, weights_only=True)
+    holder = checkpoint
+    for key in entry[:-1]:
+        holder = holder[key]
+    holder[entry[-1]] = value
+    torch.save(checkpoint, path)
+    return path
+
+
+def files_below(folder):
+    return {path for path in Path(folder).rglob("*")}
+
+
+SPOILT = {  # entry of an autoencoder's checkpoint -> its value, and a word of the message
+    "a learning rate that is none": (("args", "lr"), "nan", "--lr"),
+    "a batch of none": (("args", "batch_size"), 0, "--batch-size"),
+    "a size that is none": (("args", "image_size"), "abc", "--image-size"),
+    "arguments that are none": (("args",), 5, "its args"),
+    "a tensor among the arguments": (("args", "compile"), torch.zeros(3), "its args"),
+    "a negative step": (("step",), -5, "its step"),
+    "a step beyond all": (("step",), 2**70, "its step"),
+    "a function to call": (("args", "perceptual"), "cProfile:run", "--perceptual"),
+    "a huge width": (("config", "ch"), 8192, "encoder.conv_in.weight"),
+    "blocks without end": (("config", "num_res_blocks"), 100_000, "num_res_blocks"),
+    "a text for a number": (("config", "norm_groups"), "8", "norm_groups"),
+    "a tensor for a number": (("config", "z_channels"), torch.zeros(2), "its config"),
+    "a padding that is none": (("config", "padding_mode"), "z", "padding_mode"),
+    "no state of an optimiser": (("opt", "state", 0), {"exp_avg": 1}, "optimiser"),
+    "a scale that is none": (("latent",), dict(scale="x", shift=0.0), "its latent"),
+    "no finite weights": (("model", "encoder.conv_in.bias"), torch.full((16,), math.nan), "finite"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_checkpoint_is_told_in_one_line(capsys, photos, trained, tmp_path, name):
+    """Nothing in it is called, and nothing is left behind."""
+    entry, value, words = SPOILT[name]
+    out = spoilt(trained / "eq.pt", tmp_path / "run.pt", entry, value)
+    if name == "a function to call":
+        spoilt(out, out, ("args", "lpips_weight"), 1.0)
+    before = files_below(tmp_path)
+    told = refusal(capsys, vae.main, "--data", photos, "--out", out, "--workers", 0, "--steps", 9)
+    assert words in told and files_below(tmp_path) == before
+
+
+def test_help_among_stored_arguments_does_not_end_the_run(photos, trained, tmp_path):
+    out = spoilt(trained / "eq.pt", tmp_path / "run.pt", ("args", "help"), True)
+    checkpoint, _ = train(out, "--data", photos, "--steps", 7)
+    assert checkpoint["step"] == 7
+
+
+SPOILT_GENERATORS = {
+    "classes that are no names": (("classes",), [1, 2], "its classes"),
+    "a hash that is none": (("vae", "sha256"), 8192, "its vae"),
+    "a shift that is none": (("latent", "shift"), {"a": 1}, "its latent"),
+    "a tensor among the arguments": (("args", "steps"), torch.zeros(2), "its args"),
+    "heads that are no number": (("config", "num_heads"), "--out=evil", "num_heads"),
+    "blocks without end": (("config", "depth"), 100_000, "depth"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_GENERATORS)
+def test_a_spoilt_generator_is_told_in_one_line(capsys, photos, trained, tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("spoilt")
+    entry, value, words = SPOILT_GENERATORS[name]
+    spoilt(one_step_of_dit(trained, photos), folder / "dit.pt", entry, value)
+    before = files_below(folder)
+    words_of_sampling = ("--sample-from", folder / "dit.pt", "--vae", trained / "eq.pt")
+    told = refusal(capsys, dit.main, *words_of_sampling, "--num-samples", 2, "--sampling-steps", 2)
+    assert words in told and files_below(folder) == before
+
+
+@functools.cache
+def one_step_of_dit(trained, photos):
+    out = trained / "attacked" / "dit.pt"
+    out.parent.mkdir()
+    train_generator(dit, out, trained / "eq.pt", photos, "--steps", 1)
+    return out
+
+
+AVERAGES = {  # how a trainer may keep weights w and their average a
+    "model_ema1": lambda w, a: dict(model=w, model_ema1=a),
+    "state_dict_ema": lambda w, a: dict(state_dict=w, state_dict_ema=a),
+    "shadow": lambda w, a: dict(model=w, ema=dict(shadow=a)),
+    "swa": lambda w, a: dict(model=w, swa_state_dict=a),
+    "prefixes": lambda w, a: prefixed("model.", w) | prefixed("ema_model.", a),
+    "long prefixes": lambda w, a: prefixed("vae.", w) | prefixed("ema.module.vae.", a),
+}
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("form", AVERAGES)
+def test_a_foreign_files_average_is_taken(tmp_path, form):
+    weights = vae.AutoencoderKL(**vae.CONFIGS["tiny"]).state_dict()
+    average = {name: torch.full_like(value, 7) for name, value in weights.items()}
+    torch.save(AVERAGES[form](weights, average), tmp_path / "a.pt")
+    found = vae.load_autoencoder(tmp_path / "a.pt", "tiny").state_dict()
+    assert all((value == 7).all() for value in found.values())
+
+
+def test_an_average_that_cannot_be_read_is_told(capsys, tmp_path):
+    weights = vae.AutoencoderKL(**vae.CONFIGS["tiny"]).state_dict()
+    listed = dict(model=weights, ema=dict(shadow_params=list(weights.values())))
+    torch.save(listed, tmp_path / "a.pt")
+    vae.load_autoencoder(tmp_path / "a.pt", "tiny")
+    assert "ema: an average" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures, caches and names
+
+
+def test_data_loaders_do_not_share_a_place_in_a_file(tmp_path):
+    """A forked process inherits open files with their places: if two of them sought in one, each
+    would sometimes read the other's row."""
+    np.save(tmp_path / "rows.npy", np.arange(8, dtype=np.float32).reshape(4, 2, 1))
+    data = dit.CachedViews(tmp_path / "rows.npy", np.arange(4), np.zeros(4, int), 0, False)
+    data[(0, 0)]  # opens the file here
+    place = data.reader.file.tell()
+    other = multiprocessing.get_context("fork").Process(target=data.__getitem__, args=((0, 3),))
+    other.start()
+    other.join()
+    assert other.exitcode == 0 and data.reader.file.tell() == place
+
+
+def test_a_cache_in_the_folder_of_the_runs_pictures_is_refused(capsys, photos, trained, tmp_path):
+    words = (*tiny(dit), "--vae", trained / "eq.pt", "--data", photos, "--steps", 1)
+    told = refusal(capsys, dit.main, *words, "--cache", tmp_path / "x", "--out", tmp_path / "x.pt")
+    assert "give another folder" in told and not files_below(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_checkpoint_may_have_a_name_that_is_no_utf_8(photos, tmp_path):
+    out = os.path.join(tmp_path, os.fsdecode(b"\xff.pt"))
+    run(vae.main, *VAE, "--data", photos, "--out", out, "--steps", 1)
+    run(vae.main, *VAE, "--data", photos, "--out", out, "--steps", 2)
+    assert vae.read_file(out)["step"] == 2
+
+
+def test_a_name_with_an_end_of_line_is_one_line(capsys, copied, tmp_path):
+    (copied / "cats" / "a\nb.png").write_bytes(b"no picture")
+    data = vae.ImageFolder(copied, (32, 32))
+    capsys.readouterr()
+    data[list(data.files).index(str(copied / "cats" / "a\nb.png"))]
+    printed = capsys.readouterr().err.strip()
+    assert "a\\nb.png" in printed and "\n" not in printed
+
+
+# --------------------------------------------------------------------------------------------------
+# Refusals leave nothing behind
+
+
+TOO_MUCH = {
+    "a batch beyond memory": (("--batch-size", 50_000_000), "memory"),
+    "no folder to write to": (("--out", Path(__file__) / "r.pt"), "cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_cannot_be_is_told_before_anything_is_written(
+    capsys, photos, trained, tmp_path, script, codec, name
+):
+    words, says = TOO_MUCH[name]
+    base = (*smallest(script), *codec, "--data", photos, "--steps", 1, "--cache", tmp_path / "c")
+    told = refusal(capsys, script.main, *base, "--out", tmp_path / "r.pt", *words)
+    assert says in told and not files_below(tmp_path)
+
+
+def test_too_little_shared_memory_is_told_and_leaves_nothing(capsys, monkeypatch, photos, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    words = (*VAE, "--data", photos, "--out", tmp_path / "r.pt", "--steps", 1, "--workers", 2)
+    assert "/dev/shm" in refusal(capsys, vae.main, *words) and not files_below(tmp_path)
+
+
+def test_a_file_is_never_overwritten_by_an_export(capsys, trained, tmp_path):
+    pytest.importorskip("safetensors")
+    words = ("--init", trained / "eq.pt", "--export", tmp_path / "a.safetensors")
+    run(vae.main, *words)
+    assert "already there" in refusal(capsys, vae.main, *words)
+
+
+def test_a_function_that_gives_no_function_is_told(capsys, monkeypatch, photos, tmp_path):
+    (tmp_path / "mine_j.py").write_text("def five(path, device):\n    return 5\n")
+    monkeypatch.chdir(tmp_path)
+    words = (*VAE, "--data", photos, "--out", "r.pt", "--steps", 1, "--lpips-weight", 1)
+    told = refusal(capsys, vae.main, *words, "--perceptual", "mine_j:five")
+    assert "returned a int" in told and not Path("r.jsonl").exists()
+
+
+SETTINGS = {"cut": "{", "nested": "[" * 100_000, "a list": "[1]", "no text": "\xff\xfe"}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_spoilt_settings_beside_samples_are_told(capsys, photos, tmp_path, kind):
+    np.savez(tmp_path / "s.npz", arr_0=random_pictures(8, 32))
+    (tmp_path / "s.json").write_bytes(SETTINGS[kind].encode("latin1"))
+    assert "s.json" in refusal(capsys, evaluate.main, "samples", tmp_path / "s.npz", photos)
+
+
+# --------------------------------------------------------------------------------------------------
+# Padding, from Python, several machines
+
+
+def test_a_run_from_scratch_has_the_padding_that_was_asked_for(capsys, photos, tmp_path):
+    words = ("--data", photos, "--padding-mode", "reflect", "--steps", 1)
+    checkpoint, _ = train(tmp_path / "r.pt", *words)
+    assert checkpoint["config"]["padding_mode"] == "reflect"
+    words = (*VAE, "--data", photos, "--padding-mode", "zeros", "--out", tmp_path / "r.pt")
+    assert "reflect; give another" in refusal(capsys, vae.main, *words, "--steps", 2)
+
+
+def test_evaluate_takes_the_padding_of_a_file_that_does_not_tell(photos, tmp_path):
+    args = argparse.Namespace(model=None, image_size=(32, 32), padding_mode="reflect")
+    train(tmp_path / "r.pt", "--data", photos, "--steps", 1)
+    args.checkpoints = [tmp_path / "r.pt"]
+    _, made = evaluate.load_models(args, "cpu")
+    assert made["r"]["config"]["padding_mode"] == "reflect"
+
+
+LATENT = torch.zeros(2, 4, 8, 8)
+SILENT = {
+    "psnr of floats": lambda: evaluate.psnr(LATENT, LATENT),
+    "psnr of two sizes": lambda: evaluate.psnr(LATENT.byte(), LATENT[:1].byte()),
+    "ssim of uint8": lambda: evaluate.ssim(LATENT.byte(), LATENT.byte()),
+    "a shape for a grid": lambda: eqloss.identity_transform(LATENT.shape),
+    "a shape for a scale's grid": lambda: scale_transform(0.5, LATENT.shape),
+    "an unknown sampler": lambda: dit.GaussianDiffusion(4).sample(
+        lambda x, t, y, level: torch.cat([x, x], dim=1), LATENT, torch.zeros(2).long(), "DDIM"
+    ),
+    "no learned variance": lambda: dit.GaussianDiffusion(4).sample(
+        lambda x, t, y, level: x, LATENT, torch.zeros(2).long()
+    ),
+    "no labels": lambda: dit.check_labels([], SimpleModel, "fp32"),
+    "a label of no class": lambda: dit.check_labels([4], SimpleModel, "fp32"),
+    "a negative label": lambda: dit.check_labels([-1], SimpleModel, "fp32"),
+    "an unknown precision": lambda: dit.check_labels([0], SimpleModel, "fp64"),
+}
+
+
+class SimpleModel:
+    config = dict(num_classes=3)
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_was_accepted_silently_is_a_value_error(name):
+    with pytest.raises(ValueError):
+        SILENT[name]()
+
+
+def test_an_autoencoder_of_the_hub_is_told_how_to_get():
+    with pytest.raises(vae.InputError, match="hf download stabilityai/sd-vae-ft-mse"):
+        vae.load_autoencoder("stabilityai/sd-vae-ft-mse")
+
+
+def one_of_two_that_disagree(rank, port, queue):
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    vae.check_agreement("the same", 1)
+    try:
+        vae.check_agreement("mine", rank)
+    except vae.InputError as error:
+        queue.put(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@needs_two_processes
+def test_processes_that_see_different_files_are_told_on_each():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = forked()
+    queue = context.Queue()
+    processes = []
+    for rank in range(2):
+        processes.append(context.Process(target=one_of_two_that_disagree, args=(rank, port, queue)))
+        processes[-1].start()
+    told = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert all("different files" in text for text in told)
+
+
+def test_a_label_has_one_meaning():
+    """Where classes are called by numbers, a number is a name; a name may hold a comma."""
+
+    def chosen(labels, names):
+        args = argparse.Namespace(labels=labels, num_samples=2, seed=0)
+        return dit.choose_labels(args, len(names), names).tolist()
+
+    assert chosen("10,2", ["1", "10", "2"]) == [1, 2]
+    assert chosen("1,0", ["cats", "dogs"]) == [1, 0] and chosen("dogs", ["cats", "dogs"]) == [1, 1]
+    assert chosen("tench, Tinca tinca", ["newt", "tench, Tinca tinca"]) == [1, 1]
+    with pytest.raises(vae.InputError, match="no class 0"):
+        chosen("0", ["1", "10", "2"])
+
+
+def test_weights_of_which_one_number_is_not_finite_are_not_saved(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path / "a.pt"), bench=False)
+    weights = dict(a=torch.ones(2), b=torch.tensor([1.0, math.nan]))
+    for key in ("model", "ema", "disc"):
+        vae.save_run(args, dict(step=1, model=dict(a=torch.ones(2))) | {key: weights})
+        assert not list(tmp_path.iterdir()), key
+
+
+def test_a_flag_with_an_equals_sign_is_given_as_well(tmp_path, photos):
+    train(tmp_path / "a.pt", "--data", photos, "--steps", 1)
+    run(vae.main, "--out", tmp_path / "a.pt", "--steps=2", "--log-every=1")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 2
 
 
 # ==================================================================================================
