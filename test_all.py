@@ -4499,12 +4499,12 @@ AVERAGES = {  # how a trainer may keep weights w and their average a
     "state_dict_ema": lambda w, a: dict(state_dict=w, state_dict_ema=a),
     "shadow": lambda w, a: dict(model=w, ema=dict(shadow=a)),
     "swa": lambda w, a: dict(model=w, swa_state_dict=a),
-    "prefixes": lambda w, a: prefixed("model.", w) | prefixed("ema_model.", a),
-    "long prefixes": lambda w, a: prefixed("vae.", w) | prefixed("ema.module.vae.", a),
+    "prefixes": lambda w, a: under_prefix("model.", w) | under_prefix("ema_model.", a),
+    "long prefixes": lambda w, a: under_prefix("vae.", w) | under_prefix("ema.module.vae.", a),
 }
 
 
-def prefixed(prefix, weights):
+def under_prefix(prefix, weights):
     return {prefix + name: value for name, value in weights.items()}
 
 
