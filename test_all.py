@@ -3615,7 +3615,7 @@ def taming(request, tmp_path_factory):
     checkpoint of taming's with it, with a discriminator and with LPIPS beside."""
     folder = tmp_path_factory.mktemp("taming")
     with pytest.MonkeyPatch.context() as patch:
-        config = dict(vqgan.CONFIGS[request.param], ch=32, z_channels=32, embed_dim=32)
+        config = dict(vqgan.CONFIGS[request.param], ch=32, z_channels=32, embed_dim=24)
         patch.setitem(vqgan.CONFIGS, request.param, config)
         model = formula(vqgan.VQGAN(**config))
         state = dict(model.state_dict())
@@ -3639,8 +3639,11 @@ def test_tamings_files_are_written_as_they_came_and_read_again(taming, tmp_path)
     run(vqgan.main, "--init", file, "--export", tmp_path / "out")
     back = torch.load(tmp_path / "out" / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(back, state, rtol=0, atol=0)
-    told = json.loads((tmp_path / "out" / "configs" / "model.yaml").read_text())
-    assert told["model"]["params"]["n_embed"] == vqgan.CONFIGS[name]["n_embed"]
+    params = json.loads((tmp_path / "out" / "configs" / "model.yaml").read_text())["model"][
+        "params"
+    ]
+    assert params["n_embed"] == vqgan.CONFIGS[name]["n_embed"]
+    assert (params["embed_dim"], params["ddconfig"]["z_channels"]) == (24, 32)
     model = vqgan.load_vqgan(tmp_path / "out")
     assert torch.equal(model.quantize.embedding.weight, state["quantize.embedding.weight"])
 
@@ -3803,6 +3806,14 @@ def test_a_network_that_gives_nan_makes_a_poisoned_step(tmp_path, photos, script
     words += ("--init", tmp_path / "start.pt", "--data", photos, "--image-size", 32, "--steps", 2)
     run(script.main, *RUN, "--lpips-weight", 0, *words, "--out", tmp_path / "a.pt")
     assert [line["skipped"] for line in log_of(tmp_path / "a.pt")] == [1, 2]
+
+
+@pytest.mark.parametrize("script", [vae, vqgan], ids=["vae", "vqgan"])
+def test_finite_gradients_whose_norm_is_infinite_make_a_poisoned_step(tmp_path, photos, script):
+    words = ("--data", photos, "--steps", 1, "--gan-weight", 0, *acting(lambda call, x: 1e30))
+    run(script.main, *NEW, *RUN, *words, "--out", tmp_path / "a.pt")
+    (line,) = log_of(tmp_path / "a.pt")
+    assert line["skipped"] == 1 and line["rec_loss"] > 1e25
 
 
 def test_nineteen_poisoned_steps_in_a_row_are_survived(tmp_path, photos):
@@ -5280,15 +5291,16 @@ def test_the_data_loaders_of_a_generator_change_nothing(script, fit, whole, tmp_
     assert_same(whole.checkpoint, loaded, states_of(loaded))
 
 
-def test_a_step_whose_gradients_are_not_finite_changes_nothing(
-    monkeypatch, fit, generator, tmp_path
+@pytest.mark.parametrize("value", [math.nan, 1e25], ids=["nan", "too-long"])
+def test_a_step_whose_gradients_norm_is_not_finite_changes_nothing(
+    monkeypatch, fit, generator, tmp_path, value
 ):
     shutil.copy(generator, tmp_path / "a.pt")
     before = torch.load(generator, weights_only=True)
     total_norm = torch.nn.utils.get_total_norm
 
     def poisoned(gradients):
-        gradients[-1].fill_(math.nan)
+        gradients[-1].fill_(value)
         return total_norm(gradients)
 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)

@@ -473,7 +473,7 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
        those of the gradients' mean over processes, so all of them get the same weight.
     """
     (gradient,) = torch.autograd.grad(rec_loss, reconstruction)
-    told = {}
+    scalars = {}
     if g_loss is not None:
         (gan_gradient,) = torch.autograd.grad(g_loss, reconstruction)
 
@@ -485,11 +485,11 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 
         ratio = norm_at_last_layer(gradient) / (norm_at_last_layer(gan_gradient) + 1e-4)
         weight = gan_weight * ratio.clamp(max=1e4)
-        told = dict(d_weight=weight, clamped=(ratio >= 1e4).float())
+        scalars = dict(d_weight=weight, clamped=(ratio >= 1e4).float())
         if gan_acts:
             gradient = gradient + weight * gan_gradient
     # The gradient of L1 is 0 where a value is NaN. But 0 x NaN is NaN: so the step is skipped
-    return gradient + 0 * rec_loss.detach(), told
+    return gradient + 0 * rec_loss.detach(), scalars
 
 
 def backward_from(reconstruction, gradient, regularizer, share):
@@ -604,11 +604,11 @@ def train(args, rank, world, device):
     )
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
-    found = starting_point(args, resumed, CONFIGS, read)
-    set_padding(args, resumed, found)
+    stored = starting_point(args, resumed, CONFIGS, read)
+    set_padding(args, resumed, stored)
     step = resumed["step"] if resumed else 0
-    model = build(AutoencoderKL, found)
-    discriminator = make_discriminator(args, found, step)
+    model = build(AutoencoderKL, stored)
+    discriminator = make_discriminator(args, stored, step)
     perceptual = load_perceptual(args, device)
     ssim = load_ssim(args)
 
@@ -645,7 +645,7 @@ def train(args, rank, world, device):
     # A complete run is not measured and saved again, unless --latent-scale asks for it
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     was_finished = was_finished and "latent_scale" not in args.given
-    resumed = found = None  # frees the loaded tensors
+    resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
     while step < args.steps and not stop_signal():
@@ -705,7 +705,7 @@ def train(args, rank, world, device):
                 rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is NaN: see loss_gradient()
 
             # The losses' gradient at the reconstruction, then one backward pass from there
-            gradient, told = loss_gradient(
+            gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,
                 reconstruction,
@@ -713,7 +713,7 @@ def train(args, rank, world, device):
                 args.gan_weight,
                 gan_acts=step >= (args.disc_start or 0),
             )
-            log.add(**told)
+            log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. If any gradient is not finite, both networks keep their weights: a fused
@@ -742,9 +742,9 @@ def train(args, rank, world, device):
     log.end(step)
 
 
-def set_padding(args, resumed, found):
+def set_padding(args, resumed, stored):
     """--padding-mode, of a run that begins. InputError if one that goes on has another."""
-    padding_mode = found.config.get("padding_mode", "zeros")
+    padding_mode = stored.config.get("padding_mode", "zeros")
     if args.padding_mode in (None, padding_mode):
         return
     if resumed is not None:
@@ -753,7 +753,7 @@ def set_padding(args, resumed, found):
         )
     if args.train == "decoder":
         say("--padding-mode: is of the encoder, too, and so changes its latents")
-    found.config = dict(found.config, padding_mode=args.padding_mode)
+    stored.config = dict(stored.config, padding_mode=args.padding_mode)
 
 
 def draw_transforms(args, grid, smallest, generator):
@@ -796,7 +796,7 @@ def smallest_cells(args, grid, factor):
     return cells
 
 
-def make_discriminator(args, found, step):
+def make_discriminator(args, stored, step):
     """The discriminator, with the weights that came with the autoencoder, if any; None without GAN.
 
     Also sets args.disc_start where it was not given: a discriminator with weights enters the loss
@@ -805,10 +805,10 @@ def make_discriminator(args, found, step):
     if not args.gan_weight:
         return None
     discriminator = PatchDiscriminator()
-    if found.disc:
-        load_weights(discriminator, found.disc, found.path)
+    if stored.disc:
+        load_weights(discriminator, stored.disc, stored.path)
     if args.disc_start is None:
-        args.disc_start = 0 if found.disc else step + 1000
+        args.disc_start = 0 if stored.disc else step + 1000
     return discriminator
 
 
@@ -1050,34 +1050,34 @@ class Stored:
 def starting_point(args, resumed, configs, read):
     """-> Stored: what training begins with. Sets --model where it was not given."""
     if resumed is not None:
-        found = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
+        stored = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
     elif args.init == "scratch":
-        found = Stored("scratch", configs[args.model or next(iter(configs))], None)
+        stored = Stored("scratch", configs[args.model or next(iter(configs))], None)
     else:
-        found = read(args.init, args.model)
+        stored = read(args.init, args.model)
     if args.model is None:
-        args.model = next(iter(presets(found.config, configs)), None)
-    return found
+        args.model = next(iter(presets(stored.config, configs)), None)
+    return stored
 
 
-def build(network, found):
+def build(network, stored):
     """The network of a Stored, on the CPU. It is built on "meta" first, where weights take no
     memory, and compared with the file. InputError if its configuration describes no network, or one
     with other weights."""
     try:
-        check_sizes(found.config)
+        check_sizes(stored.config)
         with torch.device("meta"):
-            planned = network(**found.config)
+            planned = network(**stored.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{found.path}: its configuration does not describe a {network.__name__} ({reason})"
+            f"{stored.path}: its configuration does not describe a {network.__name__} ({reason})"
         ) from None
-    if found.weights is None:
-        return network(**found.config)
-    check_fit(planned, found.weights, found.path)
-    model = network(**found.config)
-    model.load_state_dict(found.weights)
+    if stored.weights is None:
+        return network(**stored.config)
+    check_fit(planned, stored.weights, stored.path)
+    model = network(**stored.config)
+    model.load_state_dict(stored.weights)
     return model
 
 
@@ -1113,9 +1113,9 @@ def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
     padding_mode  "reflect", for files that do not tell that their convolutions need it
     flag   what the command line calls `model`, for the message that asks for it
     """
-    found = read_autoencoder(path, model, padding_mode=padding_mode, flag=flag)
-    network = build(AutoencoderKL, found).eval().requires_grad_(False)
-    network.image_size = found.image_size
+    stored = read_autoencoder(path, model, padding_mode=padding_mode, flag=flag)
+    network = build(AutoencoderKL, stored).eval().requires_grad_(False)
+    network.image_size = stored.image_size
     return network
 
 
@@ -1128,16 +1128,16 @@ def read_autoencoder(path, model=None, default=None, padding_mode=None, flag="--
     file = find_file(path)
     checkpoint = read_file(file)
     if is_ours(checkpoint):
-        found = read_ours(file, checkpoint, "AutoencoderKL")
+        stored = read_ours(file, checkpoint, "AutoencoderKL")
     else:
-        found = read_foreign(file, checkpoint, model, default, flag)
+        stored = read_foreign(file, checkpoint, model, default, flag)
     if padding_mode is not None:
-        found.config = dict(found.config, padding_mode=padding_mode)
-    fitting = presets(found.config)
+        stored.config = dict(stored.config, padding_mode=padding_mode)
+    fitting = presets(stored.config)
     if model and model not in fitting:
         names = " or ".join(fitting) or "none of the presets"
         raise InputError(f"{path}: does not match {flag} {model}; it matches {names}")
-    return found
+    return stored
 
 
 def find_file(path):
@@ -1400,10 +1400,10 @@ def config_beside(path):
     None if there are none."""
     if is_safetensors(path):
         with import_safetensors().safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get("eqvae")
-        if told is not None:
+            config = (file.metadata() or {}).get("eqvae")
+        if config is not None:
             with contextlib.suppress(ValueError, AttributeError, RecursionError):  # another's word
-                return our_config(json.loads(told))
+                return our_config(json.loads(config))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
             return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
@@ -1465,8 +1465,8 @@ def export(args):
     check_export(args)
     if not MAIN:
         return
-    found = read_autoencoder(args.init, args.model, padding_mode=args.padding_mode)
-    model = build(AutoencoderKL, found)
+    stored = read_autoencoder(args.init, args.model, padding_mode=args.padding_mode)
+    model = build(AutoencoderKL, stored)
     config = model.config
     if args.half:
         model.to(HALVES[args.half])
@@ -1477,11 +1477,11 @@ def export(args):
         layout = "one file in LDM's"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
-        write_folder(args.export, lambda folder: write_diffusers(folder, model, found))
+        write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
     else:
         if config["norm_groups"] != 32:
             say(f"its norms have {config['norm_groups']} groups; LDM's own code builds 32")
-        write_folder(args.export, lambda folder: write_ldm(folder, model, found))
+        write_file(args.export, lambda folder: write_ldm(folder, model, stored))
     scale = config["scaling_factor"]
     if scale is None:
         scale = "unknown"
@@ -1497,7 +1497,8 @@ def check_export(args):
         raise InputError("--layout: is not read where --export is one file, in LDM's names")
 
 
-def write_diffusers(folder, model, found):
+def write_diffusers(folder, model, stored):
+    folder.mkdir(parents=True)
     config = model.config
     safetensors = import_safetensors()
     names = diffusers_names(config)
@@ -1509,7 +1510,7 @@ def write_diffusers(folder, model, found):
     data = safetensors.save(weights, dict(format="pt"))
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(data)
     kinds = ["Attn" if i in config["attn_levels"] else "" for i in range(len(config["ch_mult"]))]
-    told = dict(
+    description = dict(
         _class_name="AutoencoderKL",
         act_fn="silu",
         block_out_channels=[config["ch"] * multiple for multiple in config["ch_mult"]],
@@ -1522,12 +1523,12 @@ def write_diffusers(folder, model, found):
         force_upcast=True,
         mid_block_add_attention=True,
         use_post_quant_conv=config["use_quant_conv"],
-        sample_size=max(found.image_size or (256, 256)),  # diffusers tiles by it
+        sample_size=max(stored.image_size or (256, 256)),  # diffusers tiles by it
     )
     for name, theirs in ARGUMENTS.items():
-        told[theirs] = config[name]
-    told["shift_factor"] = config["shift_factor"] or None
-    write_json(folder / "config.json", told)
+        description[theirs] = config[name]
+    description["shift_factor"] = config["shift_factor"] or None
+    write_json(folder / "config.json", description)
 
 
 def write_single(path, model):
@@ -1538,8 +1539,9 @@ def write_single(path, model):
     path.write_bytes(import_safetensors().save(weights, about))
 
 
-def write_ldm(folder, model, found):
+def write_ldm(folder, model, stored):
     """model.ckpt and config.yaml, in LDM's words (JSON is YAML), with our own arguments beside."""
+    folder.mkdir(parents=True)
     config = model.config
     autoencoder = dict(
         target="ldm.models.autoencoder.AutoencoderKL",
@@ -1549,9 +1551,9 @@ def write_ldm(folder, model, found):
             lossconfig=dict(target="torch.nn.Identity"),
         ),
     )
-    told = dict(model=autoencoder, scale_factor=config["scaling_factor"], eqvae=config)
-    torch.save(dict(state_dict=ldm_weights(model, found)), folder / "model.ckpt")
-    write_json(folder / "config.yaml", told)
+    description = dict(model=autoencoder, scale_factor=config["scaling_factor"], eqvae=config)
+    torch.save(dict(state_dict=ldm_weights(model, stored)), folder / "model.ckpt")
+    write_json(folder / "config.yaml", description)
 
 
 def ldm_network(config, double_z):
@@ -1570,9 +1572,9 @@ def ldm_network(config, double_z):
     )
 
 
-def ldm_weights(model, found):
+def ldm_weights(model, stored):
     """The weights of the autoencoder and of its discriminator under LDM's and taming's names."""
-    disc = {f"loss.discriminator.{name}": value for name, value in (found.disc or {}).items()}
+    disc = {f"loss.discriminator.{name}": value for name, value in (stored.disc or {}).items()}
     return dict(model.state_dict()) | disc
 
 
@@ -1586,21 +1588,6 @@ def read_json(path):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def write_folder(folder, write):
-    """Calls write(a temporary folder), then gives it its name. InputError if it cannot be done."""
-    folder = Path(folder)
-    part = Path(f"{folder}.tmp")
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-        part.mkdir(parents=True)
-        write(part)
-        os.replace(part, folder)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"--export {folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1706,8 +1693,8 @@ def unpickle(path):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
     if names:
-        told = ", ".join(names[:3])
-        raise InputError(f"{path}: refused, because it holds more than weights ({told})")
+        some = ", ".join(names[:3])
+        raise InputError(f"{path}: refused, because it holds more than weights ({some})")
     raise ValueError("cannot be unpickled")
 
 
@@ -1761,8 +1748,8 @@ def check_fit(module, weights, path):
         elif name not in wanted:
             reason = f"{name} is not part of it"
         elif getattr(weights[name], "shape", None) != wanted[name].shape:
-            found = list(getattr(weights[name], "shape", []))
-            reason = f"{name} is {found} in the file, {list(wanted[name].shape)} in the network"
+            shape = list(getattr(weights[name], "shape", []))
+            reason = f"{name} is {shape} in the file, {list(wanted[name].shape)} in the network"
         elif not weights[name].isfinite().all():
             raise InputError(f"{path}: {name} holds numbers that are not finite")
         else:
@@ -1795,13 +1782,13 @@ def call_function(name, flag, *values):
         sys.path.append(os.getcwd())
     try:
         module, function = name.split(":")
-        found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind(*values)
+        called = getattr(importlib.import_module(module), function)
+        inspect.signature(called).bind(*values)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"{flag} {name}: cannot be called as MODULE:FUNCTION of {len(values)} values ({error})"
         ) from None
-    result = found(*values)
+    result = called(*values)
     if not callable(result):
         raise InputError(f"{flag} {name}: returned a {type(result).__name__}, not a function")
     return result
@@ -2258,9 +2245,9 @@ def check_agreement(*values):
     """InputError, on all processes, if these values are not the same on each of them."""
     if not dist.is_initialized():
         return
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, hashlib.sha256(repr(values).encode()).hexdigest())
-    if len(set(found)) > 1:
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(repr(values).encode()).hexdigest())
+    if len(set(digests)) > 1:
         raise InputError(
             "the processes begin with different files: what is read, and --out, must be on a disk "
             "that all machines see"
@@ -2349,11 +2336,10 @@ def to_rgb(image):
 
 
 def find_images(root, flag="--data"):
-    """The one walk of folders: -> (files, labels, classes).
+    """-> (files, labels, classes).
 
     Sub-folders of `root` that hold images, at any depth, are the classes, sorted by name as
     torchvision sorts them ("10" before "2"). Without any, all labels are 0 and classes is [].
-    Links are followed, each real folder once. Hidden folders and those of services are no data.
     InputError if there are no images, or some beside the class folders.
     """
     if not os.path.isdir(root):
@@ -2362,71 +2348,68 @@ def find_images(root, flag="--data"):
             "python data/emoji/prepare.py"
         )
     root = os.path.normpath(root)
-    seen = {os.path.realpath(root)}
     others = collections.Counter()
-    stray, folders = list_folder(root, others)
-    files = []
-    labels = []
-    classes = []
-    for name in folders:
-        inside = walk(os.path.join(root, name), seen, others)
-        if inside:
-            labels += [len(classes)] * len(inside)
-            files += inside
-            classes.append(name)
+    by_class = {}
+    stray = []
+    for folder, images in walk(root, others):
+        if folder == root:
+            stray = images
+        elif images:
+            name = os.path.relpath(folder, root).split(os.sep)[0]
+            by_class.setdefault(name, []).extend(images)
     if others:
-        told = ", ".join(f"{number:,} {ending}" for ending, number in others.most_common(5))
-        say(f"{flag} {root}: passed over what is no picture: {told}")
-    if classes and stray:
+        endings = ", ".join(f"{number:,} {ending}" for ending, number in others.most_common(5))
+        say(f"{flag} {root}: passed over what is no picture: {endings}")
+    if by_class and stray:
         raise InputError(
             f"{flag} {root}: {len(stray)} images lie beside the class folders "
             f"({os.path.basename(stray[0])}, ...); move them into one"
         )
-    if not classes and not stray:
+    if not by_class and not stray:
         raise InputError(f"{flag} {root}: no images in this folder")
-    return files or stray, labels or [0] * len(stray), classes
+    files = list(stray)
+    labels = [0] * len(stray)
+    for label, images in enumerate(by_class.values()):
+        files += images
+        labels += [label] * len(images)
+    return files, labels, list(by_class)
 
 
-def list_folder(folder, others):
-    """-> (paths of the images, names of the sub-folders), sorted. Counts others by their ending."""
-    images = []
-    folders = []
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        say(f"passed over, {error.strerror}: {folder}")
-        entries = []
-    for entry in entries:
-        if is_service_name(entry.name):
+def walk(root, others):
+    """The one walk of folders: yields (folder, paths of the images in it), sorted, root first.
+
+    Links are followed, each real folder once. Hidden folders and those of services are no data.
+    others  a Counter of the endings of files that are no images
+    """
+
+    def say_unreadable(error):
+        say(f"passed over, {error.strerror}: {error.filename}")
+
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=say_unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()  # os.walk goes into those that are left in it
             continue
-        ending = os.path.splitext(entry.name)[1].lower()
-        if os.path.isdir(entry.path):
-            folders.append(entry.name)
-        elif ending not in ENDINGS:
-            others[ending or "without an ending"] += 1
-        elif os.path.isfile(entry.path):
-            images.append(entry.path)
-        else:
-            say(f"passed over, no file: {entry.path}")
-    return sorted(images), sorted(folders)
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_service_name(name))
+        images = []
+        for name in sorted(name for name in names if not is_service_name(name)):
+            path = os.path.join(folder, name)
+            ending = os.path.splitext(name)[1].lower()
+            if ending not in ENDINGS:
+                others[ending or "without an ending"] += 1
+            elif os.path.isfile(path):
+                images.append(path)
+            else:
+                say(f"passed over, no file: {path}")
+        yield folder, images
 
 
 def is_service_name(name):
     """Of hidden files, and of what systems and NAS put into every folder."""
     others = ("__MACOSX", "lost+found", "System Volume Information")
     return name.startswith((".", "@", "#", "$")) or name in others
-
-
-def walk(folder, seen, others):
-    """The images in a folder and below; folders that were seen already give none."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return []
-    seen.add(real)
-    images, folders = list_folder(folder, others)
-    for name in folders:
-        images += walk(os.path.join(folder, name), seen, others)
-    return images
 
 
 class Paths:
@@ -2484,7 +2467,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image, found = self.open_next(index, is_training=isinstance(item, tuple))
+        image, source = self.open_next(index, is_training=isinstance(item, tuple))
         if self.crop == "random":
             rng = np.random.default_rng((self.seed, epoch, index))
             image = random_crop(image, self.size, rng)
@@ -2493,7 +2476,7 @@ class ImageFolder(torch.utils.data.Dataset):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.mirror and is_mirrored(self.seed, epoch, index):
             pixels = pixels.flip(2)
-        return pixels, int(self.labels[found]), index, found == index
+        return pixels, int(self.labels[source]), index, source == index
 
     def open_next(self, index, is_training):
         """-> (the first picture from `index` on that can be read, its index). Where the disk is at
@@ -2726,12 +2709,12 @@ def load_optimizer(optimizer, state, lr):
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
-    for parameter, kept in optimizer.state.items():
+    for parameter, averages in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            if kept[name].shape != parameter.shape:
-                raise ValueError(f"{name} has the shape {list(kept[name].shape)}")
-            kept[name] = torch.empty_like(parameter).copy_(kept[name])
-        kept["step"] = kept["step"].clone().reshape(())  # else it stays mapped to the file
+            if averages[name].shape != parameter.shape:
+                raise ValueError(f"{name} has the shape {list(averages[name].shape)}")
+            averages[name] = torch.empty_like(parameter).copy_(averages[name])
+        averages["step"] = averages["step"].clone().reshape(())  # else it stays mapped to the file
 
 
 def start_ema(model, decay, resumed, device):
@@ -2835,32 +2818,26 @@ def check_writable(out):
         raise InputError(f"--out {out}: cannot write there")
 
 
-# What entries of our checkpoints must be
-ENTRY_TYPES = dict(config=dict, model=dict, opt=dict, step=int, args=dict, classes=list)
-OPTIONAL_TYPES = dict(ema=dict, disc=dict, opt_disc=dict, latent=dict, vae=dict, vqgan=dict)
-
-
 def check_entries(path, checkpoint, names):
     """InputError if an entry of one of our checkpoints is missing, or is not what it should be."""
+    may_be_none = ("ema", "disc", "opt_disc", "latent", "vae", "vqgan")
     for name in ("config", *names):
         if name not in checkpoint:
             raise InputError(f"{path}: an incomplete checkpoint: {name} is missing")
         value = checkpoint[name]
-        is_right = isinstance(value, ENTRY_TYPES.get(name, object))
-        if name in OPTIONAL_TYPES and value is not None:
-            is_right = isinstance(value, OPTIONAL_TYPES[name])
-        if is_right and value is not None:
-            is_right = is_plausible(name, value)
-        if not is_right:
+        is_missing = value is None and name in may_be_none
+        if not is_missing and not is_plausible(name, value):
             raise InputError(f"{path}: not a checkpoint of ours: its {name} is {str(value)[:40]!r}")
 
 
 def is_plausible(name, value):
-    """Whether what an entry holds is what it should hold."""
+    """Whether an entry of a checkpoint is what it should be: most are dictionaries."""
     if name == "step":
-        return 0 <= value < 2**31
+        return isinstance(value, int) and 0 <= value < 2**31
     if name == "classes":
-        return all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if not isinstance(value, dict):
+        return False
     if name in ("vae", "vqgan"):
         return all(isinstance(value.get(key), str) for key in ("file", "sha256"))
     if name == "latent" and "scale" in value:  # vqgan.py's has none
@@ -3116,14 +3093,14 @@ class Progress:
         self.label = f"{label}, {unit}"
         self.total = total
         self.done = initial
-        self.told = time.monotonic()
+        self.last_line = time.monotonic()
 
     def update(self, n=1):
         self.bar.update(n)
         self.done += n
-        if self.lines and time.monotonic() - self.told > 60:
+        if self.lines and time.monotonic() - self.last_line > 60:
             say(f"{self.label} {self.done:,} of {self.total:,}")
-            self.told = time.monotonic()
+            self.last_line = time.monotonic()
 
     def note(self, text):
         self.bar.set_postfix_str(text)
@@ -3142,8 +3119,8 @@ def open_run(args, step):
         lines = log.read_bytes().splitlines() if log.exists() and out.exists() else []
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
-    kept = [line + b"\n" for line in lines if is_log_line(line, step)]
-    write_file(log, lambda path: path.write_bytes(b"".join(kept)))
+    earlier = [line + b"\n" for line in lines if is_log_line(line, step)]
+    write_file(log, lambda path: path.write_bytes(b"".join(earlier)))
 
 
 def is_log_line(line, step):
@@ -3193,12 +3170,13 @@ def save_torch(checkpoint, path):
 
 
 def write_file(path, write):
-    """Calls write(a temporary path), then moves the result to its place: a kill or a full disk
-    leaves the old file whole. Through a link it writes where that leads. InputError if it cannot be
-    written."""
+    """Calls write(a temporary path), which makes a file or a folder there, then moves it to its
+    place: a kill or a full disk leaves the old file whole. Through a link it writes where that
+    leads. InputError if it cannot be written."""
     path = Path(os.path.realpath(path))
     part = Path(f"{path}.tmp")
     try:
+        shutil.rmtree(part, ignore_errors=True)  # a folder that a killed run left
         write(part)
         if path.exists():
             shutil.copymode(path, part)
@@ -3210,6 +3188,7 @@ def write_file(path, write):
                 reason = "the disk is full"
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
+        shutil.rmtree(part, ignore_errors=True)
         with contextlib.suppress(OSError):
             part.unlink()
 

@@ -467,7 +467,7 @@ def export(args):
         raise InputError(
             f"--export {args.init}: its norms have {config['norm_groups']} groups, taming's have 32"
         )
-    vae.write_folder(args.export, lambda folder: write_taming(folder, model, found))
+    vae.write_file(args.export, lambda folder: write_taming(folder, model, found))
     vae.say(f"{args.export}: taming's layout, {config['n_embed']:,} codes")
     if not config["legacy_beta"]:
         vae.say("taming trains on with its legacy beta; these weights were trained without")
@@ -485,7 +485,7 @@ def write_taming(folder, model, found):
             lossconfig=dict(target="taming.modules.losses.DummyLoss"),
         ),
     )
-    (folder / "ckpts").mkdir()
+    (folder / "ckpts").mkdir(parents=True)
     (folder / "configs").mkdir()
     torch.save(dict(state_dict=vae.ldm_weights(model, found)), folder / "ckpts" / "last.ckpt")
     vae.write_json(folder / "configs" / "model.yaml", dict(model=told))
