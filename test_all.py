@@ -4138,11 +4138,11 @@ def test_data_loaders_may_be_started_by_a_fork_server(tmp_path, photos, two_step
 
 on_the_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="one GPU does not hold two processes")
 
-# two.py WORDS... is vae.py. --perceptual two:distance is NaN in the second step of the process that
-# --vgg names
+# two.py WORDS... is vae.py or vqgan.py. --perceptual two:distance is NaN in the second step of the
+# process that --vgg names
 TWO = """
 import itertools, math, os
-import vae
+import vae, vqgan
 
 
 def distance(vgg, device):
@@ -4157,35 +4157,40 @@ def distance(vgg, device):
 
 
 if __name__ == "__main__":
-    vae.main()
+    SCRIPT.main()
 """
 
 
 @on_the_cpu
-def test_two_processes_equal_one(tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize("script", [vae, vqgan], ids=["vae", "vqgan"])
+def test_two_processes_equal_one(tmp_path, photos, monkeypatch, script):
     """Three steps with GAN and average, of which the second is poisoned on one process and skipped
     on both; a picture cannot be read."""
     # It takes seconds: two processes start
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "cats" / "0.png").write_text("no picture")
-    (tmp_path / "two.py").write_text(TWO)
+    (tmp_path / "two.py").write_text(TWO.replace("SCRIPT", script.__name__))
     monkeypatch.syspath_prepend(tmp_path)
     words = ("--data", tmp_path / "data", *GAN, "--lr", 1e-4, "--steps", 3, "--seed", 3)
-    words += ("--latent-scale", "measured", "--lpips-weight", 1, "--perceptual", "two:distance")
-    one, log = train(tmp_path / "one.pt", *words, "--vgg", 0)
-    torchrun(tmp_path / "two.py", *VAE, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    words += ("--lpips-weight", 1, "--perceptual", "two:distance")
+    usual = VQ if script is vqgan else [*VAE, "--latent-scale", "measured"]
+    run(script.main, *usual, *words, "--vgg", 0, "--out", tmp_path / "one.pt")
+    torchrun(tmp_path / "two.py", *usual, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    log = log_of(tmp_path / "one.pt")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     log_of_two = log_of(tmp_path / "two.pt")
     for key in ("opt", "opt_disc"):
         assert relative(gradients_of(two[key]), gradients_of(one[key])) < 1e-4, f"gradients: {key}"
     for key in ("model", "ema", "disc"):
         assert relative(vector(two[key].values()), vector(one[key].values())) < 1e-4, key
-    assert two["latent"]["scale"] == pytest.approx(one["latent"]["scale"], rel=1e-3)
+    measured = "scale" if script is vae else "perplexity"
+    assert two["latent"][measured] == pytest.approx(one["latent"][measured], rel=1e-3)
     assert [line["skipped"] for line in log_of_two] == [0, 1, 1], "the poisoned step, on both"
     for line, expected in zip(log_of_two, log, strict=True):
         assert line["unreadable"] == expected["unreadable"], "a count is a sum over processes"
-        losses = ("l1", "kl", "rec_loss", "g_loss", "d_loss", "d_weight", "logits_real")
-        for key in (*losses, "grad_norm"):
+        losses = ("l1", "rec_loss", "g_loss", "d_loss", "d_weight", "logits_real")
+        for key in (*losses, "kl" if script is vae else "codebook", "grad_norm"):
             if line["step"] != 2:
                 assert line[key] == pytest.approx(expected[key], rel=1e-3), key
     data = vae.ImageFolder(tmp_path / "data", (32, 32))
