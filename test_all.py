@@ -4669,6 +4669,7 @@ SILENT = {
     ),
     "no labels": lambda: dit.check_labels([], SimpleModel, "fp32"),
     "a label of no class": lambda: dit.check_labels([4], SimpleModel, "fp32"),
+    "a name of no class": lambda: dit.check_labels(["cow"], SimpleModel, "fp32"),
     "a negative label": lambda: dit.check_labels([-1], SimpleModel, "fp32"),
     "an unknown precision": lambda: dit.check_labels([0], SimpleModel, "fp64"),
 }
@@ -4676,6 +4677,7 @@ SILENT = {
 
 class SimpleModel:
     config = dict(num_classes=3)
+    kept = dict(classes=["cats", "dogs", "hens"])
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -5519,6 +5521,28 @@ def test_samples_are_those_of_a_loop_by_hand(script, codec, shifted, tmp_path, g
     )
     told = json.loads(out.with_suffix(".json").read_text())
     assert told == json.loads(json.dumps(record)), "the record tells all that they depend on"
+
+
+def test_from_python_classes_have_names_and_the_autoencoder_is_that_of_training(
+    script, codec, other_codec, generator, samples
+):
+    """The pictures of the command line. The check can be left out, as official files do."""
+    load = vqgan.load_vqgan if script is maskgit else vae.load_autoencoder
+    right, wrong = [load(words[1]).to(DEVICE) for words in (codec, other_codec)]
+    model, kept = script.load_generator(generator)
+    model.to(DEVICE)
+    settings = dict(steps=4)
+    if script is maskgit:
+        settings = dict(maskgit.PRESETS["256"], sampling_steps=4)
+    names = [kept["classes"][label] for label in samples.labels]
+    pictures = script.generate(model, right, names, **settings)
+    assert levels_apart(pictures.astype(int), samples.pictures) <= 1
+    with pytest.raises(ValueError, match="no class cow, hen; give some of cats, dogs"):
+        script.generate(model, right, ["cow", "cats", "hen"], **settings)
+    with pytest.raises(ValueError, match=f"trained with another one \\({codec[1]}"):
+        script.generate(model, wrong, ["cats"], **settings)
+    model.kept = {}
+    assert len(script.generate(model, wrong, [0], **settings)) == 1
 
 
 @for_each(dit, maskgit)
