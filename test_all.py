@@ -4274,6 +4274,17 @@ def test_a_file_shows_lines_from_step_10_on_and_all_paths_at_the_end(capsys, pho
     assert all(str(path) in lines[-1] for path in paths)
 
 
+@pytest.mark.parametrize("fit", [train, train_vqgan], ids=["vae", "vqgan"])
+def test_a_loss_is_in_the_log_where_it_is_in_use(photos, tmp_path, fit):
+    losses = ["l1", "l2", "ssim", "lpips", "g_loss", "d_loss", "d_weight"]
+    words = ("--data", photos, "--steps", 1)
+    _, log = fit(tmp_path / "a.pt", *words)
+    assert [name for name in losses if name in log[0]] == ["l1"]
+    words += ("--lpips-weight", 1, "--perceptual", f"{__name__}:toy_distance")
+    _, log = fit(tmp_path / "b.pt", *words, "--l2-weight", 1, "--ssim-weight", 1, *GAN)
+    assert [name for name in losses if name in log[0]] == losses
+
+
 def test_a_line_of_the_log_is_the_mean_over_its_steps(photos, tmp_path):
     words = ("--data", photos, "--batch-size", 2, "--steps", 2)
     _, each = train(tmp_path / "a.pt", *words)

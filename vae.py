@@ -555,13 +555,14 @@ def import_lpips():
 
 
 def load_perceptual(args, device):
-    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
+    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1);
+    None without its loss.
 
     --perceptual MODULE:FUNCTION names a function of (path, device) that returns such a distance;
     path is --vgg.
     """
     if not args.lpips_weight:
-        return no_distance
+        return None
     if args.perceptual == "lpips":
         return load_lpips(args.vgg).to(device)
     return call_function(args.perceptual, "--perceptual", args.vgg, device)
@@ -574,9 +575,14 @@ def load_ssim(args):
     return importlib.import_module("evaluate").ssim
 
 
-def more_losses(args, target, reconstruction, ssim, log):
-    """The terms of --l2-weight and --ssim-weight, means over values as L1's."""
+def more_losses(args, target, reconstruction, perceptual, ssim, log):
+    """What --lpips-weight, --l2-weight and --ssim-weight add to L1: means over values, as it is. A
+    loss whose weight is 0 is neither computed nor logged."""
     total = 0
+    if args.lpips_weight:
+        lpips = perceptual(target, reconstruction).mean()
+        total = total + args.lpips_weight * lpips
+        log.add(lpips=lpips)
     if args.l2_weight:
         l2 = (target - reconstruction).square().mean()
         total = total + args.l2_weight * l2
@@ -586,10 +592,6 @@ def more_losses(args, target, reconstruction, ssim, log):
         total = total + args.ssim_weight * (1 - similarity)
         log.add(ssim=similarity)
     return total
-
-
-def no_distance(x, y):
-    return x.new_zeros(len(x), 1, 1, 1)
 
 
 # ==================================================================================================
@@ -675,10 +677,8 @@ def train(args, rank, world, device):
             # image that tau has shrunk has fewer values, and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            lpips = perceptual(target, reconstruction).mean()
-            rec_loss = (l1 + args.lpips_weight * lpips) * values
-            if args.l2_weight or args.ssim_weight:  # LDM has neither
-                rec_loss = rec_loss + values * more_losses(args, target, reconstruction, ssim, log)
+            more = more_losses(args, target, reconstruction, perceptual, ssim, log)  # LDM: LPIPS
+            rec_loss = (l1 + more) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             if explicit_tau is not None:
@@ -689,7 +689,7 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # Per value: the sum would jump with the size that tau leaves
-            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
             # (In LDM it waits for disc_start, too, and runs the autoencoder a second time)
