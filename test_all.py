@@ -182,15 +182,23 @@ def train_generator(script, out, autoencoder, photos, *words):
     return train(out, *words, main=script.main, base=tiny(script))
 
 
-def torchrun(script, *words, processes=2):
-    """A script on two processes, which finds this folder's files."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    call = (*launcher, f"--nproc_per_node={processes}", script, *words)
-    environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [str(word) for word in call], env=environment, text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+def two_nodes(script, *words):
+    """A script on two nodes of one process each, which this machine plays, by README's line. It
+    finds this folder's files."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    call = [str(word) for word in (*launcher, "--local_addr=localhost", script, *words)]
+    options = dict(env=os.environ | dict(PYTHONPATH=str(ROOT)), text=True, stderr=subprocess.PIPE)
+    agents = [subprocess.Popen(call, **options) for _ in range(2)]
+    for agent in agents:
+        _, told = agent.communicate(timeout=300)
+        assert agent.returncode == 0, told
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def refusal(capsys, main, *words):
@@ -462,9 +470,7 @@ def one_of_two(rank, port, name, words):
 
 def two_processes(script, *words):
     """main() of a script on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(2):
         arguments = (rank, port, script.__name__, words)
@@ -4162,10 +4168,10 @@ if __name__ == "__main__":
 
 
 @on_the_cpu
-def test_two_processes_equal_one(tmp_path, photos, monkeypatch):
+def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch):
     """Three steps with GAN and average, of which the second is poisoned on one process and skipped
     on both; a picture cannot be read."""
-    # It takes seconds: two processes start
+    # It takes seconds: two launchers and two processes start
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "cats" / "0.png").write_text("no picture")
     (tmp_path / "two.py").write_text(TWO)
@@ -4173,7 +4179,7 @@ def test_two_processes_equal_one(tmp_path, photos, monkeypatch):
     words = ("--data", tmp_path / "data", *GAN, "--lr", 1e-4, "--steps", 3, "--seed", 3)
     words += ("--latent-scale", "measured", "--lpips-weight", 1, "--perceptual", "two:distance")
     one, log = train(tmp_path / "one.pt", *words, "--vgg", 0)
-    torchrun(tmp_path / "two.py", *VAE, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    two_nodes(tmp_path / "two.py", *VAE, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     log_of_two = log_of(tmp_path / "two.pt")
     for key in ("opt", "opt_disc"):
@@ -4199,9 +4205,7 @@ def test_two_processes_equal_one(tmp_path, photos, monkeypatch):
 def two_at_once(*words):
     """vae.py on two processes, started as torchrun would: the processes, which end with the
     context."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     call = [str(word) for word in (sys.executable, ROOT / "vae.py", *VAE, *words)]
     started = []
@@ -4715,9 +4719,7 @@ def one_of_two_that_disagree(rank, port, queue):
 
 @needs_two_processes
 def test_processes_that_see_different_files_are_told_on_each():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = forked()
     queue = context.Queue()
     processes = []
