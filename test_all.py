@@ -1362,18 +1362,24 @@ def test_an_export_may_be_one_file_and_of_half_precision(
 
 
 @torch.no_grad()
-def test_convolutions_may_pad_by_reflection(tmp_path):
-    """A flag for files that do not tell it. The one that halves the sides pads zeros, as LDM's."""
+def test_convolutions_may_pad_by_reflection(capsys, tmp_path):
+    """A flag for files that do not tell it. The one that halves the sides pads zeros, as LDM's. Of
+    our exports diffusers' alone loses it, and says so."""
     plain = formula_autoencoder(vae.CONFIGS["tiny"])
     torch.save(plain.state_dict(), tmp_path / "a.ckpt")
-    words = ("--model", "tiny", "--padding-mode", "reflect", "--export", tmp_path / "a.safetensors")
-    run(vae.main, "--init", tmp_path / "a.ckpt", *words)
+    words = ("--init", tmp_path / "a.ckpt", "--model", "tiny", "--padding-mode", "reflect")
+    run(vae.main, *words, "--export", tmp_path / "a.safetensors")
+    run(vae.main, *words, "--export", tmp_path / "ldm", "--layout", "ldm")
+    assert "reflection" not in capsys.readouterr().err
+    run(vae.main, *words, "--export", tmp_path / "diffusers")
+    assert "cannot say that convolutions pad by reflection" in capsys.readouterr().err
     told = vae.load_autoencoder(tmp_path / "a.safetensors")
+    ldm = vae.load_autoencoder(tmp_path / "ldm")
     given = vae.load_autoencoder(tmp_path / "a.ckpt", "tiny", padding_mode="reflect")
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     weight, bias = [plain.state_dict()[f"encoder.conv_in.{name}"] for name in ("weight", "bias")]
     reflected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
-    for model in (told, given):
+    for model in (told, ldm, given):
         assert torch.equal(model.encoder.conv_in(x), reflected)
         assert torch.equal(model.encode(x).mean, given.encode(x).mean)
         assert not torch.equal(model.encode(x).mean, plain.encode(x).mean)
@@ -2892,6 +2898,7 @@ MISTAKES = [
     ("--lpips-weight 1", "checkpoints/vgg16-397923af.pth"),
     ("--lpips-weight 1 --perceptual nothing", "--perceptual nothing"),
     ("--lpips-weight 1 --perceptual math:nothing", "--perceptual math:nothing"),
+    ("--init {given}/eq.pt --train decoder --padding-mode reflect", "--padding-mode reflect: "),
     ("--layout ldm", "--layout: is not read without --export"),
     ("--vgg random", "--vgg: is not read without --lpips-weight"),
 ]
@@ -4657,6 +4664,8 @@ def test_a_run_from_scratch_has_the_padding_that_was_asked_for(capsys, photos, t
     words = ("--data", photos, "--padding-mode", "reflect", "--steps", 1)
     checkpoint, _ = train(tmp_path / "r.pt", *words)
     assert checkpoint["config"]["padding_mode"] == "reflect"
+    again = ("--init", tmp_path / "r.pt", "--train", "decoder")  # which keeps the encoder
+    assert train(tmp_path / "d.pt", *words, *again)[0]["config"] == checkpoint["config"]
     words = (*VAE, "--data", photos, "--padding-mode", "zeros", "--out", tmp_path / "r.pt")
     assert "reflect; give another" in refusal(capsys, vae.main, *words, "--steps", 2)
 

@@ -751,8 +751,11 @@ def set_padding(args, resumed, stored):
         raise InputError(
             f"{args.out}: was trained with --padding-mode {padding_mode}; give another --out"
         )
-    if args.train == "decoder":
-        say("--padding-mode: is of the encoder, too, and so changes its latents")
+    if args.train == "decoder" and stored.weights is not None:
+        raise InputError(
+            f"--padding-mode {args.padding_mode}: changes the encoder that --train decoder keeps; "
+            "leave one out. If --init was trained so, --export it with --padding-mode first"
+        )
     stored.config = dict(stored.config, padding_mode=args.padding_mode)
 
 
@@ -1470,13 +1473,15 @@ def export(args):
     config = model.config
     if args.half:
         model.to(HALVES[args.half])
-    if config["padding_mode"] != "zeros":
-        say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
     layout = args.layout
     if args.export.endswith(".safetensors"):
         layout = "one file in LDM's"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
+        if config["padding_mode"] != "zeros":
+            say(
+                "diffusers' layout cannot say that convolutions pad by reflection: tell its readers"
+            )
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
     else:
         if config["norm_groups"] != 32:
