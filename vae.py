@@ -1243,11 +1243,11 @@ def is_diffusers(weights):
 
 
 def say_assumption(path, preset):
-    """Says that the scale of the latents comes from a preset, since the file has none."""
-    scale = CONFIGS[preset].get("scaling_factor")
+    """Says that scale and shift of the latents come from a preset, since the file has none."""
+    scale = CONFIGS[preset].get("scaling_factor", "unknown")
     shift = CONFIGS[preset].get("shift_factor", 0.0)
     say(
-        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale} and "
+        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale}, "
         f"shift {shift}"
     )
 
@@ -1487,9 +1487,7 @@ def export(args):
         if config["norm_groups"] != 32:
             say(f"its norms have {config['norm_groups']} groups; LDM's own code builds 32")
         write_file(args.export, lambda folder: write_ldm(folder, model, stored))
-    scale = config["scaling_factor"]
-    if scale is None:
-        scale = "unknown"
+    scale = config["scaling_factor"] or "unknown"
     say(f"{args.export}: {layout} layout, scale {scale}, shift {config['shift_factor']}")
 
 
