@@ -7804,7 +7804,8 @@ def test_a_model_can_be_copied_alone(tmp_path):
         folder.mkdir()
         for name in re.findall(r"\w+\.py", files):
             shutil.copy(ROOT / name, folder)
-        program = recipes.partition(f"### {files}\n\n```python\n")[2].partition("```")[0]
+        heading = f"### {files.replace('`', '')}\n\n```python\n"
+        program = recipes.partition(heading)[2].partition("```")[0]
         (folder / "mine.py").write_text(program + CHECK)
         environment = os.environ | dict(PYTHONPATH="")
         options = dict(env=environment, text=True, capture_output=True, cwd=folder)
