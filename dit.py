@@ -1158,9 +1158,10 @@ def draw_pictures(
 def check_labels(labels, model, precision):
     """The labels as a tensor (N,). ValueError for what generate() cannot draw."""
     known = model.config["num_classes"]  # itself the label that stands for no class
-    if any(isinstance(label, str) for label in labels):
-        names = model.kept.get("classes", [])
-        labels = numbers_of("labels", labels, max(1, known), names)
+    if isinstance(labels, str):
+        labels = [labels]
+    if isinstance(labels, (list, tuple)):
+        labels = numbers_of("labels", labels, max(1, known), model.kept.get("classes", []))
     labels = torch.as_tensor(labels)
     if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
         raise ValueError(f"labels: give a list of numbers from 0 to {known}")

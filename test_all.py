@@ -4694,6 +4694,7 @@ SILENT = {
     ),
     "no labels": lambda: dit.check_labels([], SimpleModel, "fp32"),
     "a label of no class": lambda: dit.check_labels([4], SimpleModel, "fp32"),
+    "a label and no list": lambda: dit.check_labels(2, SimpleModel, "fp32"),
     "a name of no class": lambda: dit.check_labels(["cow"], SimpleModel, "fp32"),
     "a negative label": lambda: dit.check_labels([-1], SimpleModel, "fp32"),
     "an unknown precision": lambda: dit.check_labels([0], SimpleModel, "fp64"),
@@ -5563,7 +5564,7 @@ def test_from_python_classes_have_names_and_the_autoencoder_is_that_of_training(
     with pytest.raises(ValueError, match="no class cow, hen; give some of cats, dogs"):
         script.generate(model, right, ["cow", "cats", "hen"], **settings)
     with pytest.raises(ValueError, match=f"trained with another one \\({codec[1]}"):
-        script.generate(model, wrong, ["cats"], **settings)
+        script.generate(model, wrong, "cats", **settings)
     model.kept = {}
     assert len(script.generate(model, wrong, [0], **settings)) == 1
 
