@@ -575,23 +575,21 @@ def load_ssim(args):
     return importlib.import_module("evaluate").ssim
 
 
-def more_losses(args, target, reconstruction, perceptual, ssim, log):
-    """What --lpips-weight, --l2-weight and --ssim-weight add to L1: means over values, as it is. A
-    loss whose weight is 0 is neither computed nor logged."""
+def more_losses(args, target, reconstruction, perceptual, ssim):
+    """What --lpips-weight, --l2-weight and --ssim-weight add to L1, means over values as it is
+    -> (their weighted sum, dict of them for the log). A loss of weight 0 is not computed."""
     total = 0
+    told = {}
     if args.lpips_weight:
-        lpips = perceptual(target, reconstruction).mean()
-        total = total + args.lpips_weight * lpips
-        log.add(lpips=lpips)
+        told["lpips"] = perceptual(target, reconstruction).mean()
+        total = total + args.lpips_weight * told["lpips"]
     if args.l2_weight:
-        l2 = (target - reconstruction).square().mean()
-        total = total + args.l2_weight * l2
-        log.add(l2=l2)
+        told["l2"] = (target - reconstruction).square().mean()
+        total = total + args.l2_weight * told["l2"]
     if args.ssim_weight:
-        similarity = ssim(target, reconstruction, data_range=2.0).mean()
-        total = total + args.ssim_weight * (1 - similarity)
-        log.add(ssim=similarity)
-    return total
+        told["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
+        total = total + args.ssim_weight * (1 - told["ssim"])
+    return total, told
 
 
 # ==================================================================================================
@@ -677,7 +675,7 @@ def train(args, rank, world, device):
             # image that tau has shrunk has fewer values, and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            more = more_losses(args, target, reconstruction, perceptual, ssim, log)  # LDM: LPIPS
+            more, told = more_losses(args, target, reconstruction, perceptual, ssim)  # LDM: LPIPS
             rec_loss = (l1 + more) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
@@ -689,7 +687,7 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # Per value: the sum would jump with the size that tau leaves
-            log.add(l1=l1, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, **told, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
             # (In LDM it waits for disc_start, too, and runs the autoencoder a second time)
@@ -1479,9 +1477,7 @@ def export(args):
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
         if config["padding_mode"] != "zeros":
-            say(
-                "diffusers' layout cannot say that convolutions pad by reflection: tell its readers"
-            )
+            say("diffusers' layout cannot say that convolutions pad by reflection: set it there")
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
     else:
         if config["norm_groups"] != 32:
