@@ -181,7 +181,7 @@ class DiT(nn.Module):
                 f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}"
             )
         self.config = config  # what a checkpoint keeps
-        self.latent = None  # scale and shift of its latents in training: load_generator() sets it
+        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
         self.patch_size = patch_size
         outputs = 2 * in_channels if learn_sigma else in_channels
         width = hidden_size
@@ -544,18 +544,25 @@ def load_latent_space(args, kept, device):
         )
     options = dict(padding_mode=args.padding_mode, flag="--vae-model")
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, **options)
-    source = dict(file=str(args.vae), sha256=vae.weights_hash(autoencoder))
+    autoencoder.sha256 = vae.weights_hash(autoencoder)
+    source = dict(file=str(args.vae), sha256=autoencoder.sha256)
     if kept:
-        check_source("--vae", args.vae, source, kept["vae"])
+        check_source(f"--vae {args.vae}", autoencoder, kept["vae"])
         set_scale(autoencoder, kept["latent"])
     return autoencoder.to(device, memory_format=vae.convolution_layout(device)), source
 
 
-def check_source(flag, path, source, kept):
-    """InputError if the latents or tokens that a generator was trained on came from elsewhere."""
-    if kept["sha256"] != source["sha256"]:
+def check_source(name, autoencoder, kept):
+    """InputError if the latents or tokens that a generator was trained on came from elsewhere.
+
+    name  of the autoencoder, for the message
+    kept  file and hash of the right one, from the generator's checkpoint
+    """
+    if not hasattr(autoencoder, "sha256"):  # it takes a second, and generate() is called often
+        autoencoder.sha256 = vae.weights_hash(autoencoder)
+    if kept["sha256"] != autoencoder.sha256:
         raise vae.InputError(
-            f"{flag} {path}: the generator was trained with another one ({kept['file']}, SHA-256 "
+            f"{name}: the generator was trained with another one ({kept['file']}, SHA-256 "
             f"{kept['sha256'][:16]}); give that one, or train anew with another --out"
         )
 
@@ -1048,9 +1055,9 @@ def load_generator(file, network=DiT, **options):
     options  arguments of the network that official files do not tell
 
     Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
-    average of the weights where there is one. model.latent is the scale and shift of the latents
-    that it was trained on, dict(scale=, shift=), and kept["classes"] are the names of its classes;
-    official files tell neither: then model.latent is None, and the entries are {}.
+    average of the weights where there is one. kept["latent"] is the scale and shift of the latents
+    that it was trained on, kept["vae"] file and hash of their autoencoder, and kept["classes"] are
+    the names of its classes. Official files tell none of them: then the entries are {}.
 
     The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
     Others it would cast again at every call.
@@ -1071,7 +1078,7 @@ def load_generator(file, network=DiT, **options):
         config, weights = read_official(path, checkpoint, network)
         config |= options
     model = vae.build(network, vae.Stored(path, config, weights)).eval()
-    model.latent = kept.get("latent")
+    model.kept = kept
     return model, kept
 
 
@@ -1097,16 +1104,17 @@ def read_official(path, checkpoint, network):
 def generate(
     model, autoencoder, labels, seed=0, indices=None, sampler="ddpm", steps=250, **options
 ):
-    """Draws a picture for each of the labels (N,): uint8 (N, H, W, 3).
+    """Draws a picture for each of the labels, N numbers or names of classes: uint8 (N, H, W, 3).
 
     model        of load_generator(), on any device
-    autoencoder  vae.load_autoencoder()'s, on the same device
+    autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training,
+                 else ValueError, unless model.kept is {}
     indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
     options      cfg_scale, low, high, channels of guided(); precision, "fp32" or "bf16"
 
-    The autoencoder gets the scale and shift of model.latent, those of the generator's training.
+    The autoencoder gets the scale and shift that its latents had in the generator's training.
     """
     if sampler not in ("ddpm", "ddim") or steps < 2:
         raise ValueError(f"sampler {sampler!r}, {steps} steps: ddpm or ddim, at least 2")
@@ -1130,6 +1138,9 @@ def draw_pictures(
     side = model.config["input_size"]
     shape = (model.config["in_channels"], side, side)
     labels = check_labels(labels, model, precision).to(device)
+    if model.kept:
+        check_source("autoencoder", autoencoder, model.kept["vae"])
+        set_scale(autoencoder, model.kept["latent"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -1141,15 +1152,17 @@ def draw_pictures(
     predict = guided(model, model.config["num_classes"], **options)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         z = draw(predict, noise_like(None), labels, noise_like)
-    if model.latent:
-        set_scale(autoencoder, model.latent)
     return decode_pictures(autoencoder.decode, autoencoder.denormalize(z.float()))
 
 
 def check_labels(labels, model, precision):
     """The labels as a tensor (N,). ValueError for what generate() cannot draw."""
-    labels = torch.as_tensor(labels)
     known = model.config["num_classes"]  # itself the label that stands for no class
+    if isinstance(labels, str):
+        labels = [labels]
+    if isinstance(labels, (list, tuple)):
+        labels = numbers_of("labels", labels, max(1, known), model.kept.get("classes", []))
+    labels = torch.as_tensor(labels)
     if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
         raise ValueError(f"labels: give a list of numbers from 0 to {known}")
     if precision not in ("fp32", "bf16"):
@@ -1287,20 +1300,25 @@ def choose_labels(args, num_classes, names):
         return np.array([int(label) for label in labels])
     if args.labels == "balanced":
         return np.arange(args.num_samples) % known
+    given = [args.labels]
+    if args.labels not in names:  # "tench, Tinca tinca" is one name
+        given = args.labels.split(",")
+    chosen = np.array(numbers_of(f"--labels {args.labels}", given, known, names))
+    return chosen[np.arange(args.num_samples) % len(given)]
+
+
+def numbers_of(what, labels, num_classes, names):
+    """Names of classes, or numbers in words -> numbers. InputError, about `what`, if one is none's.
+    Labels that are numbers already stay what they are."""
     numbers = {name: label for label, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):  # else a number would have two meanings
-        numbers |= {str(label): label for label in range(known)}
-    given = [args.labels]
-    if args.labels not in numbers:  # "tench, Tinca tinca" is one name
-        given = args.labels.split(",")
-    unknown = [word for word in given if word not in numbers]
+        numbers |= {str(label): label for label in range(num_classes)}
+    unknown = [label for label in labels if isinstance(label, str) and label not in numbers]
     if unknown:
         raise vae.InputError(
-            f"--labels {args.labels}: no class {unknown[0]}; uniform, balanced, or some of "
-            f"{vae.shortened(list(numbers))}"
+            f"{what}: no class {', '.join(unknown)}; give some of {vae.shortened(list(numbers))}"
         )
-    chosen = np.array([numbers[word] for word in given])
-    return chosen[np.arange(args.num_samples) % len(given)]
+    return [numbers.get(label, label) for label in labels]
 
 
 def write_samples(args, rank, world, out, model, labels, side, draw, calls, record):

@@ -180,6 +180,7 @@ class MaskGIT(nn.Module):
         config.pop("__class__")
         super().__init__()
         self.config = config  # what a checkpoint keeps
+        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
         tokens = input_size**2
         rows = codebook_size + 1 + num_classes + 1
         self.tok_emb = nn.Embedding(rows, hidden_dim)  # drawn from N(0, 1), as in v1.0
@@ -462,9 +463,10 @@ def load_tokenizer(args, kept, device):
             "trained (vqgan.py makes one: eqvqgan.pt)"
         )
     tokenizer = vqgan.load_vqgan(args.vqgan)
-    source = dict(file=str(args.vqgan), sha256=vae.weights_hash(tokenizer))
+    tokenizer.sha256 = vae.weights_hash(tokenizer)
+    source = dict(file=str(args.vqgan), sha256=tokenizer.sha256)
     if kept:
-        dit.check_source("--vqgan", args.vqgan, source, kept["vqgan"])
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
             f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
@@ -553,7 +555,7 @@ def token_data(args, rank, world, device, tokenizer, source, images):
 
 def load_generator(path, codes=None):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
-    {}). kept["classes"] are the names of its classes.
+    {}). kept["classes"] are the names of its classes, kept["vqgan"] file and hash of its VQ-GAN.
 
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
@@ -583,7 +585,9 @@ def load_generator(path, codes=None):
         raise vae.InputError(
             f"{path}: made for a codebook of {config.get('codebook_size')} codes, not of {codes}"
         )
-    return vae.build(MaskGIT, vae.Stored(path, config, weights)).eval(), kept
+    model = vae.build(MaskGIT, vae.Stored(path, config, weights)).eval()
+    model.kept = kept
+    return model, kept
 
 
 def official_config(path, weights, codes):
@@ -617,10 +621,11 @@ def generate(
     precision="fp32",
     **options,
 ):
-    """Draws a picture for each of the labels (N,): uint8 (N, H, W, 3).
+    """Draws a picture for each of the labels, N numbers or names of classes: uint8 (N, H, W, 3).
 
     model      of load_generator(), on any device
-    tokenizer  vqgan.load_vqgan()'s, on the same device
+    tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training, else
+               ValueError, unless model.kept is {}
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()
@@ -631,6 +636,8 @@ def generate(
     n = model.config["input_size"] ** 2
     counts, ramps = decoding_schedule(sampling_steps, n, decoding)
     labels = dit.check_labels(labels, model, precision).to(device)
+    if model.kept:
+        dit.check_source("tokenizer", tokenizer, model.kept["vqgan"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -651,7 +658,7 @@ def sample(args, rank, world, device):
     tokenizer, source = load_tokenizer(args, None, device)
     model, kept = load_generator(args.sample_from, tokenizer.config["n_embed"])
     if kept:
-        dit.check_source("--vqgan", args.vqgan, source, kept["vqgan"])
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
     config = model.config
     settings = sampling_settings(args, config)
     side = config["input_size"] * tokenizer.factor

@@ -182,15 +182,23 @@ def train_generator(script, out, autoencoder, photos, *words):
     return train(out, *words, main=script.main, base=tiny(script))
 
 
-def torchrun(script, *words, processes=2):
-    """A script on two processes, which finds this folder's files."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    call = (*launcher, f"--nproc_per_node={processes}", script, *words)
-    environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [str(word) for word in call], env=environment, text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+def two_nodes(script, *words):
+    """A script on two nodes of one process each, which this machine plays, by README's line. It
+    finds this folder's files."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    call = [str(word) for word in (*launcher, "--local_addr=localhost", script, *words)]
+    options = dict(env=os.environ | dict(PYTHONPATH=str(ROOT)), text=True, stderr=subprocess.PIPE)
+    agents = [subprocess.Popen(call, **options) for _ in range(2)]
+    for agent in agents:
+        _, told = agent.communicate(timeout=300)
+        assert agent.returncode == 0, told
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def refusal(capsys, main, *words):
@@ -462,9 +470,7 @@ def one_of_two(rank, port, name, words):
 
 def two_processes(script, *words):
     """main() of a script on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(2):
         arguments = (rank, port, script.__name__, words)
@@ -1356,18 +1362,25 @@ def test_an_export_may_be_one_file_and_of_half_precision(
 
 
 @torch.no_grad()
-def test_convolutions_may_pad_by_reflection(tmp_path):
-    """A flag for files that do not tell it. The one that halves the sides pads zeros, as LDM's."""
+def test_convolutions_may_pad_by_reflection(capsys, tmp_path):
+    """A flag for files that do not tell it. The one that halves the sides pads zeros, as LDM's. Of
+    our exports diffusers' alone loses it, and says so."""
     plain = formula_autoencoder(vae.CONFIGS["tiny"])
     torch.save(plain.state_dict(), tmp_path / "a.ckpt")
-    words = ("--model", "tiny", "--padding-mode", "reflect", "--export", tmp_path / "a.safetensors")
-    run(vae.main, "--init", tmp_path / "a.ckpt", *words)
+    words = ("--init", tmp_path / "a.ckpt", "--model", "tiny", "--padding-mode", "reflect")
+    run(vae.main, *words, "--export", tmp_path / "a.safetensors")
+    run(vae.main, *words, "--export", tmp_path / "ldm", "--layout", "ldm")
+    said = capsys.readouterr().err
+    assert "reflection" not in said and "scale unknown" in said and "None" not in said
+    run(vae.main, *words, "--export", tmp_path / "diffusers")
+    assert "cannot say that convolutions pad by reflection" in capsys.readouterr().err
     told = vae.load_autoencoder(tmp_path / "a.safetensors")
+    ldm = vae.load_autoencoder(tmp_path / "ldm")
     given = vae.load_autoencoder(tmp_path / "a.ckpt", "tiny", padding_mode="reflect")
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     weight, bias = [plain.state_dict()[f"encoder.conv_in.{name}"] for name in ("weight", "bias")]
     reflected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
-    for model in (told, given):
+    for model in (told, ldm, given):
         assert torch.equal(model.encoder.conv_in(x), reflected)
         assert torch.equal(model.encode(x).mean, given.encode(x).mean)
         assert not torch.equal(model.encode(x).mean, plain.encode(x).mean)
@@ -2886,6 +2899,7 @@ MISTAKES = [
     ("--lpips-weight 1", "checkpoints/vgg16-397923af.pth"),
     ("--lpips-weight 1 --perceptual nothing", "--perceptual nothing"),
     ("--lpips-weight 1 --perceptual math:nothing", "--perceptual math:nothing"),
+    ("--init {given}/eq.pt --train decoder --padding-mode reflect", "--padding-mode reflect: "),
     ("--layout ldm", "--layout: is not read without --export"),
     ("--vgg random", "--vgg: is not read without --lpips-weight"),
 ]
@@ -4163,10 +4177,10 @@ if __name__ == "__main__":
 
 @on_the_cpu
 @pytest.mark.parametrize("script", [vae, vqgan], ids=["vae", "vqgan"])
-def test_two_processes_equal_one(tmp_path, photos, monkeypatch, script):
+def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch, script):
     """Three steps with GAN and average, of which the second is poisoned on one process and skipped
     on both; a picture cannot be read."""
-    # It takes seconds: two processes start
+    # It takes seconds: two processes start, of vae.py each by a launcher of its own
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "cats" / "0.png").write_text("no picture")
     (tmp_path / "two.py").write_text(TWO.replace("SCRIPT", script.__name__))
@@ -4175,7 +4189,8 @@ def test_two_processes_equal_one(tmp_path, photos, monkeypatch, script):
     words += ("--lpips-weight", 1, "--perceptual", "two:distance")
     usual = VQ if script is vqgan else [*VAE, "--latent-scale", "measured"]
     run(script.main, *usual, *words, "--vgg", 0, "--out", tmp_path / "one.pt")
-    torchrun(tmp_path / "two.py", *usual, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    start = two_nodes if script is vae else torchrun
+    start(tmp_path / "two.py", *usual, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
     one = torch.load(tmp_path / "one.pt", weights_only=True)
     log = log_of(tmp_path / "one.pt")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -4204,9 +4219,7 @@ def test_two_processes_equal_one(tmp_path, photos, monkeypatch, script):
 def two_at_once(*words):
     """vae.py on two processes, started as torchrun would: the processes, which end with the
     context."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     call = [str(word) for word in (sys.executable, ROOT / "vae.py", *VAE, *words)]
     started = []
@@ -4277,6 +4290,17 @@ def test_a_file_shows_lines_from_step_10_on_and_all_paths_at_the_end(capsys, pho
     paths = (tmp_path / "a.pt", tmp_path / "a.jsonl", tmp_path / "a")
     assert "finished at step 12 of 12" in lines[-1]
     assert all(str(path) in lines[-1] for path in paths)
+
+
+@pytest.mark.parametrize("fit", [train, train_vqgan], ids=["vae", "vqgan"])
+def test_a_loss_is_in_the_log_where_it_is_in_use(photos, tmp_path, fit):
+    losses = ["l1", "l2", "ssim", "lpips", "g_loss", "d_loss", "d_weight"]
+    words = ("--data", photos, "--steps", 1)
+    _, log = fit(tmp_path / "a.pt", *words)
+    assert [name for name in losses if name in log[0]] == ["l1"]
+    words += ("--lpips-weight", 1, "--perceptual", f"{__name__}:toy_distance")
+    _, log = fit(tmp_path / "b.pt", *words, "--l2-weight", 1, "--ssim-weight", 1, *GAN)
+    assert [name for name in losses if name in log[0]] == losses
 
 
 def test_a_line_of_the_log_is_the_mean_over_its_steps(photos, tmp_path):
@@ -4647,6 +4671,8 @@ def test_a_run_from_scratch_has_the_padding_that_was_asked_for(capsys, photos, t
     words = ("--data", photos, "--padding-mode", "reflect", "--steps", 1)
     checkpoint, _ = train(tmp_path / "r.pt", *words)
     assert checkpoint["config"]["padding_mode"] == "reflect"
+    again = ("--init", tmp_path / "r.pt", "--train", "decoder")  # which keeps the encoder
+    assert train(tmp_path / "d.pt", *words, *again)[0]["config"] == checkpoint["config"]
     words = (*VAE, "--data", photos, "--padding-mode", "zeros", "--out", tmp_path / "r.pt")
     assert "reflect; give another" in refusal(capsys, vae.main, *words, "--steps", 2)
 
@@ -4674,6 +4700,8 @@ SILENT = {
     ),
     "no labels": lambda: dit.check_labels([], SimpleModel, "fp32"),
     "a label of no class": lambda: dit.check_labels([4], SimpleModel, "fp32"),
+    "a label and no list": lambda: dit.check_labels(2, SimpleModel, "fp32"),
+    "a name of no class": lambda: dit.check_labels(["cow"], SimpleModel, "fp32"),
     "a negative label": lambda: dit.check_labels([-1], SimpleModel, "fp32"),
     "an unknown precision": lambda: dit.check_labels([0], SimpleModel, "fp64"),
 }
@@ -4681,6 +4709,7 @@ SILENT = {
 
 class SimpleModel:
     config = dict(num_classes=3)
+    kept = dict(classes=["cats", "dogs", "hens"])
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -4707,9 +4736,7 @@ def one_of_two_that_disagree(rank, port, queue):
 
 @needs_two_processes
 def test_processes_that_see_different_files_are_told_on_each():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = forked()
     queue = context.Queue()
     processes = []
@@ -5524,6 +5551,28 @@ def test_samples_are_those_of_a_loop_by_hand(script, codec, shifted, tmp_path, g
     )
     told = json.loads(out.with_suffix(".json").read_text())
     assert told == json.loads(json.dumps(record)), "the record tells all that they depend on"
+
+
+def test_from_python_classes_have_names_and_the_autoencoder_is_that_of_training(
+    script, codec, other_codec, generator, samples
+):
+    """The pictures of the command line. The check can be left out, as official files do."""
+    load = vqgan.load_vqgan if script is maskgit else vae.load_autoencoder
+    right, wrong = [load(words[1]).to(DEVICE) for words in (codec, other_codec)]
+    model, kept = script.load_generator(generator)
+    model.to(DEVICE)
+    settings = dict(steps=4)
+    if script is maskgit:
+        settings = dict(maskgit.PRESETS["256"], sampling_steps=4)
+    names = [kept["classes"][label] for label in samples.labels]
+    pictures = script.generate(model, right, names, **settings)
+    assert levels_apart(pictures.astype(int), samples.pictures) <= 1
+    with pytest.raises(ValueError, match="no class cow, hen; give some of cats, dogs"):
+        script.generate(model, right, ["cow", "cats", "hen"], **settings)
+    with pytest.raises(ValueError, match=f"trained with another one \\({codec[1]}"):
+        script.generate(model, wrong, "cats", **settings)
+    model.kept = {}
+    assert len(script.generate(model, wrong, [0], **settings)) == 1
 
 
 @for_each(dit, maskgit)
@@ -7741,73 +7790,34 @@ def test_no_option_is_dead_and_none_is_missing(name):
     assert read <= known | set_by_code
 
 
-ALONE = {
-    "eqloss": """
-x, z = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4)
-tau = eqloss.sample_transform((4, 4), 0)
-decode = torch.nn.Upsample(scale_factor=4)
-assert eqloss.eq_loss(torch.nn.functional.l1_loss, decode, x, z, tau)[0] > 0
-""",
-    "eqloss vae": """
-model = vae.AutoencoderKL(**vae.CONFIGS["tiny"])
-posterior = model.encode(torch.zeros(1, 3, 16, 16))
-(model.decode(posterior.sample()).square().mean() + posterior.kl().mean()).backward()
-assert vae.PatchDiscriminator()(torch.zeros(2, 3, 24, 24)).shape == (2, 1, 1, 1)
-""",
-    "eqloss vae vqgan": """
-model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
-quantised, indices, loss = model.quantize(model.features(torch.zeros(1, 3, 16, 16)))
-(model.decode(quantised).square().mean() + loss).backward()
-assert model.decode(indices).shape == (1, 3, 16, 16)
-""",
-    "dit": """
-model = dit.DiT(8, 2, 4, 32, 1, 2, num_classes=3)
-x, i = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-mse, vb = dit.GaussianDiffusion().losses(model(x, i, i), x, x, i, x)
-(mse.mean() + vb.mean()).backward()
-assert dit.GaussianDiffusion(4).sample(dit.guided(model, 3, 2.0), x, i).shape == x.shape
-""",
-    "dit sit": """
-model, x, y = sit.SiT(8, 2, 4, 32, 1, 2, num_classes=3), torch.randn(2, 4, 8, 8), torch.arange(2)
-(model(x, torch.rand(2), y) - x).square().mean().backward()
-assert sit.euler_maruyama(dit.guided(model, 3, 2.0), x, y, steps=4).shape == x.shape
-""",
-    "dit sit repa": """
-model = repa.REPA(8, 2, 4, 32, 2, 2, num_classes=3, encoder_depth=1, z_dims=(48,))
-x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-images = torch.ones(2, 3, 32, 32, dtype=torch.uint8)
-_, (projection,) = model(x, torch.rand(2), y, return_projections=True)
-(-repa.alignment(projection, repa.DINOv2(48, 1, 2).encode(images, 4))).backward()
-assert sit.heun(repa.reverse(dit.guided(model, 3)), x, y, 3).shape == x.shape
-""",
-    "maskgit": """
-model, y = maskgit.MaskGIT(4, 16, 3, 32, 1, 2, 64), torch.tensor([1, 2])
-tokens, mask = torch.randint(16, (2, 16)), torch.ones(2, 16, dtype=torch.bool)
-maskgit.token_losses(model(tokens.masked_fill(mask, 16), y), tokens, mask).mean().backward()
-uniform = torch.rand(2, 1, 2, 16)
-assert maskgit.parallel_decoding(model, y, uniform, [16], [1.0], cfg_scale=2.0).max() < 16
-""",
-    "evaluate": """
-u, total = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), evaluate.Moments()
-total.add(torch.randn(8, 4))
-assert abs(evaluate.frechet_distance(*total.result(), *total.result())) < 1e-6
-assert evaluate.psnr(u, u // 2).shape == evaluate.ssim(u.float(), u.float() / 2).shape == (8,)
-assert evaluate.two_nn(torch.randn(50, 3))[0] > 1
-""",
-}
+CHECK = """
+for name, value in list(globals().items()):
+    assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name
+if "model" in globals():
+    loss.backward()
+    assert sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None) > 0
+"""
 
 
-@pytest.mark.parametrize("files", ALONE)
-def test_a_model_can_be_copied_alone(tmp_path, files):
-    """README's table: these files in an empty folder do a forward pass, a loss and a sampler. A
-    process of its own takes two seconds to import torch."""
-    for name in files.split():
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    program = f"import torch, {', '.join(files.split())}\n{ALONE[files]}"
-    environment = os.environ | dict(PYTHONPATH="")
-    options = dict(cwd=tmp_path, env=environment, text=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-c", program], **options)
-    assert done.returncode == 0, done.stderr
+def test_a_model_can_be_copied_alone(tmp_path):
+    """The files of each line of README's table, in an empty folder, run the recipes' lines on them:
+    forward pass, loss, sampler. Each process takes two seconds to import torch."""
+    table = (ROOT / "README.md").read_text().partition("| copy these files |")[2]
+    sets = re.findall(r"^\| ((?:`\w+\.py` ?)+) \|", table, re.MULTILINE)
+    recipes = (ROOT / "results" / "recipes.md").read_text()
+    assert len(sets) == 9
+    for files in sets[:-1]:  # the last are the tests
+        folder = tmp_path / files
+        folder.mkdir()
+        for name in re.findall(r"\w+\.py", files):
+            shutil.copy(ROOT / name, folder)
+        heading = f"### {files.replace('`', '')}\n\n```python\n"
+        program = recipes.partition(heading)[2].partition("```")[0]
+        (folder / "mine.py").write_text(program + CHECK)
+        environment = os.environ | dict(PYTHONPATH="")
+        options = dict(env=environment, text=True, capture_output=True, cwd=folder)
+        done = subprocess.run([sys.executable, "mine.py"], **options)
+        assert program and done.returncode == 0, (files, done.stderr)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():

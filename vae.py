@@ -555,13 +555,14 @@ def import_lpips():
 
 
 def load_perceptual(args, device):
-    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
+    """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1);
+    None without its loss.
 
     --perceptual MODULE:FUNCTION names a function of (path, device) that returns such a distance;
     path is --vgg.
     """
     if not args.lpips_weight:
-        return no_distance
+        return None
     if args.perceptual == "lpips":
         return load_lpips(args.vgg).to(device)
     return call_function(args.perceptual, "--perceptual", args.vgg, device)
@@ -574,22 +575,21 @@ def load_ssim(args):
     return importlib.import_module("evaluate").ssim
 
 
-def more_losses(args, target, reconstruction, ssim, log):
-    """The terms of --l2-weight and --ssim-weight, means over values as L1's."""
+def more_losses(args, target, reconstruction, perceptual, ssim):
+    """What --lpips-weight, --l2-weight and --ssim-weight add to L1, means over values as it is
+    -> (their weighted sum, dict of them for the log). A loss of weight 0 is not computed."""
     total = 0
+    told = {}
+    if args.lpips_weight:
+        told["lpips"] = perceptual(target, reconstruction).mean()
+        total = total + args.lpips_weight * told["lpips"]
     if args.l2_weight:
-        l2 = (target - reconstruction).square().mean()
-        total = total + args.l2_weight * l2
-        log.add(l2=l2)
+        told["l2"] = (target - reconstruction).square().mean()
+        total = total + args.l2_weight * told["l2"]
     if args.ssim_weight:
-        similarity = ssim(target, reconstruction, data_range=2.0).mean()
-        total = total + args.ssim_weight * (1 - similarity)
-        log.add(ssim=similarity)
-    return total
-
-
-def no_distance(x, y):
-    return x.new_zeros(len(x), 1, 1, 1)
+        told["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
+        total = total + args.ssim_weight * (1 - told["ssim"])
+    return total, told
 
 
 # ==================================================================================================
@@ -675,10 +675,8 @@ def train(args, rank, world, device):
             # image that tau has shrunk has fewer values, and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            lpips = perceptual(target, reconstruction).mean()
-            rec_loss = (l1 + args.lpips_weight * lpips) * values
-            if args.l2_weight or args.ssim_weight:  # LDM has neither
-                rec_loss = rec_loss + values * more_losses(args, target, reconstruction, ssim, log)
+            more, told = more_losses(args, target, reconstruction, perceptual, ssim)  # LDM: LPIPS
+            rec_loss = (l1 + more) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             if explicit_tau is not None:
@@ -689,7 +687,7 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # Per value: the sum would jump with the size that tau leaves
-            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, **told, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
             # (In LDM it waits for disc_start, too, and runs the autoencoder a second time)
@@ -751,8 +749,11 @@ def set_padding(args, resumed, stored):
         raise InputError(
             f"{args.out}: was trained with --padding-mode {padding_mode}; give another --out"
         )
-    if args.train == "decoder":
-        say("--padding-mode: is of the encoder, too, and so changes its latents")
+    if args.train == "decoder" and stored.weights is not None:
+        raise InputError(
+            f"--padding-mode {args.padding_mode}: changes the encoder that --train decoder keeps; "
+            "leave one out. If --init was trained so, --export it with --padding-mode first"
+        )
     stored.config = dict(stored.config, padding_mode=args.padding_mode)
 
 
@@ -1240,11 +1241,11 @@ def is_diffusers(weights):
 
 
 def say_assumption(path, preset):
-    """Says that the scale of the latents comes from a preset, since the file has none."""
-    scale = CONFIGS[preset].get("scaling_factor")
+    """Says that scale and shift of the latents come from a preset, since the file has none."""
+    scale = CONFIGS[preset].get("scaling_factor", "unknown")
     shift = CONFIGS[preset].get("shift_factor", 0.0)
     say(
-        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale} and "
+        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale}, "
         f"shift {shift}"
     )
 
@@ -1470,21 +1471,19 @@ def export(args):
     config = model.config
     if args.half:
         model.to(HALVES[args.half])
-    if config["padding_mode"] != "zeros":
-        say("the layout cannot say that convolutions pad by reflection: set it wherever it is read")
     layout = args.layout
     if args.export.endswith(".safetensors"):
         layout = "one file in LDM's"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
+        if config["padding_mode"] != "zeros":
+            say("diffusers' layout cannot say that convolutions pad by reflection: set it there")
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
     else:
         if config["norm_groups"] != 32:
             say(f"its norms have {config['norm_groups']} groups; LDM's own code builds 32")
         write_file(args.export, lambda folder: write_ldm(folder, model, stored))
-    scale = config["scaling_factor"]
-    if scale is None:
-        scale = "unknown"
+    scale = config["scaling_factor"] or "unknown"
     say(f"{args.export}: {layout} layout, scale {scale}, shift {config['shift_factor']}")
 
 

@@ -311,13 +311,11 @@ def train(args, rank, world, device):
 
             # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
-            lpips = perceptual(target, reconstruction).mean()
-            rec_loss = l1 + args.lpips_weight * lpips
-            if args.l2_weight or args.ssim_weight:  # taming has neither
-                rec_loss = rec_loss + vae.more_losses(args, target, reconstruction, ssim, log)
+            more, told = vae.more_losses(args, target, reconstruction, perceptual, ssim)
+            rec_loss = l1 + more  # taming: LPIPS
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
-            log.add(l1=l1, lpips=lpips, rec_loss=rec_loss, codebook=codebook_loss)
+            log.add(l1=l1, **told, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.

@@ -396,6 +396,16 @@ def our_lines(row, header, arms, runs):
     return lines
 
 
+def notes_of(rows):
+    """What evaluate.py has warned of, a line each, with the records that it is about."""
+    found = {}
+    for row in rows:
+        for note in row["about"].get("notes", []):
+            found.setdefault(note, {})[Path(row["record"]).name] = True
+    lines = [f"- {note} ({', '.join(names)})" for note, names in found.items()]
+    return [*lines, ""] if lines else []
+
+
 # Files of results/figures.py -> what they show
 FIGURES = {
     "fig1-curves": "The samples' distance over the generator's steps",
@@ -426,7 +436,7 @@ def main():
     try:
         arms, runs = read_records(args.records)
         lines = ["# EQ-VAE", "", "↓: less is better. ↑: more is better.", ""]
-        lines += [*all_scores(arms, runs), "", *paper_tables(arms, runs)]
+        lines += [*all_scores(arms, runs), "", *notes_of(arms + runs), *paper_tables(arms, runs)]
         folder = Path(args.out).parent
         for picture in pictures_in(args.figures):
             words = FIGURES.get(picture.stem, picture.stem)

@@ -196,8 +196,11 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
 def test_a_report_of_small_networks_has_no_row_of_the_paper_and_no_seeds(tmp_path):
     small = dict(vae.AutoencoderKL(**vae.CONFIGS["tiny"]).config)
     records = [recon_record(name, name, config=small, init="scratch") for name in ("a", "b")]
+    for record in records:
+        record["about"]["notes"] = ["FID is not reliable"]
     run(report.main, *paths_of(tmp_path, *records), "--out", tmp_path / "r.md")
     page = (tmp_path / "r.md").read_text()
+    assert "\n- FID is not reliable (0.json, 1.json)\n" in page
     assert "seeds)" not in page and "ours" not in page and "| PSNR, dB ↑ | 26 | 26 |" in page
     assert "Table" not in page
 
@@ -1134,6 +1137,15 @@ def test_the_readmes_way_from_ones_own_pictures_to_a_report_works(monkeypatch, t
     shown = re.findall(r"\]\(([^)]+)\)", page)
     assert "PSNR, dB" in page and "FD-EfficientNet" in page and len(shown) == 5
     assert all((tmp_path / picture).exists() for picture in shown)
+    if (ROOT / ".git").exists():  # what they write is none of the repository's
+        written = [
+            str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+        ]
+        call = ["git", "check-ignore", "--stdin"]
+        told = subprocess.run(
+            call, input="\n".join(written), text=True, capture_output=True, cwd=ROOT
+        )
+        assert told.stdout.split() == written
 
 
 def test_every_recipe_is_understood(understood):
