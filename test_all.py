@@ -4180,7 +4180,7 @@ if __name__ == "__main__":
 def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch, script):
     """Three steps with GAN and average, of which the second is poisoned on one process and skipped
     on both; a picture cannot be read."""
-    # It takes seconds: two processes start, of vae.py each by a launcher of its own
+    # It takes seconds: two launchers and two processes start
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "cats" / "0.png").write_text("no picture")
     (tmp_path / "two.py").write_text(TWO.replace("SCRIPT", script.__name__))
@@ -4189,8 +4189,7 @@ def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch, script):
     words += ("--lpips-weight", 1, "--perceptual", "two:distance")
     usual = VQ if script is vqgan else [*VAE, "--latent-scale", "measured"]
     run(script.main, *usual, *words, "--vgg", 0, "--out", tmp_path / "one.pt")
-    start = two_nodes if script is vae else torchrun
-    start(tmp_path / "two.py", *usual, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
+    two_nodes(tmp_path / "two.py", *usual, *words, "--vgg", 1, "--out", tmp_path / "two.pt")
     one = torch.load(tmp_path / "one.pt", weights_only=True)
     log = log_of(tmp_path / "one.pt")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
