@@ -4872,26 +4872,34 @@ def test_maskgit_has_the_official_numbers(what, maskgit_numbers):
     assert numbers == pytest.approx(GOLDEN["discrete"][what], rel=1e-5, abs=3e-5)
 
 
+ATTENTIONS = (dit.Attention, torch.nn.MultiheadAttention)
+
+
 @pytest.mark.parametrize(
-    "network, config, keys, parameters",
+    "network, config, keys, parameters, heads",
     [
-        (dit.DiT, dit.CONFIGS["DiT-XL/2"], 292, 675_129_632),
-        (dit.DiT, dit.CONFIGS["DiT-L/2"], 252, 458_102_816),
-        (dit.DiT, dit.CONFIGS["DiT-B/2"], 132, 130_512_416),
-        (dit.DiT, dit.CONFIGS["DiT-S/2"], 132, 32_963_360),
-        (sit.SiT, dict(sit.CONFIGS["SiT-XL/2"], learn_sigma=True), 292, 675_129_632),
-        (repa.REPA, repa.CONFIGS["REPA-XL/2"], 298, 683_242_512),
-        (repa.REPA, repa.CONFIGS["REPA-B/2"], 138, 137_845_008),
-        (repa.DINOv2, repa.ENCODERS["dinov2_vitb14"], 175, 86_580_480),
-        (repa.DINOv2, repa.ENCODERS["dinov2_vitb14_reg"], 176, 86_580_480 + 4 * 768),
-        (maskgit.MaskGIT, maskgit.CONFIGS["MaskGIT-B"], 305, 174_160_874),
+        (dit.DiT, dit.CONFIGS["DiT-XL/2"], 292, 675_129_632, 16),
+        (dit.DiT, dit.CONFIGS["DiT-L/2"], 252, 458_102_816, 16),
+        (dit.DiT, dit.CONFIGS["DiT-B/2"], 132, 130_512_416, 12),
+        (dit.DiT, dit.CONFIGS["DiT-S/2"], 132, 32_963_360, 6),
+        (sit.SiT, dict(sit.CONFIGS["SiT-XL/2"], learn_sigma=True), 292, 675_129_632, 16),
+        (repa.REPA, repa.CONFIGS["REPA-XL/2"], 298, 683_242_512, 16),
+        (repa.REPA, repa.CONFIGS["REPA-B/2"], 138, 137_845_008, 12),
+        (repa.DINOv2, repa.ENCODERS["dinov2_vitb14"], 175, 86_580_480, 12),
+        (repa.DINOv2, repa.ENCODERS["dinov2_vitb14_reg"], 176, 86_580_480 + 4 * 768, 12),
+        (maskgit.MaskGIT, maskgit.CONFIGS["MaskGIT-B"], 305, 174_160_874, 16),
     ],
 )
-def test_generators_have_the_published_sizes(network, config, keys, parameters):
+def test_generators_have_the_published_sizes(network, config, keys, parameters, heads):
     with torch.device("meta"):
-        state = network(**config).state_dict()
+        model = network(**config)
+    state = model.state_dict()
     assert len(state) == keys
     assert sum(p.numel() for p in state.values()) == parameters
+    # Weights do not tell their number of heads
+    attentions = [module for module in model.modules() if isinstance(module, ATTENTIONS)]
+    counts = {getattr(module, "heads", None) or module.num_heads for module in attentions}
+    assert counts == {heads}
 
 
 @pytest.mark.parametrize(
