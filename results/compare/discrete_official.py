@@ -9,7 +9,7 @@ give the same numbers.
         --record results/discrete_official.json
 
 Every parameter is drawn anew. Compared are networks, codes, losses with their gradients, exported
-files, masks, schedules, and whole decodings from the same uniform numbers; of codes and tokens it
+files, masks, and whole decodings from the same uniform numbers; of codes and tokens it
 counts how many differ. `--golden` prints the official numbers that test_all.py holds.
 """
 
@@ -150,8 +150,7 @@ def parity():
     generator = torch.Generator().manual_seed(0)
     in_use = compare_vqgans(found, generator)
     compare_maskgits(found, generator)
-    schedules = {side: differing_schedules(side) for side in (8, 16)}
-    return found.record(codes_in_use=in_use, differing_schedules=schedules)
+    return found.record(codes_in_use=in_use)
 
 
 def compare_vqgans(found, generator):
@@ -165,9 +164,7 @@ def compare_vqgans(found, generator):
     for name, n, size in (("f16-1024", 1, 256), ("f16-16384", 1, 256), ("small", 64, 32)):
         x = images(n, size)
         nets = vq_pair(configs[name], x)
-        features, in_use[name] = compare_reconstructions(found, name, *nets, x)
-        for legacy in (True, False):
-            compare_quantisers(found, name, *nets, features, legacy)
+        in_use[name] = compare_reconstructions(found, name, *nets, x)
     for name, legacy, size in (("small", True, 32), ("small", False, 32), ("f16-1024", True, 64)):
         x = images(2, size)
         nets = vq_pair(dict(configs[name], legacy_beta=legacy), x)
@@ -178,7 +175,7 @@ def compare_vqgans(found, generator):
 
 @torch.no_grad()
 def compare_reconstructions(found, name, ours, theirs, x):
-    """-> the official features, and how many codes they take."""
+    """-> how many codes the images take."""
     features = theirs.quant_conv(theirs.encoder(x))
     h = ours.features(x)
     found.add(f"{name}: features", h, features)
@@ -189,45 +186,14 @@ def compare_reconstructions(found, name, ours, theirs, x):
     found.add(f"{name}: indices of the same features", same, indices)
     found.add(f"{name}: reconstructions", ours.decode(ours.quantize(h)[0]), picture)
     found.add(f"{name}: decoded tokens", ours.decode(ours.encode(x)), picture)
-    return features, len(indices.unique())
-
-
-def compare_quantisers(found, name, ours, theirs, features, legacy):
-    ours.quantize.legacy_beta = legacy
-    theirs.quantize.legacy = legacy
-    mine = quantiser_numbers(ours.quantize, 2, features)  # (codes, indices, loss)
-    official_numbers = quantiser_numbers(theirs.quantize, 1, features)  # (codes, loss, info)
-    for what, numbers in mine.items():
-        label = name_with_beta(f"{name}: quantiser's {what}", legacy)
-        found.add(label, numbers, official_numbers[what])
-
-
-def quantiser_numbers(quantize, place_of_loss, features):
-    leaf = features.clone().requires_grad_()
-    output = quantize(leaf)
-    codes = output[0]
-    loss = output[place_of_loss]
-    probe = (codes * features.cos()).sum()
-    (through,) = torch.autograd.grad(probe, leaf)
-    at_features, at_codes = torch.autograd.grad(loss, [leaf, quantize.embedding.weight])
-    return {
-        "codes": codes,
-        "straight-through gradients": through,
-        "loss": loss,
-        "gradients, features": at_features,
-        "gradients, codebook": at_codes,
-    }
-
-
-def name_with_beta(text, legacy):
-    if legacy:
-        return text
-    return f"{text}, beta on the commitment"
+    return len(indices.unique())
 
 
 def compare_steps(found, name, ours, theirs, x):
     """A step's gradients -> our discriminator, whose statistics the step has moved."""
-    what = name_with_beta(f"{name}: step", ours.config["legacy_beta"])
+    what = f"{name}: step"
+    if not ours.config["legacy_beta"]:
+        what += ", beta on the commitment"
     discriminator = formula(vae.PatchDiscriminator()).train()
     our_backward(ours, discriminator, x)
     mine = autoencoder_parameters(ours)
@@ -259,13 +225,9 @@ def our_backward(model, discriminator, x):
     g_loss = -discriminator(reconstruction).mean()
     d_loss = vae.hinge_loss(discriminator(x), discriminator(reconstruction.detach()))
     d_loss.backward()
+    last_layer = model.decoder.conv_out.weight
     gradient, _ = vae.loss_gradient(
-        rec_loss,
-        g_loss,
-        reconstruction,
-        model.decoder.conv_out.weight,
-        GAN_WEIGHT,
-        gan_acts=True,
+        rec_loss, g_loss, reconstruction, last_layer, GAN_WEIGHT, gan_acts=True
     )
     vae.backward_from(reconstruction, gradient, codebook_loss, share=1)
 
@@ -311,16 +273,11 @@ def compare_files(found, ours, theirs, discriminator, x):
 def compare_maskgits(found, generator):
     # Steps, w, scale of the softmax, temperature of the choice
     plain = (8, 3.0, 1.0, 4.5)
-    unguided = (8, 0.0, 1.0, 4.5)
+    several = (plain, (8, 0.0, 1.0, 4.5), (15, 2.8, 1.0, 7.0), (32, 9.0, 1.3, 7.0))
     cases = (
         ("tiny", 16, TINY, (plain, (6, 0.0, 1.0, 4.5))),
         ("base", 2, BASE, (plain,)),
-        (
-            "base of 2 blocks",
-            4,
-            dict(BASE, depth=2),
-            (plain, unguided, (15, 2.8, 1.0, 7.0), (32, 9.0, 1.3, 7.0)),
-        ),
+        ("base of 2 blocks", 4, dict(BASE, depth=2), several),
     )
     for name, n, config, runs in cases:
         nets = git_pair(**config)
@@ -428,18 +385,6 @@ def official_decoding(network, labels, uniform, steps, w, **options):
     network.bias.data.copy_(kept)
     network.eval()
     return tokens.flatten(1)
-
-
-def differing_schedules(side):
-    """The numbers of steps for which counts differ, though each official step decides a token."""
-    trainer = SimpleNamespace(patch_size=side)
-    differing = []
-    for n in range(2, side**2 + 1):
-        theirs = official.MaskGIT.adap_sche(trainer, n).tolist()
-        ours, _ = maskgit.decoding_schedule(n, side**2)
-        if min(theirs) > 0 and theirs != ours:
-            differing.append(n)
-    return differing
 
 
 # ==================================================================================================
