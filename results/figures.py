@@ -276,9 +276,9 @@ def are_comparable(runs):
     return len(told) == 1 and None not in told.pop()
 
 
-def first_pictures(file):
+def first_pictures(file, count=8):
     with np.load(file) as stored:
-        return pictures_of(torch.from_numpy(stored["arr_0"][:8]).permute(0, 3, 1, 2))
+        return pictures_of(torch.from_numpy(stored["arr_0"][:count]).permute(0, 3, 1, 2))
 
 
 def samples_file(run):

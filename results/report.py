@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -349,19 +350,35 @@ def arrow(score):
     return "↓" if re.fullmatch(distances, score) else ""
 
 
+class PaperTable(NamedTuple):
+    title: str
+    header: list
+    rows: list  # {column: text}
+
+
+@functools.cache
+def read_paper():
+    """{number: table} of paper.md."""
+    tables = {}
+    for part in PAPER.read_text().split("\n## Table ")[1:]:
+        title, _, header, _, *rows = part.strip().splitlines()
+        header = cells(header)
+        rows = [dict(zip(header, cells(row))) for row in rows]
+        tables[title.partition(":")[0]] = PaperTable(f"Table {title}", header, rows)
+    return tables
+
+
 def paper_tables(arms, runs):
     """The tables of paper.md of which something was run, with our lines below the paper's."""
     lines = []
-    for part in PAPER.read_text().split("\n## ")[1:]:
-        title, _, header, _, *rows = part.strip().splitlines()
-        header = cells(header)
+    for title, header, rows in read_paper().values():
         table = []
         found = False
         for row in rows:
-            row = cells(row)
-            ours = our_lines(dict(zip(header, row)), header, arms, runs)
+            ours = our_lines(row, header, arms, runs)
             found = found or bool(ours)
-            table += [["paper: " + row[0], *row[1:]], *ours]
+            first, *rest = row.values()
+            table += [[f"paper: {first}", *rest], *ours]
         if found:
             named = [f"{name} {arrow(name)}".strip() for name in header]
             lines += [f"## {title}", "", *markdown_table(named, table), ""]
