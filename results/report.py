@@ -17,7 +17,6 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -350,28 +349,22 @@ def arrow(score):
     return "↓" if re.fullmatch(distances, score) else ""
 
 
-class PaperTable(NamedTuple):
-    title: str
-    header: list
-    rows: list  # {column: text}
-
-
 @functools.cache
 def read_paper():
-    """{number: table} of paper.md."""
+    """{number of a table: (title, rows as {column: text})} of paper.md."""
     tables = {}
-    for part in PAPER.read_text().split("\n## Table ")[1:]:
+    for part in PAPER.read_text().split("\n## ")[1:]:
         title, _, header, _, *rows = part.strip().splitlines()
-        header = cells(header)
-        rows = [dict(zip(header, cells(row))) for row in rows]
-        tables[title.partition(":")[0]] = PaperTable(f"Table {title}", header, rows)
+        number = title.removeprefix("Table ").partition(":")[0]
+        tables[number] = (title, [dict(zip(cells(header), cells(row))) for row in rows])
     return tables
 
 
 def paper_tables(arms, runs):
     """The tables of paper.md of which something was run, with our lines below the paper's."""
     lines = []
-    for title, header, rows in read_paper().values():
+    for title, rows in read_paper().values():
+        header = list(rows[0])
         table = []
         found = False
         for row in rows:

@@ -191,6 +191,11 @@ class Table(NamedTuple):
     def lines(self):
         return list(dict.fromkeys([*[claim.line for claim in self.claims], *self.unclaimed]))
 
+    @property
+    def line_of_curves(self):
+        """The line of several lengths, or None."""
+        return next((line for line in self.lines if len(line.steps) > 1), None)
+
 
 PAIR = ("standard", "eq")
 
@@ -407,9 +412,9 @@ def write_report(folder):
     """Writes the tables and figures of a folder's records, as far as today's commands made them."""
     scores = Scores(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    write_between(folder / "README.md", "records", page(scores))
+    write_between(folder / "README.md", page(scores))
     for name, table in TABLES.items():
-        line = line_of_curves(table)
+        line = table.line_of_curves
         if line is not None:
             draw_curves(table, line, scores, folder / "figures" / f"{name}-curves.png")
             draw_samples(line, folder / "figures" / f"{name}-samples.png")
@@ -530,7 +535,8 @@ def paper_score(table, line, arm, column):
     if table.paper == "2" and column != "gFID":
         places.insert(0, ("1", "DiT-B/"))
     for number, beginning in places:
-        for row in report.read_paper()[number].rows:
+        _, rows = report.read_paper()[number]
+        for row in rows:
             is_ours = row.get("generator", "").startswith(beginning)
             if row["autoencoder"] == family + ending and is_ours and column in row:
                 return row[column]
@@ -574,51 +580,42 @@ def verdict(changes, seeds, gains=True):
     return "cannot be told at this scale"
 
 
-def line_of_curves(table):
-    """The line of several lengths, or None."""
-    for line in table.lines:
-        if len(line.steps) > 1:
-            return line
-    return None
-
-
 def curves(table, line, scores):
-    """{arm: {seed: [(step, distance), ...]}}; empty until all seeds have all."""
-    found = {arm: {seed: [] for seed in table.seeds} for arm in line.arms}
+    """{arm: [(step, distances of the seeds), ...]}; empty until all seeds have all."""
+    found = {arm: [] for arm in line.arms}
     for arm in line.arms:
         for steps in line.steps:
             distances = scores.of(table, line, arm, "FD-EfficientNet", steps)
             if len(distances) < len(table.seeds):
                 return {}
-            for seed, distance in distances.items():
-                found[arm][seed].append((steps, distance))
+            found[arm].append((steps, list(distances.values())))
     return found
 
 
-def mean_curve(of_seeds):
-    """{seed: [(step, distance), ...]} -> [(step, mean, deviation), ...]"""
-    found = []
-    for same_step in zip(*of_seeds.values()):
-        steps = same_step[0][0]
-        found.append(figures.summary(steps, [distance for _, distance in same_step]))
-    return found
+def mean_curve(points):
+    return [figures.summary(steps, distances) for steps, distances in points]
+
+
+def curve_of(k, points):
+    return [(steps, distances[k]) for steps, distances in points]
 
 
 def speed_text(name, table, scores):
     """How many times as fast each arm is as the first one: by the means, and by each seed."""
-    line = line_of_curves(table)
+    line = table.line_of_curves
     if line is None:
         return ""
     found = curves(table, line, scores)
     if not found:
         return " Not complete."
     texts = []
-    base = line.arms[0]
+    base = found[line.arms[0]]
     for arm in line.arms[1:]:
-        text = f"{ARMS[arm].title} is {ratio(mean_curve(found[base]), mean_curve(found[arm]))} "
+        text = f"{ARMS[arm].title} is {ratio(mean_curve(base), mean_curve(found[arm]))} "
         text += "times as fast"
         if len(table.seeds) > 1:
-            of_seeds = [ratio(found[base][seed], found[arm][seed]) for seed in table.seeds]
+            seeds = range(len(table.seeds))
+            of_seeds = [ratio(curve_of(k, base), curve_of(k, found[arm])) for k in seeds]
             text += f" (by seed: {', '.join(of_seeds)})"
         texts.append(text[0].upper() + text[1:])
     return f" [{'; '.join(texts)}](figures/{name}-curves.png)."
@@ -627,18 +624,15 @@ def speed_text(name, table, scores):
 def ratio(base, other):
     """The steps that two curves need to the same distance: base's, divided by the other's.
 
-    It is the distance that both reach, the greater one of their last ones. A curve that is there
-    from its first point on may have been there before.
+    A curve that is there from its first point on may have been there before.
     """
-    factor = figures.speed_up(base, other)
-    if factor is not None:
-        return f"{factor:.2g}"
-    goal = figures.common_distance(base, other)
-    steps = [figures.first_step(goal, curve) for curve in (base, other)]
-    if steps[0] is not None:
-        return f"more than {steps[0] / other[0][0]:.2g}"
-    if steps[1] is not None:
-        return f"less than {base[0][0] / steps[1]:.2g}"
+    steps, other_steps = figures.arrivals(base, other)
+    if steps and other_steps:
+        return f"{steps / other_steps:.2g}"
+    if steps:
+        return f"more than {steps / other[0][0]:.2g}"
+    if other_steps:
+        return f"less than {base[0][0] / other_steps:.2g}"
     return "nobody knows how many"  # both are there from the start
 
 
@@ -652,7 +646,7 @@ def draw_curves(table, line, scores, path):
     model = GENERATORS[line.network].model
     title = f"{table.title}: {seeds}"
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
-    drawn = {ARMS[arm].title: mean_curve(of_seeds) for arm, of_seeds in found.items()}
+    drawn = {ARMS[arm].title: mean_curve(points) for arm, points in found.items()}
     figures.draw_curves(axes, drawn)
     figures.save(figure.savefig, path)
 
@@ -672,10 +666,10 @@ def draw_samples(line, path):
     figures.save(figures.panel(title, rows).save, path)
 
 
-def write_between(path, marker, lines):
-    """Replaces what a page has between <!-- MARKER --> and <!-- /MARKER -->."""
-    first = f"<!-- {marker} -->"
-    last = f"<!-- /{marker} -->"
+def write_between(path, lines):
+    """Replaces what a page has between <!-- records --> and <!-- /records -->."""
+    first = "<!-- records -->"
+    last = "<!-- /records -->"
     text = path.read_text() if path.exists() else f"{first}\n{last}\n"
     if text.count(first) != 1 or text.count(last) != 1:
         raise SystemExit(f"{path}: wanted: one line {first}, and one {last} below it")

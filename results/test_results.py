@@ -313,11 +313,14 @@ def test_the_speed_up_takes_first_crossings():
     """Between the points curves are straight; a curve that is there from its first point on has no
     crossing, and one that rises again counts from where it first came to the distance."""
     base = [(100, 9, 0), (400, 5, 1)]
-    for end, factor in ((3, 400 / 150), (6, 325 / 200)):
-        assert figures.speed_up(base, [(100, 7), (200, end)]) == pytest.approx(factor)
-    assert figures.speed_up(base, [(100, 4), (200, 3)]) is None
+    for other, expected in (
+        ([(100, 7), (200, 3)], [400, 150]),
+        ([(100, 7), (200, 6)], [325, 200]),
+        ([(100, 4), (200, 3)], [400, None]),
+    ):
+        assert figures.arrivals(base, other) == expected
     rises = [(500, 100), (1000, 60), (1500, 80)]
-    assert figures.speed_up(rises, [(500, 90), (1000, 70)]) == pytest.approx(750 / 750)
+    assert figures.arrivals(rises, [(500, 90), (1000, 70)]) == [750, 750]
     both_there = ([(500, 50), (1000, 60)], [(500, 40), (1000, 60)])
     assert reproduce.ratio(*both_there) == "nobody knows how many"
 
