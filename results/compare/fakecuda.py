@@ -164,9 +164,6 @@ class Cuda(torch.Tensor):
     def cpu(self):
         return self.to("cpu")
 
-    def cuda(self, *args, **options):
-        return self
-
     def tolist(self):
         wait("tolist()")
         return self.host.tolist()
@@ -343,10 +340,6 @@ def host_to(self, *args, **options):
     return torch._C.TensorBase.to(self, **options)
 
 
-def host_cuda(self, device=None, non_blocking=False):
-    return to_gpu(self, non_blocking)
-
-
 def pin(self):
     """In the place of Tensor.pin_memory()."""
     copy = self.clone()
@@ -458,7 +451,6 @@ def install():
     torch.tensor = made_on_host_first(torch.tensor)
     torch.as_tensor = made_on_host_first(torch.as_tensor)
     torch.Tensor.to = host_to
-    torch.Tensor.cuda = host_cuda
     torch.Tensor.pin_memory = pin
     torch.utils.data.DataLoader = DataLoader
     torch._C._group_tensors_by_device_and_dtype = group_tensors
