@@ -81,8 +81,9 @@ def read_records(paths):
             raise vae.InputError(f"{path}: no record of evaluate.py ({reason})") from None
     arms = merged(arms, lambda arm: arm["made"]["sha256"])
     runs = merged(runs, lambda run: run["about"]["hashes"].get(run["about"]["samples"]))
+    of_hash = {arm["made"]["sha256"]: arm for arm in arms}
     for run in runs:
-        run["arm"] = arm_of(run, arms)
+        run["arm"] = of_hash.get(run["made"].get("autoencoder"))
     return arms, runs
 
 
@@ -110,13 +111,6 @@ def merged(rows, key):
         first = found.setdefault(key(row) or number, row)
         first["scores"] = row["scores"] | first["scores"]
     return list(found.values())
-
-
-def arm_of(run, arms):
-    for arm in arms:
-        if arm["made"]["sha256"] == run["made"].get("autoencoder"):
-            return arm
-    return None
 
 
 def thousands(n):
@@ -364,17 +358,13 @@ def paper_tables(arms, runs):
     """The tables of paper.md of which something was run, with our lines below the paper's."""
     lines = []
     for title, rows in read_paper().values():
-        header = list(rows[0])
         table = []
-        found = False
         for row in rows:
-            ours = our_lines(row, header, arms, runs)
-            found = found or bool(ours)
             first, *rest = row.values()
-            table += [[f"paper: {first}", *rest], *ours]
-        if found:
-            named = [f"{name} {arrow(name)}".strip() for name in header]
-            lines += [f"## {title}", "", *markdown_table(named, table), ""]
+            table += [[f"paper: {first}", *rest], *our_lines(row, arms, runs)]
+        if len(table) > len(rows):
+            header = [f"{name} {arrow(name)}".strip() for name in rows[0]]
+            lines += [f"## {title}", "", *markdown_table(header, table), ""]
     return lines
 
 
@@ -382,19 +372,15 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def our_lines(row, header, arms, runs):
+def our_lines(row, arms, runs):
     """Our lines for one row of the paper's: of each group of seeds one."""
     lines = []
     for group in seeds_of([arm for arm in arms if arm["name"] == row["autoencoder"]]):
-        hashes = [arm["made"]["sha256"] for arm in group]
-        sampled = [
-            run
-            for run in runs
-            if run["generator"] == row.get("generator") and run["made"]["autoencoder"] in hashes
-        ]
+        on_them = [run for run in runs if run["arm"] in group]
+        sampled = [run for run in on_them if run["generator"] == row.get("generator")]
         for drawn in seeds_of(sampled) or [[]]:
             line = [f"ours: {', '.join(arm['stem'] for arm in group)}"]
-            for column in header[1:]:
+            for column in list(row)[1:]:
                 if column == "generator":
                     line.append(", ".join(run["stem"] for run in drawn) or "not run")
                 elif column in GENERATED:
@@ -419,12 +405,6 @@ FIGURES = {
 }
 
 
-def pictures_in(folder):
-    if folder is None:
-        return []
-    return [*sorted(Path(folder).glob("fig*.png")), *Path(folder).glob("training-curves.png")]
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -438,9 +418,10 @@ def main():
         lines = ["# EQ-VAE", "", "↓: less is better. ↑: more is better.", ""]
         lines += [*all_scores(arms, runs), "", *paper_tables(arms, runs)]
         folder = Path(args.out).parent
-        for picture in pictures_in(args.figures):
-            words = FIGURES.get(picture.stem, picture.stem)
-            lines += [f"![{words}]({os.path.relpath(picture, folder)})", ""]
+        for name, words in FIGURES.items():
+            picture = Path(args.figures or "", f"{name}.png")
+            if args.figures and picture.exists():
+                lines += [f"![{words}]({os.path.relpath(picture, folder)})", ""]
         names = ", ".join(Path(path).name for path in args.records)
         lines.append(f"Commands, seeds, hashes, versions and devices are in {names}.")
         text = "\n".join(lines) + "\n"
