@@ -100,23 +100,23 @@ def principal_colours(z, sample):
 
 def record_figures(arms, runs, out):
     """Draws the figures that the records have something for; -> their names."""
-    bars = transform_bars(arms)
-    curves, measures = curves_of(runs)
-    tuning_curves, _ = curves_of(runs, over_autoencoder=True)
-    title = "Fig. 1: distance over the generator's steps" + speed_text(curves, measures)
-    title5 = "Fig. 5: distance over the autoencoder's steps"
     made = []
-    for name, data, draw, rows, *texts in (
-        ("fig3-transforms", bars, draw_bars, arms, "Fig. 3: distance under transforms", ""),
-        ("fig1-curves", curves, draw_curves, runs, title, "generator's step"),
-        ("fig5-fine-tuning", tuning_curves, draw_curves, runs, title5, "autoencoder's step"),
-    ):
+
+    def plot(name, title, x, rows, draw, data):
         if data:
-            figure, axes = new_plot(*texts, distance_name(rows))
+            figure, axes = new_plot(title, x, distance_name(rows))
             draw(axes, data)
             save(figure.savefig, out / f"{name}.png")
             made.append(name)
 
+    title = "Fig. 3: distance under transforms"
+    plot("fig3-transforms", title, "", arms, draw_bars, transform_bars(arms))
+    curves, measures = curves_of(runs)
+    title = "Fig. 1: distance over the generator's steps" + speed_text(curves, measures)
+    plot("fig1-curves", title, "generator's step", runs, draw_curves, curves)
+    curves, _ = curves_of(runs, over_autoencoder=True)
+    title = "Fig. 5: distance over the autoencoder's steps"
+    plot("fig5-fine-tuning", title, "autoencoder's step", runs, draw_curves, curves)
     shown = samples_to_show(runs)
     if shown:
         title = "Samples of each generator (Fig. 4)"
@@ -145,8 +145,8 @@ def curves_of(runs, over_autoencoder=False):
     """-> {label: [(step, mean, standard deviation or 0), ...]}, sorted by step, and the curves'
     measures.
 
-    A curve joins runs of one measure whose arguments differ in `steps` and `seed` alone. If the
-    steps are the autoencoder's, those that made it may differ, too.
+    A curve joins runs of one measure whose arguments differ in `steps` and `seed` alone. If its
+    steps are the autoencoder's, those that made the autoencoder may differ, too.
     """
     passing = ("steps",)
     step_of = step_of_generator
