@@ -66,8 +66,8 @@ class Differences:
 
     def add(self, what, ours, official):
         """A tensor or several of them from either side."""
-        ours = flat(ours)
-        official = flat(official)
+        ours = flat(ours).detach()
+        official = flat(official).detach()
         assert ours.shape == official.shape, f"{what}: {len(ours)} and {len(official)} values"
         if official.is_floating_point():
             off = float((ours - official).abs().max() / official.abs().max())
