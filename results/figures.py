@@ -254,10 +254,10 @@ def samples_to_show(runs):
 
 def are_comparable(runs):
     """Whether their samples began with equal noise and labels, and their generators are as old."""
-    told = set()
+    settings = set()
     for run in runs:
-        told.add(tuple(run["made"].get(name) for name in ("seed", "labels", "step")))
-    return len(told) == 1 and None not in told.pop()
+        settings.add(tuple(run["made"].get(name) for name in ("seed", "labels", "step")))
+    return len(settings) == 1 and None not in settings.pop()
 
 
 def first_pictures(file, count=8):

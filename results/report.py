@@ -97,11 +97,11 @@ def read_record(path, record, arms, runs):
             # For Fig. 5, which has fine-tunes of several lengths
             arms.append(row | dict(of_any_length=paper_name(made, any_length=True) or stem))
         else:
-            drawn = about["drawn"]
-            step = drawn.get("step") or 0  # an official checkpoint does not say it
-            guided = "*" if drawn.get("cfg_scale", 1) != 1 else ""
-            generator = f"{drawn.get('model', stem)} {thousands(step)}{guided}"
-            runs.append(row | dict(made=drawn, generator=generator, step=step))
+            made = about["drawn"]
+            step = made.get("step") or 0  # an official checkpoint does not say it
+            guided = "*" if made.get("cfg_scale", 1) != 1 else ""
+            generator = f"{made.get('model', stem)} {thousands(step)}{guided}"
+            runs.append(row | dict(made=made, generator=generator, step=step))
 
 
 def merged(rows, key):
@@ -378,13 +378,13 @@ def our_lines(row, arms, runs):
     for group in seeds_of([arm for arm in arms if arm["name"] == row["autoencoder"]]):
         on_them = [run for run in runs if run["arm"] in group]
         sampled = [run for run in on_them if run["generator"] == row.get("generator")]
-        for drawn in seeds_of(sampled) or [[]]:
+        for seeds in seeds_of(sampled) or [[]]:
             line = [f"ours: {', '.join(arm['stem'] for arm in group)}"]
             for column in list(row)[1:]:
                 if column == "generator":
-                    line.append(", ".join(run["stem"] for run in drawn) or "not run")
+                    line.append(", ".join(run["stem"] for run in seeds) or "not run")
                 elif column in GENERATED:
-                    line.append(cell(drawn, column) if drawn else "not run")
+                    line.append(cell(seeds, column) if seeds else "not run")
                 else:
                     line.append(cell(group, column))
             if set(line[1:]) != {"not run"}:

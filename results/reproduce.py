@@ -552,16 +552,16 @@ def claim_text(table, claim, scores):
     line = claim.line
     steps = line.steps[-1]
     verdicts = {}
-    told = {}
+    changes = {}
     for column in ("FD-EfficientNet", "FD-thumbnails"):
         both = [scores.of(table, line, arm, column, steps) for arm in (claim.base, claim.other)]
         verdicts[column] = verdict(changes_of(*both), len(table.seeds), claim.gains)
-        told[column] = changes_text(*both) or "-"
+        changes[column] = changes_text(*both) or "-"
     text = f"{claim.text[0].upper()}{claim.text[1:]}: **{verdicts['FD-EfficientNet']}** "
     text += f"({ARMS[claim.other].title} beside {ARMS[claim.base].title}, "
     text += f"{GENERATORS[line.network].model}, {steps:,} steps: FD-EfficientNet "
-    text += f"{told['FD-EfficientNet']}). "
-    return f"{text}By FD-thumbnails: {verdicts['FD-thumbnails']} ({told['FD-thumbnails']})."
+    text += f"{changes['FD-EfficientNet']}). "
+    return f"{text}By FD-thumbnails: {verdicts['FD-thumbnails']} ({changes['FD-thumbnails']})."
 
 
 def verdict(changes, seeds, gains=True):
@@ -646,8 +646,8 @@ def draw_curves(table, line, scores, path):
     model = GENERATORS[line.network].model
     title = f"{table.title}: {seeds}"
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
-    drawn = {ARMS[arm].title: mean_curve(points) for arm, points in found.items()}
-    figures.draw_curves(axes, drawn)
+    means = {ARMS[arm].title: mean_curve(points) for arm, points in found.items()}
+    figures.draw_curves(axes, means)
     figures.save(figure.savefig, path)
 
 

@@ -373,7 +373,7 @@ def official_decoding(network, labels, uniform, steps, w, **options):
         ae=SimpleNamespace(decode_code=lambda code: code),
     )
     trainer.adap_sche = lambda step, mode: official.MaskGIT.adap_sche(trainer, step, mode)
-    kept = network.bias.data.clone()
+    bias = network.bias.data.clone()
     network.bias.data[:, mask] = -1e9
     with (
         patch("torch.distributions.Categorical", categorical),
@@ -382,7 +382,7 @@ def official_decoding(network, labels, uniform, steps, w, **options):
         tokens, _, _ = official.MaskGIT.sample(
             trainer, None, len(labels), labels, w=w, step=steps, **options
         )
-    network.bias.data.copy_(kept)
+    network.bias.data.copy_(bias)
     network.eval()
     return tokens.flatten(1)
 

@@ -96,13 +96,13 @@ def count(case):
     case  batch -> (forward, networks that are trained, frozen networks, whether there is an average
           of the first one's weights)
     """
-    kept = {}
+    total = {}
     for batch in (1, 2):
         with as_on_a_gpu():
             forward, trained, frozen, average = case(batch)
-            kept[batch] = kept_bytes(forward, [*trained, *frozen])
-    image = kept[2] - kept[1]
-    copies = kept[1] - image  # what does not grow with the batch
+            total[batch] = kept_bytes(forward, [*trained, *frozen])
+    image = total[2] - total[1]
+    copies = total[1] - image  # what does not grow with the batch
     fixed = 16 * parameters_of(trained) + copies
     if average:
         fixed += 4 * parameters_of(trained[:1])
