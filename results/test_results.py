@@ -147,6 +147,8 @@ def test_seeds_differ_in_their_seed_alone(tmp_path):
 @pytest.fixture
 def full_size(tmp_path):
     """Records as if the full-size networks had been scored -> their paths."""
+    official = recon_record("sd", "sd")
+    official["about"]["autoencoders"]["sd"]["args"] = None
     np.savez(tmp_path / "one.npz", arr_0=np.arange(6912, dtype=np.uint8).reshape(9, 16, 16, 3))
     return paths_of(
         tmp_path,
@@ -157,6 +159,8 @@ def full_size(tmp_path):
         samples_record("early", "eq", 100_000, 30.0, args={}),
         samples_record("cfg", "eq", 1_500_000, 2.5, scale=1.5, args=dict(lr=1e-4)),
         samples_record("unknown", "eq", 400_000, 9.0),
+        official,
+        samples_record("other", "sd", 400_000, 19.0, args={}),
     )
 
 
@@ -168,7 +172,7 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
     out = tmp_path / "r.md"
     run(report.main, *full_size, "--figures", folder, "--out", out)
     for line in (
-        "| DiT-XL/2 after 400k steps: reference pictures | unknown | - |  |",
+        "| DiT-XL/2 after 400k steps: reference pictures | unknown | - | unknown |  |",
         " steps, guided: FID ↓ |",
         "| autoencoder | generator | gFID ↓ |",
         "| PSNR, dB ↑ |",
@@ -176,6 +180,7 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
         "| paper: SD-VAE + EQ | DiT-XL/2 400k | 14.5 |",
         "| ours: eq | one, two | 14.5 ± 0.71 (2 seeds) |",
         "| ours: eq | unknown | 9 |",
+        "| ours: sd | other | 19 |",
         "| ours: eq | cfg | 2.5 | not run | not run | not run | not run |",
         "| paper: SD-VAE + EQ | .82 | 25.95 | .141 | .72 |",
         "| ours: eq | 0.8 | 26 | not run | not run |",
@@ -184,6 +189,7 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
         assert line in out.read_text(), line
     assert "nothing was run" not in out.read_text(), "a table without a line of ours is left out"
     assert not re.search("## Table (3|10|11):", out.read_text())
+    assert "| ours: sd | one" not in out.read_text(), "those samples are of another autoencoder"
     run(report.main, *full_size[2:4], "--out", out)
     assert "|  | one | two | how |" in out.read_text(), "samples alone have a column for each"
     assert "| DiT-XL/2 after 400k steps: FID ↓ | 14 | 15 |  |" in out.read_text()
