@@ -199,6 +199,15 @@ def test_the_report_has_ours_beside_the_papers(capsys, full_size, tmp_path):
     assert not (tmp_path / "no.md").exists()
 
 
+def test_a_report_of_small_networks_has_no_row_of_the_paper_and_no_seeds(tmp_path):
+    small = dict(vae.AutoencoderKL(**vae.CONFIGS["tiny"]).config)
+    records = [recon_record(name, name, config=small, init="scratch") for name in ("a", "b")]
+    run(report.main, *paths_of(tmp_path, *records), "--out", tmp_path / "r.md")
+    page = (tmp_path / "r.md").read_text()
+    assert "seeds)" not in page and "ours" not in page and "| PSNR, dB ↑ | 26 | 26 |" in page
+    assert "Table" not in page
+
+
 def test_every_score_has_its_way_and_counts_have_none():
     """↓ and ↑ by hand, of all names that records have."""
     less = "rFID FID sFID gFID rFD-EfficientNet FD-EfficientNet FD-thumbnails LPIPS R S R90 S0.25"

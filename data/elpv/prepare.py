@@ -18,8 +18,8 @@ from pathlib import Path
 from PIL import Image
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-from parts import write_parts  # noqa: E402
+sys.path.insert(0, str(FOLDER.parent / "emoji"))
+from prepare import write_parts  # noqa: E402  of the emoji
 
 SIDE = 64
 
