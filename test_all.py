@@ -103,7 +103,7 @@ sys.path += [str(ROOT / "results" / name) for name in ("compare", "")]
 import discrete_official as official  # noqa: E402
 import fakecuda  # noqa: E402
 import report  # noqa: E402
-from dit_official import formula  # noqa: E402  every parameter from sines: needs no file
+from beside import formula  # noqa: E402  every parameter from sines: needs no file
 
 # Numbers of the official codes, by the --golden of results/compare/
 GOLDEN = json.loads((ROOT / "results" / "compare" / "golden.json").read_text())

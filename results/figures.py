@@ -101,34 +101,22 @@ def principal_colours(z, sample):
 def record_figures(arms, runs, out):
     """Draws the figures that the records have something for; -> their names."""
     made = []
-    bars = transform_bars(arms)
-    if bars:
-        figure, axes = new_plot("Fig. 3: distance under transforms", "", distance_name(arms))
-        draw_bars(axes, bars)
-        save(figure.savefig, out / "fig3-transforms.png")
-        made.append("fig3-transforms")
 
-    curves, measures = curves_of(runs, "step")
-    if curves:
-        title = "Fig. 1: distance over the generator's steps"
-        if len(curves) == 2 and len(set(measures.values())) == 1:
-            base, other = curves.values()
-            factor = speed_up(base, other)
-            if factor is not None:
-                title += f"\n{list(curves)[1]}: {factor:.2g} times as fast"
-        figure, axes = new_plot(title, "generator's step", distance_name(runs))
-        draw_curves(axes, curves)
-        save(figure.savefig, out / "fig1-curves.png")
-        made.append("fig1-curves")
+    def plot(name, title, x, rows, draw, data):
+        if data:
+            figure, axes = new_plot(title, x, distance_name(rows))
+            draw(axes, data)
+            save(figure.savefig, out / f"{name}.png")
+            made.append(name)
 
-    curves, _ = curves_of(runs, "autoencoder's step")
-    if curves:
-        title = "Fig. 5: distance over the autoencoder's steps"
-        figure, axes = new_plot(title, "autoencoder's step", distance_name(runs))
-        draw_curves(axes, curves)
-        save(figure.savefig, out / "fig5-fine-tuning.png")
-        made.append("fig5-fine-tuning")
-
+    title = "Fig. 3: distance under transforms"
+    plot("fig3-transforms", title, "", arms, draw_bars, transform_bars(arms))
+    curves, measures = curves_of(runs)
+    title = "Fig. 1: distance over the generator's steps" + speed_text(curves, measures)
+    plot("fig1-curves", title, "generator's step", runs, draw_curves, curves)
+    curves, _ = curves_of(runs, over_autoencoder=True)
+    title = "Fig. 5: distance over the autoencoder's steps"
+    plot("fig5-fine-tuning", title, "autoencoder's step", runs, draw_curves, curves)
     shown = samples_to_show(runs)
     if shown:
         title = "Samples of each generator (Fig. 4)"
@@ -153,42 +141,39 @@ def transform_bars(arms):
     return bars
 
 
-def curves_of(runs, x):
-    """-> {label: [(x, mean, standard deviation or 0), ...]}, sorted by x, and {label: its measure}.
+def curves_of(runs, over_autoencoder=False):
+    """-> {label: [(step, mean, standard deviation or 0), ...]}, sorted by step, and the curves'
+    measures.
 
-    x  "step", the generator's, or "autoencoder's step"
-    A curve joins runs of one measure whose arguments differ in `steps` and `seed` alone; if x is
-    the autoencoder's step, those of the autoencoder may, too.
+    A curve joins runs of one measure whose arguments differ in `steps` and `seed` alone. If its
+    steps are the autoencoder's, those that made the autoencoder may differ, too.
     """
+    passing = ("steps",)
+    step_of = step_of_generator
+    if over_autoencoder:
+        passing = ("steps", "vae", "vqgan", "autoencoder")
+        step_of = step_of_autoencoder
+        runs = [run for run in runs if run["arm"] and step_of(run) is not None]
     families = {}
     for run in runs:
-        if x == "step":
-            key = (label_of(run), measure_of(run), None)
-        elif run["arm"] is None or run["arm"]["made"].get("step") is None:
-            continue
-        else:
+        key = (label_of(run), measure_of(run))
+        if over_autoencoder:
             label = f"{run['arm']['of_any_length']}: {run['generator']}"
             key = (label, measure_of(run), made_alike(run["arm"], "steps"))
         families.setdefault(key, []).append(run)
-
-    passing = ("steps",)
-    place = step_of_generator
-    if x != "step":
-        passing = ("steps", "vae", "vqgan", "autoencoder")
-        place = step_of_autoencoder
     curves = {}
-    measures = {}
-    for (label, measure, _), members in families.items():
-        for group in seeds_of(members, *passing, x=place):
+    measures = set()
+    for (label, measure, *_), members in families.items():
+        for group in seeds_of(members, *passing, x=step_of):
             points = {}
             for run in group:
-                points.setdefault(place(run), []).append(run["scores"][distance_of(run["scores"])])
+                value = run["scores"][distance_of(run["scores"])]
+                points.setdefault(step_of(run), []).append(value)
             if len(points) > 1:
-                unique = label
-                while unique in curves:
-                    unique += "'"
-                curves[unique] = [summary(at, points[at]) for at in sorted(points)]
-                measures[unique] = measure
+                while label in curves:
+                    label += "'"
+                curves[label] = [summary(step, points[step]) for step in sorted(points)]
+                measures.add(measure)
     return curves, measures
 
 
@@ -214,7 +199,7 @@ def step_of_generator(run):
 
 
 def step_of_autoencoder(run):
-    return run["arm"]["made"]["step"]
+    return run["arm"]["made"].get("step")
 
 
 def summary(x, values):
@@ -222,22 +207,21 @@ def summary(x, values):
     return (x, float(np.mean(values)), float(spread))
 
 
-def speed_up(base, other):
-    """How many times as fast `other` comes to a distance that both reach, or None.
-
-    Between the points of a curve [(step, distance, ...), ...] it is taken as straight. None where a
-    curve is there from its first point on.
-    """
-    goal = common_distance(base, other)
-    steps = [first_step(goal, curve) for curve in (base, other)]
+def speed_text(curves, measures):
+    """What Fig. 1's title says of two curves of one measure."""
+    if len(curves) != 2 or len(measures) != 1:
+        return ""
+    steps = arrivals(*curves.values())
     if None in steps:
-        return None
-    return steps[0] / steps[1]
+        return ""
+    return f"\n{list(curves)[1]}: {steps[0] / steps[1]:.2g} times as fast"
 
 
-def common_distance(base, other):
-    """The greater of two curves' last distances. Both reach it."""
-    return max(base[-1][1], other[-1][1])
+def arrivals(base, other):
+    """Where two curves [(step, distance, ...), ...] first come to a distance that both reach, the
+    greater one of their last ones. Between its points a curve is taken as straight."""
+    goal = max(base[-1][1], other[-1][1])
+    return [first_step(goal, curve) for curve in (base, other)]
 
 
 def first_step(goal, curve):
@@ -270,15 +254,15 @@ def samples_to_show(runs):
 
 def are_comparable(runs):
     """Whether their samples began with equal noise and labels, and their generators are as old."""
-    told = set()
+    settings = set()
     for run in runs:
-        told.add(tuple(run["made"].get(name) for name in ("seed", "labels", "step")))
-    return len(told) == 1 and None not in told.pop()
+        settings.add(tuple(run["made"].get(name) for name in ("seed", "labels", "step")))
+    return len(settings) == 1 and None not in settings.pop()
 
 
-def first_pictures(file):
+def first_pictures(file, count=8):
     with np.load(file) as stored:
-        return pictures_of(torch.from_numpy(stored["arr_0"][:8]).permute(0, 3, 1, 2))
+        return pictures_of(torch.from_numpy(stored["arr_0"][:count]).permute(0, 3, 1, 2))
 
 
 def samples_file(run):

@@ -33,8 +33,8 @@ class Cell:
         self.command = command.replace("@", str(self.file))
         lines = [f"cp {start.file} {self.file}"] if start else []
         lines.append(f"python {self.command}")
-        self.told = [line.replace(f"{folder}/", "OUT/") for line in lines]  # as a record tells it
-        text = "\n".join([*self.told, *[need.key for need in self.needs]])
+        self.commands = [line.replace(f"{folder}/", "OUT/") for line in lines]  # as in a record
+        text = "\n".join([*self.commands, *[need.key for need in self.needs]])
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def state(self):
@@ -92,7 +92,7 @@ class Cell:
         chain = []
         for cell in closure([self]):
             state = cell.state()
-            part = dict(commands=cell.told, seconds=state["seconds"], sha256=state["sha256"])
+            part = dict(commands=cell.commands, seconds=state["seconds"], sha256=state["sha256"])
             chain.append(part)
         seconds = round(sum(part["seconds"] for part in chain), 1)
         record = json.loads(self.file.read_text())

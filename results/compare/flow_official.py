@@ -1,5 +1,5 @@
 """sit.py and repa.py beside the official SiT, REPA and DINOv2 code: the same weights give the same
-numbers; speed.
+numbers.
 
     pip install timm torchdiffeq
     git clone https://github.com/willisma/SiT official/SiT
@@ -7,11 +7,9 @@ numbers; speed.
     git clone https://github.com/facebookresearch/dinov2 official/dinov2
     python results/compare/flow_official.py --official official --record results/flow_official.json
 
-Parity draws every parameter anew. It compares, on the CPU, networks, guidance, paths, the last
-latents of trajectories on the same noise, losses with their gradients, and REPA's targets.
-`--golden` prints the official numbers that test_all.py holds. Sampling and training steps (forward,
-loss, backward, REPA's clip, AdamW, average of the weights) are timed in turns, from the same
-weights, in fp32.
+Every parameter is drawn anew. Compared are networks, guidance, paths, the last latents of
+trajectories on the same noise, losses with their gradients, and REPA's targets. `--golden` prints
+the official numbers that test_all.py holds.
 """
 
 import functools
@@ -24,20 +22,8 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import torch
-from beside import (  # also puts our files on the path
-    CPU,
-    Differences,
-    about,
-    best_device,
-    compare_with_official,
-    in_turns,
-    make_parser,
-    official_step,
-    our_step,
-    print_golden,
-    same_weights,
-    waves,
-)
+from beside import Differences, compare, same_weights, waves  # also puts our files on the path
+from dit_official import compare_network
 
 import dit
 import repa
@@ -52,7 +38,6 @@ DIFFUSIONS["sbdm"] = "SBDM"
 DIFFUSIONS["increasing-decreasing"] = "inccreasing-decreasing"
 SMALL = dict(input_size=8, hidden_size=48, depth=2, num_heads=4)
 SMALL_REPA = dict(SMALL, encoder_depth=1, projector_dim=16, z_dims=(8,))
-PACKAGES = ("torch", "timm", "torchdiffeq", "scipy")
 # What the official files import and none of this needs
 UNUSED = (
     "accelerate", "accelerate.logging", "accelerate.utils", "dataset", "diffusers",
@@ -101,17 +86,9 @@ def dino_pair(width, depth, heads, registers=0, positions=37, side=None):
     """DINOv2 (ours, theirs); with `side` their positions are resampled as in REPA's utils.py."""
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    theirs = official.vits.DinoVisionTransformer(
-        14 * positions,
-        14,
-        3,
-        width,
-        depth,
-        heads,
-        init_values=1.0,
-        block_chunks=0,
-        num_register_tokens=registers,
-    )
+    options = dict(init_values=1.0, block_chunks=0, num_register_tokens=registers)
+    sizes = (14 * positions, 14, 3, width, depth, heads)
+    theirs = official.vits.DinoVisionTransformer(*sizes, **options)
     ours, theirs = same_weights(repa.DINOv2(width, depth, heads, registers, positions), theirs)
     if positions == 37:  # formula() leaves little of a tensor as long as this
         for network in (ours, theirs):
@@ -134,9 +111,9 @@ def sampler(path="linear"):
 
 
 @torch.no_grad()
-def parity(args):
+def parity():
     found = Differences()
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(0)
     randn = functools.partial(torch.randn, generator=generator)
     compare_networks(found, randn)
     compare_paths(found, randn)
@@ -144,20 +121,15 @@ def parity(args):
     y = torch.tensor([0, 3, 999, 1000])
     nets = sit_pair(**SMALL)
     repa_nets = repa_pair(**SMALL_REPA)
-    compare_sdes(found, *nets, noise, y, args.seed)
+    compare_sdes(found, *nets, noise, y)
     compare_odes(found, *nets, noise, y)
-    compare_repa_trajectories(found, *repa_nets, noise, y, args.seed)
+    compare_repa_trajectories(found, *repa_nets, noise, y)
     t = torch.rand(4, generator=generator)
     compare_losses(found, "SiT", nets, noise, t, y, None)
     compare_losses(found, "REPA", repa_nets, noise, t, y, randn(4, 16, 8))
     compare_encoders(found, randn)
     compare_preprocessing(found, generator)
-    return dict(
-        n=len(found.largest),
-        largest_relative_difference=found.largest,
-        seed=args.seed,
-        about=about(CPU, PACKAGES),
-    )
+    return found.record()
 
 
 def compare_networks(found, randn):
@@ -167,20 +139,7 @@ def compare_networks(found, randn):
     for size, learn_sigma in itertools.product(("S/2", "B/2", "XL/2"), (True, False)):
         config = dict(sit.CONFIGS[f"SiT-{size}"], depth=2, input_size=16)
         ours, theirs = sit_pair(**config, learn_sigma=learn_sigma)
-        found.add("SiT", ours(x, t, y), theirs(x, t, y))
-        null = torch.full_like(y, 1000)
-        doubled = theirs.forward_with_cfg(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale=4
-        )
-        guided = dit.guided(ours, 1000, 4.0, channels=3)
-        found.add("SiT, three channels guided", guided(x, t, y, 0.5), doubled[:3])
-
-        plain = dit.DiT(**config, learn_sigma=learn_sigma)
-        plain.load_state_dict(theirs.state_dict())
-        theirs.load_state_dict(plain.state_dict())
-        what = "official SiT's weights in DiT, and back"
-        found.add(what, plain(x, t, y)[:, :4], theirs(x, t, y))
-
+        compare_network(found, "SiT", ours, theirs, x, t, y)
         ours, theirs = repa_pair(**config, encoder_depth=1, z_dims=(768, 1024))
         velocity, projections = ours(x, t, y, return_projections=True)
         their_velocity, their_projections = theirs(x, t, y)
@@ -203,9 +162,9 @@ def compare_paths(found, randn):
         found.add("coefficients", sit.coefficients(times, path), theirs)
 
 
-def same_noise(seed, dtype=torch.float32):
+def same_noise(dtype=torch.float32):
     """-> a function that stands for randn or randn_like: every trajectory gets the same noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(_):
         return torch.empty(4, 4, 8, 8).normal_(generator=generator).to(dtype)
@@ -213,12 +172,12 @@ def same_noise(seed, dtype=torch.float32):
     return draw
 
 
-def compare_sdes(found, ours, theirs, noise, y, seed):
+def compare_sdes(found, ours, theirs, noise, y):
     predict = dit.guided(ours, 1000)
     last_steps = ("mean", "tweedie", "euler")
     kinds = itertools.product((25, 250), PATHS, DIFFUSIONS, last_steps)
     for steps, path, diffusion, last in kinds:
-        fresh = same_noise(seed)
+        fresh = same_noise()
         mine = sit.euler_maruyama(predict, noise, y, steps, path, diffusion, last, fresh)
         draw = sampler(path).sample_sde(
             diffusion_form=DIFFUSIONS[diffusion],
@@ -226,7 +185,7 @@ def compare_sdes(found, ours, theirs, noise, y, seed):
             last_step=last.title(),
             num_steps=steps,
         )
-        with patch("torch.randn", same_noise(seed)):
+        with patch("torch.randn", same_noise()):
             trajectory = draw(noise, theirs, y=y)
         found.add(f"SDE, {steps} steps, {diffusion}", mine, trajectory[-1])
 
@@ -239,19 +198,11 @@ def compare_odes(found, ours, theirs, noise, y):
         mine = sit.SAMPLERS[name](predict, noise, y, steps)
         found.add(f"ODE, {steps} points, {name}", mine, draw(noise, theirs, y=y)[-1])
 
-    def in_float64(x, t, y):
-        return theirs(x.float(), t.float(), y).double()
-
-    fine = sampler().sample_ode(sampling_method="rk4", num_steps=201)
-    solution = fine(noise.double(), in_float64, y=y)[-1]
-    mine = sit.dopri5(predict, noise, y)
     torchdiffeq = sampler().sample_ode()(noise, theirs, y=y)[-1]
-    found.add("dopri5, scipy to torchdiffeq", mine, torchdiffeq)
-    found.add("dopri5, scipy to the solution", mine, solution)
-    found.add("dopri5, torchdiffeq to the solution", torchdiffeq, solution)
+    found.add("dopri5, scipy to torchdiffeq", sit.dopri5(predict, noise, y), torchdiffeq)
 
 
-def compare_repa_trajectories(found, ours, theirs, noise, y, seed):
+def compare_repa_trajectories(found, ours, theirs, noise, y):
     """REPA's N Euler steps are our N + 1 points in time."""
     guidances = ((1.0, 0.0, 1.0), (1.8, 0.0, 0.7), (4.0, 0.1, 0.6))
     for steps, (scale, low, high) in itertools.product((25, 250), guidances):
@@ -261,38 +212,13 @@ def compare_repa_trajectories(found, ours, theirs, noise, y, seed):
         end = official.samplers.euler_sampler(theirs, noise, y, **options)
         found.add(f"{what}, Euler", sit.euler(predict, noise, y, steps + 1), end)
         for path, (_, their_path, diffusion) in PATHS.items():
-            fresh = same_noise(seed)
+            fresh = same_noise()
             mine = sit.euler_maruyama(predict, noise, y, steps, path, diffusion, "mean", fresh)
-            with patch("torch.randn_like", same_noise(seed, torch.float64)):
+            with patch("torch.randn_like", same_noise(torch.float64)):
                 end = official.samplers.euler_maruyama_sampler(
                     theirs, noise, y, path_type=their_path, **options
                 )
             found.add(f"{what}, SDE, {path}", mine, end)
-        if scale == 1:
-            mine, their_x = before_the_last_step(predict, theirs, noise, y, steps)
-            found.add(f"{what}, Heun", mine, their_x)
-
-
-def before_the_last_step(predict, theirs, noise, y, steps):
-    """Heun's x at the start of the last step, (ours, theirs): REPA's last step is one of Euler's.
-
-    Our last step begins with the last call but one, theirs makes one call.
-    """
-    seen = []
-    their_seen = []
-    sit.heun(recording(predict, seen), noise, y, steps + 1)
-    official.samplers.euler_sampler(recording(theirs, their_seen), noise, y, steps, True)
-    return seen[-2], their_seen[-1]
-
-
-def recording(network, seen):
-    """The network, which also leaves the x of every call in `seen`."""
-
-    def call(x, *rest, **named):
-        seen.append(x)
-        return network(x, *rest, **named)
-
-    return call
 
 
 def compare_losses(found, name, nets, noise, t, y, z):
@@ -387,7 +313,7 @@ def golden():
     for registers in (0, 4):
         _, network = dino_pair(48, 2, 4, registers, positions=4, side=2)
         found[f"dinov2_{registers}"] = network(waves(1, 2, 3, 28, 28))[:, :, ::16]
-    print_golden("flow", found)
+    return found
 
 
 def waves_of_each_step():
@@ -396,58 +322,6 @@ def waves_of_each_step():
     return lambda _: waves(next(numbers), 3, 4, 8, 8)
 
 
-# ==================================================================================================
-# Speed
-
-
-def speed(args, batch=4):
-    device = best_device()
-    x = torch.randn(batch, 4, 32, 32, device=device)
-    y = torch.arange(batch, device=device)
-    z = torch.randn(batch, 256, 768, device=device)
-    record = {}
-
-    def time_steps(what, steps):
-        record[what] = in_turns(*steps, args.rounds, device) | dict(batch=batch)
-
-    nets = [network.to(device) for network in repa_pair(**repa.CONFIGS["REPA-S/2"])]
-    time_steps("REPA-S/2, training step", training_steps(*nets, x, y, z))
-
-    ours, theirs = [network.to(device) for network in sit_pair(**sit.CONFIGS["SiT-S/2"])]
-    draw = torch.no_grad()(sampler().sample_sde(diffusion_form="sigma", num_steps=25))
-    steps = (
-        lambda: sit.euler_maruyama(dit.guided(ours, 1000), x, y, 25),
-        lambda: draw(x, theirs, y=y),
-    )
-    time_steps("SiT-S/2, SDE of 25 steps", steps)
-    time_steps("SiT-S/2, training step", training_steps(ours, theirs, x, y, None))
-    return record | dict(about=about(device, PACKAGES))
-
-
-def training_steps(ours, theirs, x, y, z):
-    """-> two functions that take a step each, from the latents on: as train() of sit.py or, with
-    the targets z, of repa.py does, and as their train.py."""
-
-    def loss_of(network, losses):
-        def loss():
-            t = torch.rand(len(x), device=x.device)
-            return sum(losses(network, x, torch.randn_like(x), t, y, z))
-
-        return loss
-
-    options = dict(clip=z is not None, weight_decay=0)
-    return (
-        our_step(ours.train(), loss_of(ours, our_losses), **options),
-        official_step(theirs.train(), loss_of(theirs, official_losses), **options),
-    )
-
-
-def main():
-    parts = dict(parity=parity, speed=speed)
-    parser = make_parser(__doc__, parts, rounds=5)
-    parser.add_argument("--seed", type=int, default=0)
-    compare_with_official(parser, load_official, parts, golden)
-
-
 if __name__ == "__main__":
-    main()
+    packages = ("torch", "timm", "torchdiffeq", "scipy")
+    compare(__doc__, load_official, parity, "flow", golden, packages)

@@ -1,5 +1,4 @@
-"""The memory that a training step needs on a GPU, counted from the tensors that autograd keeps; and
-the time that --checkpoint-activations costs.
+"""The memory that a training step needs on a GPU, counted from the tensors that autograd keeps.
 
     python results/compare/memory.py --record results/memory.json
 
@@ -21,7 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from beside import CPU, about, in_turns, make_parser, measure  # also puts our files on the path
+from beside import about, parser_of, write_record  # also puts our files on the path
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dit
@@ -97,13 +96,13 @@ def count(case):
     case  batch -> (forward, networks that are trained, frozen networks, whether there is an average
           of the first one's weights)
     """
-    kept = {}
+    total = {}
     for batch in (1, 2):
         with as_on_a_gpu():
             forward, trained, frozen, average = case(batch)
-            kept[batch] = kept_bytes(forward, [*trained, *frozen])
-    image = kept[2] - kept[1]
-    copies = kept[1] - image  # what does not grow with the batch
+            total[batch] = kept_bytes(forward, [*trained, *frozen])
+    image = total[2] - total[1]
+    copies = total[1] - image  # what does not grow with the batch
     fixed = 16 * parameters_of(trained) + copies
     if average:
         fixed += 4 * parameters_of(trained[:1])
@@ -122,46 +121,38 @@ def count(case):
 # The trainers
 
 
-def autoencoder_losses(encode, perceptual, discriminator, images, bf16=True):
+def kl_encode(model, x):
+    posterior = model.encode(x)
+    return model.decode(posterior.mean + posterior.std), posterior.kl().mean()
+
+
+def vq_encode(model, x):
+    quantised, _, codebook_loss = model.quantize(model.features(x))
+    return model.decode(quantised), codebook_loss
+
+
+def autoencoder(network, config, encode, pixels=256, checkpointed=False):
     """The forward passes of a training step of vae.py or vqgan.py, all of which are kept when the
     discriminator's backward pass begins."""
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with autocast:
-        reconstruction, regularizer = encode(images)
-    rec_loss = (images - reconstruction).abs().mean() + perceptual(images, reconstruction).mean()
-    with autocast:
-        g_loss = -discriminator(reconstruction).float().mean()
-        real = discriminator(images).float()
-        fake = discriminator(reconstruction.detach()).float()
-    return rec_loss, g_loss, vae.hinge_loss(real, fake), reconstruction, regularizer
 
-
-def kl_encode(model):
-    def encode(x):
-        posterior = model.encode(x)
-        return model.decode(posterior.mean + posterior.std), posterior.kl().mean()
-
-    return encode
-
-
-def vq_encode(model):
-    def encode(x):
-        quantised, _, loss = model.quantize(model.features(x))
-        return model.decode(quantised), loss
-
-    return encode
-
-
-def autoencoder(network, config, make_encode, pixels, checkpointed=False):
     def case(batch):
         model = network(**config)
         vae.checkpoint_activations(model, checkpointed)
         discriminator = vae.PatchDiscriminator()
         perceptual = vae.load_lpips("random")
         images = torch.zeros(batch, 3, pixels, pixels)
+        autocast = torch.autocast("cpu", torch.bfloat16)
 
         def forward():
-            return autoencoder_losses(make_encode(model), perceptual, discriminator, images)
+            with autocast:
+                reconstruction, regularizer = encode(model, images)
+            l1 = (images - reconstruction).abs().mean()
+            rec_loss = l1 + perceptual(images, reconstruction).mean()
+            with autocast:
+                g_loss = -discriminator(reconstruction).float().mean()
+                real = discriminator(images).float()
+                fake = discriminator(reconstruction.detach()).float()
+            return rec_loss, g_loss, vae.hinge_loss(real, fake), reconstruction, regularizer
 
         return forward, [model, discriminator], [perceptual], False
 
@@ -199,14 +190,13 @@ def masked_tokens(batch):
 
 
 SD = (vae.AutoencoderKL, vae.CONFIGS["sd"], kl_encode)
+VQ = (vqgan.VQGAN, vqgan.CONFIGS["f16-1024"], vq_encode)
 CASES = {
-    "vae.py sd, LPIPS, GAN": autoencoder(*SD, 256),
-    "vae.py sd, LPIPS, GAN, --checkpoint-activations": autoencoder(*SD, 256, True),
+    "vae.py sd, LPIPS, GAN": autoencoder(*SD),
+    "vae.py sd, LPIPS, GAN, --checkpoint-activations": autoencoder(*SD, checkpointed=True),
     "vae.py sd, LPIPS, GAN, 512 px": autoencoder(*SD, 512),
     "vae.py sd, LPIPS, GAN, 512 px, --checkpoint-activations": autoencoder(*SD, 512, True),
-    "vqgan.py f16-1024, LPIPS, GAN": autoencoder(
-        vqgan.VQGAN, vqgan.CONFIGS["f16-1024"], vq_encode, 256
-    ),
+    "vqgan.py f16-1024, LPIPS, GAN": autoencoder(*VQ),
     "dit.py DiT-B/2": flow_or_diffusion(dit.DiT, dit.CONFIGS["DiT-B/2"]),
     "dit.py DiT-XL/2": flow_or_diffusion(dit.DiT, dit.CONFIGS["DiT-XL/2"]),
     "repa.py REPA-XL/2": flow_or_diffusion(repa.REPA, repa.CONFIGS["REPA-XL/2"]),
@@ -214,65 +204,11 @@ CASES = {
 }
 
 
-def memory(args):
-    rows = {}
-    print("| trainer | GiB an image | GiB fixed |", " | ".join(f"{n} GB" for n in CARDS), "|")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, case in CASES.items():
-        row = count(case)
-        rows[name] = row
-        images = " | ".join(str(n or "-") for n in row["images"].values())
-        print(f"| {name} | {row['gib_an_image']:.2f} | {row['gib_fixed']:.1f} | {images} |")
-    how = "256 px unless it says otherwise, bf16 autocast; 90 % of a card is counted as usable"
-    return dict(rows, how=how, about=about(CPU))
-
-
-# ==================================================================================================
-# Time
-
-
-def checkpointing_time(args, pixels=64, batch=2):
-    """Seconds of forward and backward passes of sd on small pictures, with and without. (Of a small
-    network most of the time would be LPIPS' and the discriminator's.)"""
-    torch.manual_seed(0)
-    images = torch.rand(batch, 3, pixels, pixels) * 2 - 1
-    perceptual = vae.load_lpips("random")
-    bf16 = vae.has_bf16_units(CPU)
-
-    def step_of(checkpointed):
-        model = vae.AutoencoderKL(**vae.CONFIGS["sd"])
-        vae.checkpoint_activations(model, checkpointed)
-        discriminator = vae.PatchDiscriminator()
-
-        def step():
-            rec_loss, g_loss, d_loss, reconstruction, regularizer = autoencoder_losses(
-                kl_encode(model), perceptual, discriminator, images, bf16
-            )
-            d_loss.backward()
-            gradient, _ = vae.loss_gradient(
-                rec_loss, g_loss, reconstruction, model.decoder.conv_out.weight, 0.5, gan_acts=True
-            )
-            vae.backward_from(reconstruction, gradient, regularizer, 1)
-
-        return step
-
-    times = in_turns(step_of(True), step_of(False), args.rounds, CPU)
-    return dict(
-        seconds_with=times["seconds_ours"],
-        seconds_without=times["seconds_official"],
-        ratio=times["ratio"],
-        rounds=args.rounds,
-        model="sd, LPIPS, GAN",
-        pixels=pixels,
-        batch=batch,
-        precision="bf16" if bf16 else "fp32",
-        about=about(CPU),
-    )
-
-
 def main():
-    parts = dict(memory=memory, checkpointing_time=checkpointing_time)
-    measure(make_parser(__doc__, parts, rounds=9).parse_args(), parts)
+    args = parser_of(__doc__).parse_args()
+    rows = {name: count(case) for name, case in CASES.items()}
+    how = "256 px unless it says otherwise, bf16 autocast; 90 % of a card is counted as usable"
+    write_record(args.record, memory=dict(rows, how=how, about=about()))
 
 
 if __name__ == "__main__":
