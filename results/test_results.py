@@ -486,7 +486,7 @@ def test_the_curves_of_runs_stand_together_raw_and_smoothed(drawn, tmp_path):
     standard = write_log(tmp_path / "standard.jsonl", rec_loss=wave, images_per_second=[5] * 40)
     eq = write_log(tmp_path / "eq.jsonl", rec_loss=[0.5, 0.4], R=[0.3, 0.2], skipped=[0, 0])
     with open(eq, "a") as file:
-        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n')
+        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n{"step": 30, "rec_l')  # a crash
     run(figures.main, standard, eq, "--out", tmp_path / "figures")
     figure = drawn["training-curves"]
     panels = {axes.get_title(): lines_in(axes) for axes in figure.axes}
