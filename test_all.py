@@ -3927,9 +3927,8 @@ def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_amid_writing(checkpoint, file):
-    file.write(b"half")
-    file.flush()
+def die_amid_writing(checkpoint, path):
+    path.write_bytes(b"half")
     die()
 
 
@@ -3974,8 +3973,8 @@ def test_a_failed_write_is_told_in_one_line_and_leaves_the_old_file(
     shutil.copy(configured[0], tmp_path / "b.pt")
     old = (tmp_path / "b.pt").read_bytes()
 
-    def write_half(checkpoint, file):
-        file.write(b"half")
+    def write_half(checkpoint, path):
+        path.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", write_half)
@@ -4457,11 +4456,11 @@ SPOILT = {  # entry of an autoencoder's checkpoint -> its value, and a word of t
     "a tensor among the arguments": (("args", "compile"), torch.zeros(3), "its args"),
     "a negative step": (("step",), -5, "its step"),
     "a step beyond all": (("step",), 2**70, "its step"),
-    "a function to call": (("args", "perceptual"), "cProfile:run", "--perceptual"),
+    "a function to call": (("args", "perceptual"), "cProfile:run", "give it again"),
     "a huge width": (("config", "ch"), 8192, "encoder.conv_in.weight"),
     "blocks without end": (("config", "num_res_blocks"), 100_000, "num_res_blocks"),
     "a text for a number": (("config", "norm_groups"), "8", "norm_groups"),
-    "a tensor for a number": (("config", "z_channels"), torch.zeros(2), "its config"),
+    "a tensor for a number": (("config", "z_channels"), torch.zeros(2), "its config is"),
     "a padding that is none": (("config", "padding_mode"), "z", "padding_mode"),
     "no state of an optimiser": (("opt", "state", 0), {"exp_avg": 1}, "optimiser"),
     "a scale that is none": (("latent",), dict(scale="x", shift=0.0), "its latent"),
@@ -5910,6 +5909,7 @@ def mistakes(trained, tmp_path_factory):
     autoencoder["model"]["quant_conv.bias"] += 1e5
     torch.save(autoencoder, folder / "large.pt")
     (folder / "empty").mkdir()
+    (folder / "checkpoints").mkdir()  # torch hub's cache
     return folder
 
 

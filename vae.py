@@ -3208,13 +3208,7 @@ def save_run(args, checkpoint):
     if not finite:
         say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
-    write_file(args.out, lambda part: save_torch(checkpoint, part))
-
-
-def save_torch(checkpoint, path):
-    """torch.save; torch itself opens only paths whose names are UTF-8."""
-    with open(path, "wb") as file:
-        torch.save(checkpoint, file)
+    write_file(args.out, lambda part: torch.save(checkpoint, part))
 
 
 def write_file(path, write):

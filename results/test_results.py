@@ -439,6 +439,20 @@ def test_figures_of_checkpoints_show_what_their_labels_say(drawn, trained, photo
     assert len(sizes) == 1, "latents are as large as images"
 
 
+def test_figures_read_files_that_do_not_tell_as_they_are_told(monkeypatch, photos, tmp_path):  # noqa: F811
+    given = []
+
+    def stop(*values):
+        given.extend(values)
+        raise vae.InputError("enough")
+
+    monkeypatch.setattr(figures.vqgan, "load_model", stop)
+    words = ("--data", photos, "--image-size", 32, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        run(figures.main, "a.pt", *words, "--model", "sd", "--padding-mode", "reflect")
+    assert given == ["a.pt", "sd", "reflect"]
+
+
 def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
     texts = {}
 
