@@ -780,6 +780,20 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         )
     views = 2 if mirror else 1
     shape = (len(images), views, *shape)
+
+    @torch.no_grad()
+    def encode_views(batch):
+        mirrored = [batch, batch.flip(3)][:views]
+        encoded = torch.stack([encode(view) for view in mirrored], dim=1)
+        if not encoded.isfinite().all():
+            raise vae.InputError(
+                f"--cache {folder}: some rows would not be finite, or beyond float16; delete what "
+                "there is of it, and give --no-cache"
+            )
+        return encoded
+
+    if not os.path.exists(folder):
+        encode_views(images.centred()[0][0][None])  # what cannot be is told first
     memo = Path(folder, "images.json")
     digest, known = images_hash(images, memo)
     made_of = dict(made_of, images=digest, image_size=images.size)
@@ -787,14 +801,6 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     if vae.MAIN:
         with contextlib.suppress(vae.InputError):  # a complete cache may lie where nobody may write
             vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
-
-    @torch.no_grad()
-    def encode_views(batch):
-        mirrored = [batch, batch.flip(3)][:views]
-        encoded = torch.stack([encode(view) for view in mirrored], dim=1)
-        if not encoded.isfinite().all():
-            raise vae.InputError(f"{folder}: some of its rows are not finite, or beyond float16")
-        return encoded
 
     # Batches of a fixed grid: another batch is rounded otherwise, and a cache should be the same,
     # however often it was interrupted
@@ -919,6 +925,8 @@ class Rows:
                 reason = error.strerror or error
                 raise vae.InputError(f"{flag} {folder}: cannot be used ({reason})") from None
         vae.barrier()
+        seen = self.status_path.read_bytes() if self.status_path.exists() else None
+        vae.check_agreement(seen)
         self.status = self.read_status()
         vae.barrier()  # before one of them fills any
 
@@ -959,10 +967,7 @@ class Rows:
             rows = np.load(self.path, mmap_mode="r")
             status = np.array(np.load(self.status_path))
         except (OSError, ValueError, EOFError) as error:
-            raise vae.InputError(
-                f"{self.folder}: not whole, or on a disk that not all machines see ({error}); "
-                "delete it"
-            ) from None
+            raise vae.InputError(f"{self.folder}: not whole ({error}); delete it") from None
         if (rows.shape, rows.dtype, len(status)) != (self.shape, self.dtype, self.shape[0]):
             raise vae.InputError(f"{self.folder}: its files do not fit together; delete it")
         return status
@@ -1085,7 +1090,9 @@ def load_generator(file, network=DiT, **options):
 def find_generator(path):
     """path, or the checkpoint of the run whose folder it is: dit/ stands for dit.pt."""
     beside = Path(f"{os.path.normpath(path)}.pt")
-    return beside if os.path.isdir(path) and beside.is_file() else path
+    if os.path.isdir(path) and not beside.is_file():
+        raise vae.InputError(f"{path}: a folder; give a file, ours or official, not diffusers'")
+    return beside if os.path.isdir(path) else path
 
 
 def read_official(path, checkpoint, network):
@@ -1093,7 +1100,8 @@ def read_official(path, checkpoint, network):
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(
-            f"{path}: no {network.__name__} checkpoint, neither ours nor an official one"
+            f"{path}: no {network.__name__} checkpoint, neither ours nor an official one "
+            "(diffusers' layout is not read)"
         )
     try:
         return network.config_of(weights), weights
@@ -1381,8 +1389,9 @@ def is_written(out, record):
 
 
 def finish_samples(out, rows, labels, record):
-    pictures = np.load(rows.path, mmap_mode="r")
-    shown = torch.from_numpy(pictures[:64] / 127.5 - 1).permute(0, 3, 1, 2)
+    # Nothing stays mapped: Windows would not let the folder go
+    first = np.load(rows.path, mmap_mode="r")[:64] / 127.5 - 1
+    shown = torch.from_numpy(first).permute(0, 3, 1, 2)
     grid = vae.image_grid(shown.split(8))
     vae.write_file(out.with_suffix(".png"), lambda path: grid.save(path, "PNG"))
     text = json.dumps(record, indent=1) + "\n"
@@ -1390,7 +1399,7 @@ def finish_samples(out, rows, labels, record):
 
     def write(path):
         with open(path, "wb") as file:
-            np.savez(file, arr_0=pictures, arr_1=labels)
+            np.savez(file, arr_0=np.load(rows.path, mmap_mode="r"), arr_1=labels)
 
     vae.write_file(out, write)
     shutil.rmtree(rows.folder)

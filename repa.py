@@ -283,7 +283,7 @@ def load_encoder(name, path, device):
 def read_dino(path):
     """DINOv2's weights from its own file, or from timm's, which has no mask_token."""
     weights = vae.find_weights(vae.read_file(path), "cls_token")
-    if weights is None or "pos_embed" not in weights:
+    if weights is None or "pos_embed" not in weights or "reg_token" in weights:
         raise vae.InputError(
             f"{path}: not in the layout of DINOv2's own files (dinov2_vitb14_pretrain.pth)"
         )

@@ -1146,7 +1146,7 @@ def find_file(path):
     if not os.path.isdir(path):
         return Path(path)
     stem = "diffusion_pytorch_model"
-    for folder in (Path(path), Path(path, "vae")):
+    for folder in (Path(path), Path(path, "vae_ema"), Path(path, "vae")):
         for ending in ("safetensors", "bin"):
             # The plain name first, then variants, as diffusion_pytorch_model.fp16.safetensors
             variants = sorted(folder.glob(f"{stem}.*.{ending}"))
@@ -1194,7 +1194,6 @@ def read_foreign(path, checkpoint, preset, default, flag):
             f"{path}: no autoencoder in it, neither in our layout nor in LDM's or diffusers'"
         )
     disc = weights_under(weights, "loss.discriminator.")
-    weights = take_average(path, weights)
     config = config_beside(path)
     if config is None:
         if preset is None:
@@ -1250,19 +1249,6 @@ def say_assumption(path, preset):
     )
 
 
-def take_average(path, weights):
-    """Takes the average of the weights, which LDM's LitEma keeps as model_ema.NAME without dots, if
-    it is complete."""
-    averages = {}
-    for name in weights:
-        if not name.startswith(("model_ema.", "loss.")):
-            averages[name] = weights.get("model_ema." + name.replace(".", ""))
-    if any(value is None for value in averages.values()):
-        return weights
-    say(f"{path}: holds an average of the weights (model_ema), which is taken")
-    return weights | averages
-
-
 def find_weights(checkpoint, anchor):
     """The weights of a network, in its own names, from somebody's checkpoint; None if not there.
 
@@ -1279,17 +1265,44 @@ def find_weights(checkpoint, anchor):
             inner = [(f"{key}.{name}", item) for name, item in value.items()]
             holders += [(name, item) for name, item in inner if isinstance(item, dict)]
     holders.sort(key=lambda pair: not is_average(pair[0]))
+    found = []
     for name, holder in holders:
         names = {}
         for key, value in holder.items():
             if isinstance(key, str) and isinstance(value, torch.Tensor):
                 names[key.replace("_orig_mod.", "")] = value
         prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
-        if prefixes:
-            prefix = min(prefixes, key=lambda prefix: (not is_average(prefix), len(prefix)))
-            say_averages(checkpoint, f"{name}.{prefix}")
-            return weights_under(names, prefix)
-    return None
+        prefixes.sort(key=lambda prefix: (not is_average(prefix), len(prefix)))
+        found += [(f"{name}.{prefix}".strip("."), names, prefix) for prefix in prefixes]
+    if not found:
+        return None
+    taken, names, prefix = found[0]
+    say_averages(checkpoint, taken)
+    if len(found) > 1 and not is_average(taken):
+        others = shortened([other for other, _, _ in found[1:]])
+        say(f"several networks in one file: {taken or 'the first'} is taken, not {others}")
+    return take_average(names, prefix)
+
+
+def take_average(names, prefix):
+    """The weights under a prefix; in their place the average that LDM's LitEma keeps of them, as
+    model_ema.NAME without dots, if it is complete."""
+    weights = weights_under(names, prefix)
+    weights = {key: value for key, value in weights.items() if not key.startswith("model_ema.")}
+    averages = {}
+    for name in weights:
+        dotless = name.replace(".", "")
+        whole = (prefix + name).replace(".", "")  # an average over more than this network
+        for key in (f"{prefix}model_ema.{dotless}", f"model_ema.{whole}", f"model_ema.{dotless}"):
+            if key in names:
+                averages[name] = names[key]
+    if averages:
+        missing = [key for key in weights if key not in averages and not key.startswith("loss.")]
+        if missing:
+            say(f"model_ema: an incomplete average, without {missing[0]}; the weights are taken")
+            return weights
+        say("model_ema: an average of the weights, which is taken")
+    return weights | averages
 
 
 def is_average(name):
@@ -1787,7 +1800,14 @@ def call_function(name, flag, *values):
         raise InputError(
             f"{flag} {name}: cannot be called as MODULE:FUNCTION of {len(values)} values ({error})"
         ) from None
-    result = called(*values)
+    try:
+        result = called(*values)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"{flag} {name}: failed in {frame.filename}, line {frame.lineno} "
+            f"({type(error).__name__}: {error})"
+        ) from None
     if not callable(result):
         raise InputError(f"{flag} {name}: returned a {type(result).__name__}, not a function")
     return result
@@ -1990,7 +2010,8 @@ def launch(parser, run):
             elif world == 1:
                 raise
             else:
-                traceback.print_exc()
+                if is_first_to_tell():  # else it comes of the end of another
+                    traceback.print_exc()
                 code = 1
         if world > 1:
             leave_processes(code)
@@ -2011,6 +2032,8 @@ def own_process():
         yield
     finally:
         end_loaders(others)
+        BENCH.end()
+        BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
         SIGNALS.clear()
@@ -2126,7 +2149,9 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    is_one_of_slurms = world == 1 and environment_number("SLURM_NTASKS", 1) > 1
+    # srun's own numbers: a shell of salloc has one task, whatever SLURM_NTASKS says
+    tasks = environment_number("SLURM_STEP_NUM_TASKS", environment_number("SLURM_PROCID", 0) + 1)
+    is_one_of_slurms = world == 1 and tasks > 1
     if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
         tell("for several processes start this with torchrun, which sets RANK and WORLD_SIZE")
         raise SystemExit(2)
@@ -2248,8 +2273,8 @@ def check_agreement(*values):
     dist.all_gather_object(digests, hashlib.sha256(repr(values).encode()).hexdigest())
     if len(set(digests)) > 1:
         raise InputError(
-            "the processes begin with different files: what is read, and --out, must be on a disk "
-            "that all machines see"
+            "the processes begin with different files: what is read, --cache and --out must be on "
+            "a disk that all machines see"
         )
 
 
@@ -3122,7 +3147,7 @@ def open_run(args, step):
     write_file(log, lambda path: path.write_bytes(b"".join(earlier)))
 
 
-def is_log_line(line, step):
+def is_log_line(line, step=math.inf):
     """Whether it is a line of Log's, of a step up to `step`; a crash leaves half a line."""
     try:
         return json.loads(line)["step"] <= step
@@ -3159,13 +3184,7 @@ def save_run(args, checkpoint):
     if not finite:
         say(f"step {checkpoint['step']}: not saved, its weights are not finite")
         return
-    write_file(args.out, lambda part: save_torch(checkpoint, part))
-
-
-def save_torch(checkpoint, path):
-    """torch.save; torch itself opens only paths whose names are UTF-8."""
-    with open(path, "wb") as file:
-        torch.save(checkpoint, file)
+    write_file(args.out, lambda part: torch.save(checkpoint, part))
 
 
 def write_file(path, write):
@@ -3201,17 +3220,17 @@ class Bench:
 
     def __init__(self):
         self.records = []  # what Log would have written
-        self.counter = None  # of floating-point operations, while they are counted
+        self.counter = None  # of floating-point operations, in the run that counts them
+        self.counting = contextlib.ExitStack()
 
     def begin(self, device):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if self.counter is not None:
-            self.counter.__enter__()
+            self.counting.enter_context(self.counter)
 
     def end(self):
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
+        self.counting.close()
 
 
 BENCH = Bench()

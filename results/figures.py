@@ -47,7 +47,7 @@ def latent_figures(args, device):
     scaled = []
     turned = []
     for path in args.checkpoints:
-        model = vqgan.load_model(path, args.model).to(device)
+        model = vqgan.load_model(path, args.model, args.padding_mode).to(device)
         name = Path(path).stem
         grid = model.grid(args.image_size)
         z, _ = vqgan.encode(model, x)  # (N, c, h, w)
@@ -347,13 +347,12 @@ def run_figures(paths, out):
 def read_log(path):
     """The lines of OUT.jsonl, as dictionaries. InputError if it is none."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        if not all(isinstance(line["step"], int) for line in lines):
-            raise ValueError("a step is no number")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise vae.InputError(f"{path}: no log of a run ({reason})") from None
-    return lines
+        lines = [line for line in Path(path).read_bytes().splitlines() if vae.is_log_line(line)]
+    except OSError as error:
+        raise vae.InputError(f"{path}: no log of a run ({error.strerror})") from None
+    if not lines:
+        raise vae.InputError(f"{path}: no log of a run")
+    return [json.loads(line) for line in lines]
 
 
 def points_of(lines, name):
@@ -462,6 +461,8 @@ def main():
     parser.add_argument("--data", help="folder of the images to show, with checkpoints")
     parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="(256)")
     parser.add_argument("--model", help="preset, for checkpoints without configuration")
+    words = "of their convolutions, where their files do not tell"
+    parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help=words)
     parser.add_argument("--num-images", type=vae.positive_int, default=8, help="to show (8)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (figures)")
     args = parser.parse_args()

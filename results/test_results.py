@@ -451,6 +451,20 @@ def test_figures_of_checkpoints_show_what_their_labels_say(drawn, trained, photo
     assert len(sizes) == 1, "latents are as large as images"
 
 
+def test_figures_read_files_that_do_not_tell_as_they_are_told(monkeypatch, photos, tmp_path):  # noqa: F811
+    given = []
+
+    def stop(*values):
+        given.extend(values)
+        raise vae.InputError("enough")
+
+    monkeypatch.setattr(figures.vqgan, "load_model", stop)
+    words = ("--data", photos, "--image-size", 32, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        run(figures.main, "a.pt", *words, "--model", "sd", "--padding-mode", "reflect")
+    assert given == ["a.pt", "sd", "reflect"]
+
+
 def test_a_panel_has_its_pictures_in_order_beside_their_labels(monkeypatch):
     texts = {}
 
@@ -498,7 +512,7 @@ def test_the_curves_of_runs_stand_together_raw_and_smoothed(drawn, tmp_path):
     standard = write_log(tmp_path / "standard.jsonl", rec_loss=wave, images_per_second=[5] * 40)
     eq = write_log(tmp_path / "eq.jsonl", rec_loss=[0.5, 0.4], R=[0.3, 0.2], skipped=[0, 0])
     with open(eq, "a") as file:
-        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n')
+        file.write('{"step": 20, "usage": 0.5, "dead": 3}\n{"step": 30, "rec_l')  # a crash
     run(figures.main, standard, eq, "--out", tmp_path / "figures")
     figure = drawn["training-curves"]
     panels = {axes.get_title(): lines_in(axes) for axes in figure.axes}
