@@ -20,8 +20,8 @@ your own loss, and tau(z) in the decoder's call:
 
 Draw tau once for a whole batch. If several processes or micro-batches share the
 batch, they must share its tau too: give `sample_transform` a generator that is
-seeded with (seed, step). If a network in your loss needs images of a least size
-(LPIPS: 16 pixels, PatchGAN: 24), pass that size in latent cells as `smallest`.
+seeded with (seed, step). If a network in your loss needs images of a minimum size
+(LPIPS: 16 pixels, PatchGAN: 24), pass it as `smallest`, divided by f and rounded up.
 
 This file needs torch alone. vae.py and vqgan.py train with it, evaluate.py measures
 with it.
@@ -33,8 +33,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Table 5's sets of transforms: name -> (whether it turns, what it scales). "both" sides have one
-# scale, "each" side has its own. "rs" is the paper's default. The scale always comes first.
+# Table 5's sets of transforms: name -> (whether it turns, what it scales). "both": both sides have
+# one scale; "each": each side has its own; None: no scale. tau scales before it turns. "rs" is the
+# paper's default.
 KINDS = {
     "rs": (True, "both"),
     "rs-aniso": (True, "each"),
@@ -42,7 +43,8 @@ KINDS = {
     "s": (False, "both"),
 }
 
-# Ours (Eq. 6 says bicubic, for shrinking); bicubic without antialias; the released code's.
+# Our default (for shrinking Eq. 6 says only bicubic), the same without antialias, and what the
+# released code uses.
 INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")
 
 
@@ -126,8 +128,8 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     kind       "rs": a turn of 90, 180 or 270 degrees *and* a scale, equal on both sides;
                "rs-aniso": each side has a scale of its own; "r": the turn alone;
                "s": the scale alone
-    low        lowest scale. Sizes are uniform over the integers from ceil(low h) to h - 1, so a
-               scale that is drawn is never 1
+    low        lowest scale. The shorter side h is uniform over the integers from ceil(low h) to
+               h - 1, so a scale that is drawn is never 1
     smallest   least cells of each side of the result, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
@@ -143,11 +145,11 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
 
 
 def draw_size(grid, scales, low, smallest, generator):
-    """A size (h2, w2) smaller than the grid, uniform over whole cells; the grid without scales."""
+    """A size (h2, w2) smaller than the grid, uniform over whole cells; the grid without a scale."""
     if scales is None:
         return grid
     least = [max(smallest, math.ceil(low * side)) for side in grid]
-    check_room(grid, smallest, all(first < side for first, side in zip(least, grid)))
+    check_room(grid, low, smallest, all(fewest < side for fewest, side in zip(least, grid)))
     if scales == "each":
         h2 = draw_integer(least[0], grid[0] - 1, generator)
         w2 = draw_integer(least[1], grid[1] - 1, generator)
@@ -156,7 +158,7 @@ def draw_size(grid, scales, low, smallest, generator):
     short = grid.index(min(grid))
     cells = draw_integer(least[short], grid[short] - 1, generator)
     scale = cells / grid[short]
-    return tuple(max(first, round(scale * side)) for first, side in zip(least, grid))
+    return tuple(max(fewest, round(scale * side)) for fewest, side in zip(least, grid))
 
 
 def uniform(generator):
@@ -180,10 +182,11 @@ def check_kind(kind):
     return KINDS[kind]
 
 
-def check_room(grid, smallest, enough):
+def check_room(grid, low, smallest, enough):
     if not enough:
         raise ValueError(
-            f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells"
+            f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells "
+            f"and {low:g} of a side"
         )
 
 
@@ -192,14 +195,14 @@ def check_room(grid, smallest, enough):
 
 
 def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generator=None):
-    """Draws as the released code does: -> (before, tau), two Transforms.
+    """Draws as the released code does: -> (shrink, tau), two Transforms.
 
-        probability       before          tau
+        probability       shrink          tau
         3/4 p_alpha       identity        identity
         1/4 p_alpha       a scaling       identity    (kind "r": as in the line above)
         1 - p_alpha       identity        a draw of the kind
 
-    `before` is applied to the image before it is encoded. Where it scales, a
+    `shrink` is applied to the image before it is encoded. Where it scales, a
     smaller image is autoencoded as it is, with one scale for both sides, and tau
     lies on the smaller grid. Scales are k/32 with k uniform over 32 low .. 31, and
     sides are rounded down. tau interpolates bilinearly, without antialias.
@@ -219,11 +222,11 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
 
 
 def draw_released_size(grid, scales, low, smallest, generator):
-    """A size (h2, w2) of k/32 of the grid's sides, rounded down; the grid without scales."""
+    """A size (h2, w2) of k/32 of the grid's sides, rounded down; the grid without a scale."""
     if scales is None:
         return grid
     least = [max(math.ceil(32 * smallest / side), math.ceil(32 * low)) for side in grid]
-    check_room(grid, smallest, max(least) <= 31)
+    check_room(grid, low, smallest, max(least) <= 31)
     if scales == "each":
         parts = [draw_integer(first, 31, generator) for first in least]
     else:
@@ -238,7 +241,7 @@ def draw_released_size(grid, scales, low, smallest, generator):
 
 def eq_loss(criterion, decode, x, z, tau):
     """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one
-    call. (vae.py and vqgan.py write its lines out.)
+    call, for a loop of your own: vae.py and vqgan.py write these two lines out.
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.
@@ -278,8 +281,9 @@ def explicit_loss(encode, x, tau, stop_gradient=False):
 def equivariance_error(encode, x, tau, z=None):
     """The metric of Table 1 for each image of x (B, 3, H, W): -> (B,), in float32.
 
-    It is 0 for an equivariant encoder. Unrelated latents have 2 under rotation and
-    1 + Var(tau z) / Var(z) under scaling. The unit of the latents does not matter.
+    It is 0 for an equivariant encoder. If E(tau o x) has nothing to do with tau o E(x),
+    and both have mean 0, it is 2 under rotation, and 1 + Var(tau o E(x)) / Var(E(tau o x))
+    under scaling. The unit of the latents does not matter.
     Table 1's R is the mean over 90, 180 and 270 degrees, its S the mean over the
     scales 0.25, 0.50 and 0.75. Give z = encode(x) if it is there.
     """

@@ -422,7 +422,7 @@ class PatchDiscriminator(nn.Sequential):
     Images (B, 3, H, W) of at least 24 pixels -> logits (B, 1, H / 8 - 2, W / 8 - 2).
     """
 
-    smallest = 24  # pixels: smaller images leave no logit
+    min_pixels = 24  # smaller images leave no logit
 
     def __init__(self, ch=64, num_layers=3):
         layers = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -467,7 +467,7 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 
     rec_loss, g_loss   scalars that depend on `reconstruction` (b, 3, H, W); g_loss None: no GAN
     last_layer         W, the weight of the convolution that made the reconstruction
-    gan_acts           whether L_gan is in the sum; if not, only its weight is computed
+    gan_acts           whether L_gan is in the sum; if not, its weight is computed for the log
 
     -> (gradient (b, 3, H, W), dict of scalars for the log). With several processes the norms are
        those of the gradients' mean over processes, so all of them get the same weight.
@@ -488,13 +488,15 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
         scalars = dict(d_weight=weight, clamped=(ratio >= 1e4).float())
         if gan_acts:
             gradient = gradient + weight * gan_gradient
-    # The gradient of L1 is 0 where a value is NaN. But 0 x NaN is NaN: so the step is skipped
+    # L1's gradient is 0 where a value is NaN, which would hide it. With 0 * loss added the gradient
+    # is NaN, too, and the step is skipped
     return gradient + 0 * rec_loss.detach(), scalars
 
 
 def backward_from(reconstruction, gradient, regularizer, share):
     """The backward pass through the autoencoder, from the gradient at its reconstruction and from
-    the regulariser, a scalar; both count by `share`, the part of the batch that they are of."""
+    the regulariser, a scalar. Both are multiplied by `share`, this micro-batch's part of the batch.
+    """
     ends = [reconstruction]
     gradients = [gradient * share]
     if regularizer.requires_grad:  # it does not with --train decoder
@@ -530,7 +532,7 @@ def load_lpips(vgg=None):
     path = vgg or download(VGG16_URL, "LPIPS needs VGG16's weights", hint)
     weights = read_file(path)
     if "lin0.model.1.weight" in weights:
-        raise InputError(f"{path}: holds LPIPS' linear layers, which are there; VGG16 is wanted")
+        raise InputError(f"{path}: holds LPIPS' linear layers, not VGG16, which is wanted")
     # lpips cuts VGG16 into five slices; the numbers in its names are torchvision's.
     renamed = {}
     for name in network.net.state_dict():
@@ -575,21 +577,21 @@ def load_ssim(args):
     return importlib.import_module("evaluate").ssim
 
 
-def more_losses(args, target, reconstruction, perceptual, ssim):
-    """What --lpips-weight, --l2-weight and --ssim-weight add to L1, means over values as it is
-    -> (their weighted sum, dict of them for the log). A loss of weight 0 is not computed."""
+def weighted_losses(args, target, reconstruction, perceptual, ssim):
+    """The losses beside L1, each a mean over values: -> (their weighted sum, dict for the log). A
+    loss of weight 0 is not computed."""
     total = 0
-    told = {}
+    losses = {}
     if args.lpips_weight:
-        told["lpips"] = perceptual(target, reconstruction).mean()
-        total = total + args.lpips_weight * told["lpips"]
+        losses["lpips"] = perceptual(target, reconstruction).mean()
+        total = total + args.lpips_weight * losses["lpips"]
     if args.l2_weight:
-        told["l2"] = (target - reconstruction).square().mean()
-        total = total + args.l2_weight * told["l2"]
+        losses["l2"] = (target - reconstruction).square().mean()
+        total = total + args.l2_weight * losses["l2"]
     if args.ssim_weight:
-        told["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
-        total = total + args.ssim_weight * (1 - told["ssim"])
-    return total, told
+        losses["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
+        total = total + args.ssim_weight * (1 - losses["ssim"])
+    return total, losses
 
 
 # ==================================================================================================
@@ -631,7 +633,7 @@ def train(args, rank, world, device):
     ]
     restore_optimizers(optimizers, resumed, args.lr)
     parameters = trainable_parameters(*networks)
-    batch_norm = list(discriminator.buffers()) if discriminator is not None else []
+    buffers = list(discriminator.buffers()) if discriminator is not None else []
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -652,14 +654,14 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. tau and the noise are functions of (seed, step), drawn for the whole batch;
         # this process takes its rows. The batch has one tau, in all processes. `shrink` is the
-        # identity but with --recipe release, `explicit_tau` is None but in Table 7's ablation
+        # identity except with --recipe release, `explicit_tau` is None except in Table 7's ablation
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *shrink.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
-        batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
+        buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         for images_part, noise_part in parts:
@@ -670,13 +672,14 @@ def train(args, rank, world, device):
                 target = tau(x)  # EQ-VAE; LDM: x
                 reconstruction = model.decode(tau(z))  # EQ-VAE; LDM: decode(z)
 
-            # L_rec and the KL term. These are means over values, LDM has sums over an image's: so
-            # both are multiplied by the number of values, as LDM adds LPIPS to each of them. An
-            # image that tau has shrunk has fewer values, and weighs less
+            # L_rec, and the KL term, which is a sum over each image's latent. L1 and the losses
+            # beside it (LPIPS in LDM) are means over values, where LDM has sums over each image's:
+            # so they are multiplied by the number of values. An image that tau has shrunk has
+            # fewer values, and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            more, told = more_losses(args, target, reconstruction, perceptual, ssim)  # LDM: LPIPS
-            rec_loss = (l1 + more) * values
+            others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
+            rec_loss = (l1 + others) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             if explicit_tau is not None:
@@ -687,10 +690,11 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # Per value: the sum would jump with the size that tau leaves
-            log.add(l1=l1, **told, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, **other_losses, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
-            # (In LDM it waits for disc_start, too, and runs the autoencoder a second time)
+            # (LDM's discriminator waits for disc_start, too, and LDM runs the autoencoder a second
+            # time for it)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -700,7 +704,7 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is NaN: see loss_gradient()
+                rec_loss = rec_loss + 0 * d_loss.detach()  # passes a NaN on: both networks skip
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, scalars = loss_gradient(
@@ -709,14 +713,14 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),
+                gan_acts=step >= (args.disc_start or 0),  # None without GAN
             )
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. If any gradient is not finite, both networks keep their weights: a fused
-        # optimiser does nothing where its found_inf, which is GradScaler's, is 1. So the host need
-        # not wait for the norm
+        # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
+        # host need not wait for the norm
         average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -724,7 +728,7 @@ def train(args, rank, world, device):
             optimizer.found_inf = skipped
             optimizer.step()
             optimizer.zero_grad()
-        restore_where(skipped, batch_norm, batch_norm_before)
+        restore_where(skipped, buffers, buffers_before)
         update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
@@ -741,7 +745,7 @@ def train(args, rank, world, device):
 
 
 def set_padding(args, resumed, stored):
-    """--padding-mode, of a run that begins. InputError if one that goes on has another."""
+    """Applies --padding-mode to a new run. InputError if a resumed one was trained with another."""
     padding_mode = stored.config.get("padding_mode", "zeros")
     if args.padding_mode in (None, padding_mode):
         return
@@ -785,7 +789,7 @@ def smallest_cells(args, grid, factor):
     if args.lpips_weight:
         pixels = 16
     if args.gan_weight:
-        pixels = PatchDiscriminator.smallest
+        pixels = PatchDiscriminator.min_pixels
     cells = math.ceil(pixels / factor)
     tau_scales = args.tau != "r" and (args.p_alpha < 1 or args.recipe == "release")
     needed = cells + 1 if tau_scales else cells
@@ -852,7 +856,8 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
-    """The latents' scale and shift for a finished run's checkpoint; None if it was stopped."""
+    """The latents' scale and shift for the checkpoint of a finished run. None if it was stopped,
+    and, where they would be measured, with --bench and on all processes but the first."""
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -962,7 +967,7 @@ def arguments(description, configs, init, out):
     add("--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)")
     words = "draw tau as the paper says, or as the released code does"
     add("--recipe", choices=("paper", "release"), default="paper", help=words)
-    add("--lpips-weight", type=non_negative, default=1.0, help="beside L1, whose weight is 1")
+    add("--lpips-weight", type=non_negative, default=1.0, help="of LPIPS; L1 has weight 1")
     add("--l2-weight", type=non_negative, default=0.0, help="of the squared error")
     add("--ssim-weight", type=non_negative, default=0.0, help="of 1 - SSIM")
     words = "the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()"
@@ -1221,7 +1226,7 @@ def fits(weights, config):
 
 
 def in_our_names(weights, config, path="the configuration"):
-    """Weights under LDM's or diffusers' names -> under ours, which are LDM's."""
+    """The weights of LDM's or diffusers' file, renamed to LDM's names, which our modules have."""
     weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
     if is_diffusers(weights):
         names = {theirs: name for name, theirs in diffusers_names(config, path).items()}
@@ -1328,8 +1333,8 @@ def weights_under(weights, prefix):
 
 
 def presets(config, configs=CONFIGS):
-    """Names in configs that describe this network; those of equal scale come first. A preset tells
-    all that its kind of network is known by; what else the configuration has may be anything."""
+    """Names in configs that describe this network; those of equal scale come first. Only what a
+    preset lists is compared, without scale and shift."""
 
     def is_same(preset):
         names = [name for name in preset if not name.endswith("_factor")]
@@ -1416,7 +1421,9 @@ def config_beside(path):
         with import_safetensors().safe_open(path, "pt") as file:
             config = (file.metadata() or {}).get("eqvae")
         if config is not None:
-            with contextlib.suppress(ValueError, AttributeError, RecursionError):  # another's word
+            with contextlib.suppress(
+                ValueError, AttributeError, RecursionError
+            ):  # another program's
                 return our_config(json.loads(config))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
@@ -1524,16 +1531,11 @@ def write_diffusers(folder, model, stored):
     kinds = ["Attn" if i in config["attn_levels"] else "" for i in range(len(config["ch_mult"]))]
     description = dict(
         _class_name="AutoencoderKL",
-        act_fn="silu",
+        **ONLY_VALUES,
         block_out_channels=[config["ch"] * multiple for multiple in config["ch_mult"]],
         down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
-        in_channels=3,
-        out_channels=3,
-        latents_mean=None,
-        latents_std=None,
         force_upcast=True,
-        mid_block_add_attention=True,
         use_post_quant_conv=config["use_quant_conv"],
         sample_size=max(stored.image_size or (256, 256)),  # diffusers tiles by it
     )
@@ -2090,12 +2092,13 @@ class GuardedStream:
 
 
 def tell(text):
-    """Writes a line to stderr, above a progress bar. (A file's name may hold an end of line.)"""
+    """Writes a line to stderr, above a progress bar, from any process. (A file's name may hold an
+    end of line.)"""
     tqdm.write(text.replace("\n", "\\n"), file=sys.stderr)
 
 
 def say(text):
-    """The same, from the first process alone."""
+    """tell(), from the first process alone."""
     if MAIN:
         tell(text)
 
@@ -2221,8 +2224,8 @@ def stop_signal():
 
 
 def signal_heard():
-    """Whether some process received a signal, between batches of which each has its own number:
-    the processes do not wait for one another here."""
+    """Whether some process received a signal. Here processes do not wait for one another as in
+    stop_signal(): each may have another number of batches."""
     if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
         if SIGNALS:
@@ -2438,7 +2441,7 @@ def is_service_name(name):
 
 class Paths:
     """A list of paths as one array of bytes, which data loaders share with the main process. A list
-    of a million texts they would copy page by page, since whoever reads a text counts it."""
+    of strings they would copy page by page, since reading a string changes its reference count."""
 
     def __init__(self, paths):
         encoded = [os.fsencode(path) for path in paths]
@@ -2461,11 +2464,11 @@ class ImageFolder(torch.utils.data.Dataset):
     mirror  half of the items are mirrored
     flag    what the command line calls `root`, for messages
 
-    Items are (image, label, index, readable): uint8 (3, H, W), a number, the number of the file,
-    and whether it could be read. A file that cannot is reported once per process, and the next one
-    takes its place. An item is asked for as `index` or as (epoch, index), because crop and mirror
-    image are a function of (seed, epoch, index). The object holds paths and numbers alone, so it
-    can be sent to data loaders however they are started.
+    Items are (image, label, index, readable): uint8 (3, H, W), a number, the number that was asked
+    for, and whether that file could be read. A file that cannot is reported once per process, and
+    the next one takes its place. An item is asked for as `index` or as (epoch, index), because crop
+    and mirror image are a function of (seed, epoch, index). The object holds paths and numbers
+    alone, so it can be sent to data loaders however they are started.
     """
 
     def __init__(self, root, size, crop="center", seed=0, mirror=False, flag="--data"):
@@ -2474,6 +2477,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.crop = crop
         self.seed = seed
         self.mirror = mirror
+        self.flag = flag
         files, labels, self.classes = find_images(root, flag)
         self.files = Paths(files)
         self.labels = np.array(labels)
@@ -2517,7 +2521,7 @@ class ImageFolder(torch.utils.data.Dataset):
                     self.named.add(at)
                     reason = f"{type(error).__name__}: {error}"
                     tell(f"passed over, cannot be read: {self.files[at]} ({reason})")
-        raise InputError(f"--data {self.root}: none of the images in this folder can be read")
+        raise InputError(f"{self.flag} {self.root}: none of the images in this folder can be read")
 
 
 def is_mirrored(seed, epoch, index):
@@ -2683,10 +2687,8 @@ def convolution_layout(device):
 
 
 def trainable_parameters(*networks):
-    parameters = []
-    for network in networks:
-        parameters += [p for p in network.parameters() if p.requires_grad]
-    return parameters
+    parameters = itertools.chain(*[network.parameters() for network in networks])
+    return [p for p in parameters if p.requires_grad]
 
 
 def mean_over_processes(tensor):
@@ -2875,7 +2877,7 @@ def is_plausible(name, value):
 
 
 # Arguments that a run never takes from its checkpoint
-NOT_STORED = ("out", "workers", "bench", "change", "export", "sample_from", "samples")
+NOT_RESTORED = ("out", "workers", "bench", "change", "export", "sample_from", "samples")
 
 
 def stored_arguments(args, stored):
@@ -2887,7 +2889,9 @@ def stored_arguments(args, stored):
     """
     actions = {action.dest: action for action in args.parser._actions if action.option_strings}
     actions.pop("help")
-    actions = {name: actions[name] for name in actions if name in stored and name not in NOT_STORED}
+    actions = {
+        name: actions[name] for name in actions if name in stored and name not in NOT_RESTORED
+    }
     words = []
     for name, action in actions.items():
         value = stored[name]
@@ -2993,7 +2997,7 @@ class Log:
             open_run(args, step)
         self.skipped = torch.zeros((), device=device)  # steps skipped, in all
         self.in_a_row = torch.zeros((), device=device)
-        self.longest = torch.zeros((), device=device)  # such row
+        self.longest = torch.zeros((), device=device)  # of such rows of skipped steps
         self.bar = Progress(args.steps, step, Path(args.out).stem, lines=False)
 
     def begin(self, step):
