@@ -31,6 +31,8 @@ From Python:
     pictures = generate(model, tokenizer, [207, 360], **PRESETS["256"])
 """
 
+import functools
+import itertools
 import math
 import os
 
@@ -56,39 +58,16 @@ CONFIGS = {
 # name -> settings of sampling. decoding_schedule() explains sampling_steps and decoding, which it
 # calls steps and kind; parallel_decoding() explains the others. v1.0's guidance weight w is
 # cfg_scale - 1.
+V1 = dict(sampling_steps=8, choice_temperature=4.5, softmax_scale=1.0, decoding="arccos")
 PRESETS = {
-    # v1.0's for images of 256 pixels
-    "256": dict(
-        sampling_steps=8,
-        cfg_scale=4.0,
-        choice_temperature=4.5,
-        softmax_scale=1.0,
-        decoding="arccos",
-    ),
-    # v1.0's for images of 512 pixels
-    "512": dict(
-        sampling_steps=15,
-        cfg_scale=3.8,
-        choice_temperature=7.0,
-        softmax_scale=1.0,
-        decoding="arccos",
-    ),
-    # v1.0's for the pictures in its README
+    # v1.0's for images of 256 pixels, of 512 pixels, and for the pictures in its README
+    "256": dict(V1, cfg_scale=4.0),
+    "512": dict(V1, sampling_steps=15, cfg_scale=3.8, choice_temperature=7.0),
     "showcase": dict(
-        sampling_steps=32,
-        cfg_scale=10.0,
-        choice_temperature=7.0,
-        softmax_scale=1.3,
-        decoding="arccos",
+        V1, sampling_steps=32, cfg_scale=10.0, choice_temperature=7.0, softmax_scale=1.3
     ),
     # the original MaskGIT's
-    "original": dict(
-        sampling_steps=8,
-        cfg_scale=1.0,
-        choice_temperature=4.5,
-        softmax_scale=1.0,
-        decoding="cosine",
-    ),
+    "original": dict(V1, cfg_scale=1.0, decoding="cosine"),
 }
 LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 LABEL_SMOOTHING = 0.1
@@ -204,6 +183,11 @@ class MaskGIT(nn.Module):
             nn.LayerNorm(hidden_dim, eps=1e-12),
         )
         self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # v1.0's files have all of it
+
+    @property
+    def blocks(self):
+        """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
+        return itertools.chain(*self.transformer.layers)
 
     def forward(self, tokens, labels):
         """Tokens (B, N) of 0 .. K, labels (B,) of 0 .. num_classes -> logits (B, N, K + 1)."""
@@ -372,11 +356,11 @@ def train(args, rank, world, device):
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    dit.compile_blocks(args, compiled_parts(model))
+    dit.compile_blocks(args, model.blocks)
     network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]
+    schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
@@ -435,11 +419,11 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             preview(args, step, log, model, tokenizer, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, model, optimizer, source, images)
+            dit.save(args, step, model, optimizer, images, vqgan=source)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        save(args, step, model, optimizer, source, images)
+        dit.save(args, step, model, optimizer, images, vqgan=source)
     log.end(step)
 
 
@@ -474,14 +458,6 @@ def load_tokenizer(args, kept, device):
     return tokenizer.to(device), source
 
 
-def compiled_parts(model):
-    """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
-    parts = []
-    for layer in model.transformer.layers:
-        parts += layer
-    return parts
-
-
 @torch.no_grad()
 def preview(args, step, log, model, tokenizer, autocast):
     """Writes OUT/0001000.png: 16 samples without guidance, of the same random numbers and labels
@@ -499,28 +475,6 @@ def preview(args, step, log, model, tokenizer, autocast):
         tokens = parallel_decoding(model, labels, uniform, counts, ramps)
     model.train()
     log.picture(step, vae.image_grid(tokenizer.decode(tokens).split(8)))
-
-
-def save(args, step, model, optimizer, source, images):
-    """Writes args.out, a dictionary of plain data.
-
-    arch, config   class and arguments of the network
-    model, opt     its weights, and the optimiser's state
-    step, args     steps taken, the command's arguments
-    vqgan          file and hash of the tokenizer
-    classes        names of the classes
-    """
-    checkpoint = dict(
-        arch="MaskGIT",
-        config=model.config,
-        model=model.state_dict(),
-        opt=optimizer.state_dict(),
-        step=step,
-        args=vae.saved_arguments(args),
-        vqgan=source,
-        classes=images.classes,
-    )
-    vae.save_run(args, checkpoint)
 
 
 # ==================================================================================================
@@ -659,33 +613,14 @@ def sample(args, rank, world, device):
     model, kept = load_generator(args.sample_from, tokenizer.config["n_embed"])
     if kept:
         dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
-    config = model.config
-    settings = sampling_settings(args, config)
-    side = config["input_size"] * tokenizer.factor
-    dit.check_room(args, out, side)
-    labels = dit.choose_labels(args, config["num_classes"], kept.get("classes", []))
-    record = dict(
-        model=dit.preset_name(args, config, CONFIGS),
-        generator=vae.weights_hash(model),
-        autoencoder=source["sha256"],
-        step=kept.get("step"),
-        args=kept.get("args"),
-        seed=args.seed,
-        num_samples=args.num_samples,
-        labels=args.labels,
-        precision=args.precision,
-        preset=args.preset,
-        **settings,
-    )
-    dit.compile_blocks(args, compiled_parts(model))
-    model.to(device)
-    options = dict(settings, precision=args.precision)
-
-    def draw(indices, labels):
-        return generate(model, tokenizer, labels, seed=args.seed, indices=indices, **options)
-
+    settings = sampling_settings(args, model.config)
+    record = dit.sampling_record(args, model, kept, source, CONFIGS)
+    record |= dict(preset=args.preset, **settings)
+    draw = functools.partial(generate, model.to(device), tokenizer, **settings)
+    side = model.config["input_size"] * tokenizer.factor
+    classes = kept.get("classes", [])
     calls = settings["sampling_steps"]
-    dit.write_samples(args, rank, world, out, model, labels, side, draw, calls, record)
+    dit.write_samples(args, rank, world, out, model, classes, side, draw, calls, record)
 
 
 def sampling_settings(args, config):
@@ -714,38 +649,24 @@ def main():
         raise SystemExit(
             "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it"
         )
-    parser = vae.make_parser(__doc__)
-    group = parser.add_argument_group("generator")
-    add = group.add_argument
-    add("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
-    add("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
+    parser, generator, sampling = dit.arguments(__doc__, CONFIGS, "maskgit.pt", steps=1_500_000)
+    add = generator.add_argument
     add("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
-    add("--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan's NAME.pt)")
-    dit.add_common_arguments(group)
-    words = "steps in which the rate rises to --lr"
-    add("--warmup", type=vae.count, default=2500, help=words)
+    text = "steps in which the rate rises to --lr"
+    add("--warmup", type=vae.count, default=2500, help=text)
     add("--dropout", type=vae.probability, default=0.1)
-    words = "how mask ratios are drawn: v1.0's way, or the original's"
-    add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=words)
+    text = "how mask ratios are drawn: v1.0's way, or the original's"
+    add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=text)
     add("--masked-only", action="store_true", help="loss on masked tokens alone")
-    add = dit.add_sampling_arguments(parser).add_argument
+    add = sampling.add_argument
     add("--preset", choices=PRESETS, default="256", help="defaults of the five flags below")
     add("--sampling-steps", type=vae.positive_int, help="default: the preset's")
-    words = "guidance at the last step; 1: none (default: the preset's)"
-    add("--cfg-scale", type=vae.non_negative, help=words)
+    text = "guidance at the last step; 1: none (default: the preset's)"
+    add("--cfg-scale", type=vae.non_negative, help=text)
     add("--choice-temperature", type=vae.non_negative, help="default: the preset's")
     add("--softmax-scale", type=vae.positive_number, help="default: the preset's")
     add("--decoding", choices=("arccos", "cosine"), help="default: the preset's")
-    dit.add_training_arguments(parser, out="maskgit.pt", steps=1_500_000)
-    vae.launch(parser, run)
-
-
-def run(args, rank, world, device):
-    dit.check_mode(args)
-    if args.sample_from is not None:
-        sample(args, rank, world, device)
-    else:
-        train(args, rank, world, device)
+    dit.launch(parser, train, sample)
 
 
 if __name__ == "__main__":

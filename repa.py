@@ -296,8 +296,10 @@ def read_dino(path):
 
 
 def train(args, rank, world, device):
+    if args.cache_features and args.no_cache:
+        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.KEPT)
+    resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
     dit.set_image_size(args, autoencoder)
@@ -331,7 +333,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source, encoder_id)
-    dit.measure_scale(autoencoder, images)
+    latent = dit.measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = None
@@ -401,11 +403,11 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+            dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+        dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)
 
 
@@ -511,6 +513,10 @@ def generate(model, autoencoder, labels, **options):
     return sit.generate(model, autoencoder, labels, convert=reverse, **options)
 
 
+def sample(args, rank, world, device):
+    sit.sample(args, rank, world, device, REPA, CONFIGS, generate)
+
+
 # ==================================================================================================
 # The command line
 
@@ -519,25 +525,15 @@ def main():
     dit.need_vae("repa.py")
     parser = sit.arguments(__doc__, CONFIGS, "repa.pt")
     add = parser.add_argument_group("alignment").add_argument
-    words = f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains"
-    add("--encoder", default="dinov2_vitb14", help=words)
-    words = "file of its weights (default: DINOv2's from torch hub's cache or the internet)"
-    add("--encoder-weights", help=words)
+    text = f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains"
+    add("--encoder", default="dinov2_vitb14", help=text)
+    text = "file of its weights (default: DINOv2's from torch hub's cache or the internet)"
+    add("--encoder-weights", help=text)
     add("--align-weight", type=vae.non_negative, default=0.5, help="weight of the mean cosine")
-    words = "cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror"
-    add("--cache-features", action="store_true", help=words)
+    text = "cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror"
+    add("--cache-features", action="store_true", help=text)
     parser.set_defaults(mirror=False)  # REPA's recipe does not mirror
-    vae.launch(parser, run)
-
-
-def run(args, rank, world, device):
-    dit.check_mode(args)
-    if args.cache_features and args.no_cache:
-        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
-    if args.sample_from is not None:
-        sit.sample(args, rank, world, device, REPA, CONFIGS, generate)
-    else:
-        train(args, rank, world, device)
+    dit.launch(parser, train, sample)
 
 
 if __name__ == "__main__":
