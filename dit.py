@@ -457,7 +457,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+        preview(args, step, log, model, ema, draw_ddim, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -505,7 +505,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+            preview(args, step, log, model, ema, draw_ddim, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
@@ -529,7 +529,7 @@ ENTRIES = ("ema", "step", "args", "latent", "vae", "classes")
 
 
 def load_latent_space(args, kept, device):
-    """-> (the autoencoder in --vae, on the device; its file and hash, for checkpoints and caches).
+    """The autoencoder in --vae, on the device, and its file and hash, for checkpoints and caches.
 
     kept  entries of the generator's checkpoint, if there is one. The autoencoder must be the one
           that it was trained on, and the latents get the scale that they had then
@@ -588,7 +588,7 @@ def one_image(model):
     return lambda: model(x, label.float(), label)
 
 
-def network_config(args, preset, autoencoder, images, **options):
+def network_config(args, preset, autoencoder, images):
     """The arguments of the network for these latents and classes."""
     side = autoencoder.latent_size[0]
     if side % preset["patch_size"]:
@@ -601,7 +601,6 @@ def network_config(args, preset, autoencoder, images, **options):
         input_size=side,
         in_channels=autoencoder.config["z_channels"],
         num_classes=len(images.classes),
-        **options,
     )
 
 
@@ -651,14 +650,15 @@ def sync_gradients(network, is_last):
 
 
 @torch.no_grad()
-def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
+def preview(args, step, log, model, ema, draw, autoencoder, autocast):
     """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
-    labels each time. `draw` is as draw_latents() takes it."""
+    labels each time. `draw` is as draw_pictures() takes it."""
     if not vae.MAIN or args.bench or not args.sample_every:
         return
     device = next(model.parameters()).device
     shape = (model.config["in_channels"], *autoencoder.latent_size)
     noise = vae.sample_noise(shape, args.seed, range(16), device)
+    null = model.config["num_classes"]
     labels = torch.arange(16, device=device) % max(1, null)
     weights = ema or model.state_dict()
 
@@ -1095,7 +1095,7 @@ def find_generator(path):
 
 
 def read_official(path, checkpoint, network):
-    """-> configuration and weights of an official file, whose shapes tell the configuration."""
+    """Configuration and weights of an official file, whose shapes tell the configuration."""
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(

@@ -1139,14 +1139,18 @@ def read_statistics(path, notes):
     with open_npz(path) as file:
         stored = dict(N=int(file["N"]) if "N" in file.files else "unknown")
         for mean, covariance, width in STATISTICS:
-            if (mean in file.files) != (covariance in file.files):
+            shapes = {mean: (width,), covariance: (width, width)}
+            present = [name for name in shapes if name in file.files]
+            if len(present) == 1:
                 raise ValueError(f"{mean} and {covariance} are needed, but one of them is missing")
-            for name, shape in ((mean, (width,)), (covariance, (width, width))):
-                if name in file.files:
-                    stored[name] = np.asarray(file[name], dtype=np.float64)
-                    if stored[name].shape != shape or not np.isfinite(stored[name]).all():
-                        reason = f"{name} is of shape {stored[name].shape}"
-                        raise ValueError(f"{reason}, not finite numbers of shape {shape}")
+            for name in present:
+                value = np.asarray(file[name], dtype=np.float64)
+                stored[name] = value
+                if value.shape != shapes[name] or not np.isfinite(value).all():
+                    raise ValueError(
+                        f"{name} is of shape {value.shape}, not finite numbers of shape "
+                        f"{shapes[name]}"
+                    )
         if "mu" not in stored:
             return {}
         if "mu_s" not in stored:

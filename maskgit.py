@@ -242,7 +242,7 @@ def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """-> (counts, ramps): how many tokens each step decides, adding up to `tokens`, and each step's
+    """Counts and ramps: how many tokens each step decides, adding up to `tokens`, and each step's
     progress, up to 1 in the last one, by which guidance grows and noise fades.
 
     arccos  v1.0's: step i decides a number in proportion to arccos(1 - i / (steps - 1)), rounded,
@@ -310,15 +310,15 @@ def parallel_decoding(
         # are left into code K - 1
         probabilities = (logits[..., :codes].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
         draw = uniform[:, i, 0, :, None]  # (B, N, 1)
-        drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2)  # (B, N)
-        drawn = drawn.clamp(max=codes - 1)  # the sum of all may round to less than `draw`
-        confidence = probabilities.gather(2, drawn[..., None])[..., 0]
+        sampled = (probabilities.cumsum(dim=2) <= draw).sum(dim=2)  # (B, N)
+        sampled = sampled.clamp(max=codes - 1)  # the sum of all may round to less than `draw`
+        confidence = probabilities.gather(2, sampled[..., None])[..., 0]
         confidence = confidence.clamp(min=1e-37).log()  # above -inf, which known tokens get
         gumbel = -torch.log(-torch.log(uniform[:, i, 1].clamp(min=1e-20)))
         confidence = confidence + choice_temperature * (1 - ramp) * gumbel
         confidence = confidence.masked_fill(tokens != mask_token, -math.inf)
         surest = confidence.topk(count, dim=1).indices  # (B, count)
-        tokens = tokens.scatter(1, surest, drawn.gather(1, surest))
+        tokens = tokens.scatter(1, surest, sampled.gather(1, surest))
     return tokens
 
 
@@ -436,7 +436,7 @@ def accuracies(logits, tokens, mask):
 
 
 def load_tokenizer(args, kept, device):
-    """-> (the VQ-GAN in --vqgan, on the device; its file and hash, for checkpoints and caches).
+    """The VQ-GAN in --vqgan, on the device, and its file and hash, for checkpoints and caches.
 
     kept  entries of the generator's checkpoint, if there is one: the VQ-GAN must be the one that it
           was trained on

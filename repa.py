@@ -196,7 +196,6 @@ class DINOv2(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, 14, stride=14)))
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.resampled = {}  # side -> position embedding, of the sides met so far
         mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
         std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         self.register_buffer("mean", mean, persistent=False)
@@ -211,14 +210,10 @@ class DINOv2(nn.Module):
         native = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if side == native:
             return self.pos_embed
-        if side not in self.resampled:
-            grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (native, native)).float()
-            grid = F.interpolate(
-                grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-            )
-            grid = grid.flatten(2).transpose(1, 2)
-            self.resampled[side] = torch.cat([self.pos_embed[:, :1], grid], dim=1)
-        return self.resampled[side]
+        grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (native, native)).float()
+        size = (side, side)
+        grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x):
         """Normalised images (B, 3, 14 s, 14 s) -> patch tokens (B, s^2, D), row by row, after the
@@ -245,7 +240,7 @@ class DINOv2(nn.Module):
 
 
 def load_encoder(name, path, device):
-    """-> (encode, encoder_id).
+    """The encoder, and an id that tells it apart: (encode, encoder_id).
 
     name  one of ENCODERS, or MODULE:FUNCTION, your own function (path, device) -> encode
     path  file of its weights. Where it is None, DINOv2's are taken from torch hub's cache or else
@@ -310,18 +305,13 @@ def train(args, rank, world, device):
     # REPA: the encoder whose tokens are the targets
     side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
-    check_encoder(args, resumed, encoder_id)
+    args.encoder_id = encoder_id  # the checkpoint keeps it
+    check_encoder(args, resumed)
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
-    config = dit.network_config(
-        args,
-        CONFIGS[args.model],
-        autoencoder,
-        images,
-        path=args.path,  # SiT
-        z_dims=(width,),  # REPA
-    )
+    preset = dict(CONFIGS[args.model], path=args.path, z_dims=(width,))  # REPA: z_dims
+    config = dit.network_config(args, preset, autoencoder, images)
     model = dit.start_network(REPA, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -347,7 +337,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -401,7 +391,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
@@ -411,13 +401,14 @@ def train(args, rank, world, device):
     log.end(step)
 
 
-def check_encoder(args, resumed, encoder_id):
-    """InputError if the run to go on with was aligned with another encoder. Keeps the encoder's id
-    among the arguments, which the checkpoint holds."""
-    args.encoder_id = encoder_id
-    if resumed is not None and resumed["args"].get("encoder_id") != encoder_id:
+def check_encoder(args, resumed):
+    """InputError if the run to go on with was aligned with another encoder."""
+    if resumed is None:
+        return
+    before = resumed["args"].get("encoder_id")
+    if before != args.encoder_id:
         raise vae.InputError(
-            f"{args.out}: was aligned with {resumed['args'].get('encoder_id')}, not {encoder_id}; "
+            f"{args.out}: was aligned with {before}, not {args.encoder_id}; "
             "give the same --encoder and --encoder-weights, or another --out"
         )
 

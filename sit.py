@@ -255,13 +255,8 @@ def train(args, rank, world, device):
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
-    config = dit.network_config(
-        args,
-        CONFIGS[args.model],
-        autoencoder,
-        images,
-        path=args.path,  # SiT
-    )
+    preset = dict(CONFIGS[args.model], path=args.path)  # SiT: path
+    config = dit.network_config(args, preset, autoencoder, images)
     model = dit.start_network(SiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -281,7 +276,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -331,7 +326,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
