@@ -96,21 +96,19 @@ class Attention(nn.Module):
         return self.proj(h.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
+def feed_forward(width, hidden, activation):
+    layers = dict(fc1=nn.Linear(width, hidden), act=activation, fc2=nn.Linear(hidden, width))
+    return nn.Sequential(OrderedDict(layers))
+
+
 class Block(nn.Module):
     """A transformer block. A linear layer on SiLU(c), 0 at the start, gives its shifts, scales and
     gates."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        hidden = int(width * mlp_ratio)
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(width, hidden),
-                act=nn.GELU(approximate="tanh"),
-                fc2=nn.Linear(hidden, width),
-            )
-        )
+        self.mlp = feed_forward(width, int(width * mlp_ratio), nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):  # (B, N, D), (B, D)
@@ -1275,9 +1273,9 @@ def samples_path(args, world):
 
 
 def check_guidance(cfg_scale, num_classes):
-    if cfg_scale < 0 or (cfg_scale != 1 and not num_classes):
+    if cfg_scale != 1 and not num_classes:
         raise vae.InputError(
-            f"--cfg-scale {cfg_scale:g}: at least 0, and 1 for a generator without classes"
+            f"--cfg-scale {cfg_scale:g}: must be 1 for a generator without classes"
         )
 
 

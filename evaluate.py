@@ -254,11 +254,6 @@ class Unit(nn.Module):
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    def fold(self):
-        """Merges the BatchNorm into the convolution."""
-        self.conv = nn.utils.fuse_conv_bn_eval(self.conv, self.bn)
-        self.bn = nn.Identity()
-
 
 class Mixed(nn.Module):
     """An Inception block: several branches see one input, and their outputs are concatenated.
@@ -386,7 +381,8 @@ class Inception(nn.Module):
     def fold(self):
         """Merges each BatchNorm into its convolution, which makes the network a third faster."""
         for unit in [module for module in self.modules() if isinstance(module, Unit)]:
-            unit.fold()
+            unit.conv = nn.utils.fuse_conv_bn_eval(unit.conv, unit.bn)
+            unit.bn = nn.Identity()
         return self
 
     @full_precision()
@@ -755,7 +751,9 @@ def write_record(args, network, results, notes, device, about):
 
 def portable(value):
     """A path, or a word like --data=PATH, without the folders of this machine: the path starts at
-    the working directory, or is the name alone. Other values are returned as they are."""
+    the working directory, or is the name alone. Of a dict the values; others stay as they are."""
+    if isinstance(value, dict):
+        return {name: portable(part) for name, part in value.items()}
     if not isinstance(value, str):
         return value
     flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
@@ -763,10 +761,6 @@ def portable(value):
         inside = Path(path).is_relative_to(Path.cwd())
         path = os.path.relpath(path) if inside else Path(path).name
     return f"{flag}{equals}{path}"
-
-
-def portable_arguments(arguments):
-    return {name: portable(value) for name, value in arguments.items()}
 
 
 def name_of(path, taken=()):
@@ -869,8 +863,7 @@ def load_models(args, device):
         entry["config"] = model.config
         checkpoint = vae.read_file(vae.find_file(path))
         if vae.is_ours(checkpoint):
-            entry["step"] = checkpoint["step"]
-            entry["args"] = portable_arguments(checkpoint["args"])
+            entry |= dict(step=checkpoint["step"], args=portable(checkpoint["args"]))
         models[name] = model.to(device)
         origins[name] = entry
     return models, origins
@@ -1022,10 +1015,10 @@ def read_settings(path, samples):
     try:
         settings = vae.read_json(path)
         if settings.get("args"):
-            settings["args"] = portable_arguments(settings["args"])
-    except (ValueError, AttributeError):
+            settings["args"] = portable(dict(settings["args"]))
+        return settings
+    except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: holds no settings of {samples}; rename it") from None
-    return settings
 
 
 def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
@@ -1147,10 +1140,8 @@ def read_statistics(path, notes):
                 value = np.asarray(file[name], dtype=np.float64)
                 stored[name] = value
                 if value.shape != shapes[name] or not np.isfinite(value).all():
-                    raise ValueError(
-                        f"{name} is of shape {value.shape}, not finite numbers of shape "
-                        f"{shapes[name]}"
-                    )
+                    reason = f"{name} is of shape {value.shape}, not finite numbers of shape"
+                    raise ValueError(f"{reason} {shapes[name]}")
         if "mu" not in stored:
             return {}
         if "mu_s" not in stored:

@@ -165,13 +165,7 @@ class ViTBlock(nn.Module):
         self.attn = dit.Attention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(width, 4 * width),
-                act=nn.GELU(),
-                fc2=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = dit.feed_forward(width, 4 * width, nn.GELU())
         self.ls2 = LayerScale(width)
 
     def forward(self, x):  # (B, N, D)

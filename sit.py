@@ -1,17 +1,17 @@
 """Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
 velocity from noise to data.
 
-    here             SiT's code   time
-    latents (data)   x1           t = 1
-    noise            x0           t = 0
-    x                x_t          in between
-
 SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path, alpha_t latents + sigma_t
 noise. Time runs from noise to data, as in the official code; SiT's paper lets it run the other way,
 and so does repa.py. The network learns the mean of dx / dt, the velocity. Two kinds of samplers
 carry noise to data: an ODE whose right-hand side is the velocity, and an SDE, which also needs the
 score. The score is computed from the velocity. EQ-VAE (https://arxiv.org/abs/2502.09509) gives
 another autoencoder, and nothing here changes but the latents.
+
+    here             SiT's code   time
+    latents (data)   x1           t = 1
+    noise            x0           t = 0
+    x                x_t          in between
 
 The network, the latent cache, guidance and the writing of samples are in dit.py. Logs, checkpoints
 and processes are in vae.py.
@@ -406,8 +406,8 @@ def arguments(description, models, out):
     add = sampling.add_argument
     add("--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE")
     add("--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds")
-    lasts = ("mean", "euler", "tweedie")
-    add("--last", choices=lasts, default="mean", help="the SDE's last step")
+    text = "the SDE's last step"
+    add("--last", choices=("mean", "euler", "tweedie"), default="mean", help=text)
     return parser
 
 
