@@ -951,10 +951,10 @@ def samples(args, rank, world, device):
     network = load_extractor(args, "adm", device)
     notes = []
     fake_pictures = open_pictures(args.samples, notes)
-    stored = {}
+    adm_statistics = {}
     if isinstance(network, Inception):  # ADM's statistics are of its features
-        stored = read_statistics(args.reference, notes)
-    real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(stored))
+        adm_statistics = read_statistics(args.reference, notes)
+    real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(adm_statistics))
     origin, statistics = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
     real = statistics or score_pictures(real_pictures, network, args, rank, world, device, True)
@@ -962,7 +962,9 @@ def samples(args, rank, world, device):
         return
     if origin and not statistics:
         write_statistics(args.statistics, origin, real)
-    reference = stored or real  # ADM's statistics are of more images than the pictures beside them
+    reference = (
+        adm_statistics or real
+    )  # ADM's statistics are of more images than the pictures beside them
     result = compare(fake, real, reference, network, args, notes, device)
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=sampling)
