@@ -428,8 +428,7 @@ def train(args, rank, world, device):
     resumed = vae.load_run(args, "DiT", CONFIGS, required=ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = load_latent_space(args, resumed, device)
-    set_image_size(args, autoencoder)
-    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    images = open_images(args, autoencoder)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
@@ -567,14 +566,15 @@ def set_scale(autoencoder, latent):
     autoencoder.shift_factor = latent["shift"]
 
 
-def set_image_size(args, autoencoder):
-    """Gives the autoencoder the image_size (H, W) of training, --image-size or else what it was
-    itself trained at, and the latent_size (h, w)."""
+def open_images(args, autoencoder):
+    """The ImageFolder of --data. Gives the autoencoder the image_size (H, W) of training,
+    --image-size or else what it was itself trained at, and the latent_size (h, w)."""
     if args.image_size is None:
         args.image_size = max(autoencoder.image_size or (256, 256))
         vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
     autoencoder.image_size = (args.image_size, args.image_size)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
+    return vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
 
 
 def one_image(model):

@@ -802,8 +802,8 @@ def recon(args, rank, world, device):
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
     count = min(args.num_images or len(data), len(data))
-    picked = np.linspace(0, len(data) - 1, count).astype(int).tolist()
-    data = torch.utils.data.Subset(data, picked)
+    indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
+    data = torch.utils.data.Subset(data, indices)
     models, origins = load_models(args, device)
     vae.check_agreement(data.dataset.files.data.tobytes(), origins)
     extractor = load_extractor(args, "pytorch-fid", device)
@@ -824,8 +824,8 @@ def recon(args, rank, world, device):
             scores, pictures = score_batch(name, model, images, index, perceptual, args)
             for key, values in scores.items():
                 columns[name][key].append(values.cpu())
-            for key, shown in pictures.items():
-                moments[name][key].add(extractor(shown)[0])
+            for key, batch in pictures.items():
+                moments[name][key].add(extractor(batch)[0])
 
     results = {}
     for name in models:

@@ -341,15 +341,14 @@ def train(args, rank, world, device):
     resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=("vqgan", "classes"))
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args, resumed, device)
-    dit.set_image_size(args, tokenizer)
-    images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
+    images = dit.open_images(args, tokenizer)
     null = len(images.classes)  # the label that stands for no class
     codes = tokenizer.config["n_embed"]  # K, the number of codes and so the mask token
     micro_batch = vae.images_per_pass(args, world)
 
     # The network and its optimiser, with v1.0's settings. Unlike DiT, SiT and REPA, v1.0 keeps no
     # average of the weights
-    side = tokenizer.grid(tokenizer.image_size)[0]
+    side = tokenizer.latent_size[0]
     config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
     config["dropout"] = args.dropout
     model = dit.start_network(MaskGIT, config, args, resumed, images).to(device).train()
@@ -359,8 +358,7 @@ def train(args, rank, world, device):
     dit.compile_blocks(args, model.blocks)
     network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
+    mask_ratio, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
@@ -386,7 +384,7 @@ def train(args, rank, world, device):
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
         tokens = tokens.to(device, non_blocking=True).long()
-        mask = mask_draw < schedule(ratio_draw)  # MaskGIT: (B / world, N)
+        mask = mask_draw < mask_ratio(ratio_draw)  # MaskGIT: (B / world, N)
         y = labels.to(device, non_blocking=True)
         y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, y)
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0
@@ -400,8 +398,8 @@ def train(args, rank, world, device):
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
-                counted = mask[rows] if args.masked_only else None
-                loss = token_losses(logits, tokens[rows], counted, mean_ratio).mean()  # MaskGIT
+                loss_mask = mask[rows] if args.masked_only else None
+                loss = token_losses(logits, tokens[rows], loss_mask, mean_ratio).mean()  # MaskGIT
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 

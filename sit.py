@@ -249,8 +249,7 @@ def train(args, rank, world, device):
     resumed = vae.load_run(args, "SiT", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
-    dit.set_image_size(args, autoencoder)
-    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    images = dit.open_images(args, autoencoder)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
