@@ -841,21 +841,38 @@ class CachedViews(torch.utils.data.Dataset):
         self.labels = labels
         self.seed = seed
         self.mirror = mirror
-        self.reader = None
+        self.file = None
+        self.process = None  # that opened the file: two must not share a place in it
 
     def __len__(self):
         return len(self.indices)
 
     def __getstate__(self):
-        return dict(self.__dict__, reader=None)
+        return dict(self.__dict__, file=None, process=None)
 
     def __getitem__(self, item):
         epoch, index = item
-        if self.reader is None or self.reader.process != os.getpid():
-            self.reader = RowReader(self.path)  # two processes must not share a place in a file
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = self.reader.read(self.indices[index], view)
+        row = self.read(self.indices[index], view)
         return torch.from_numpy(row), int(self.labels[index]), index, True
+
+    def read(self, row, view):
+        """A copy of one row, read from where it lies. A memory map would read 128 KB around what is
+        not in memory; from a cache that is larger than memory, a batch then takes many times as
+        long."""
+        if self.process != os.getpid():
+            array = np.load(self.path, mmap_mode="r")  # reads the header alone
+            self.shape = array.shape
+            self.dtype = array.dtype
+            self.offset = array.offset
+            self.file = open(self.path, "rb", buffering=0)
+            self.process = os.getpid()
+        values = np.empty(self.shape[2:], self.dtype)
+        number = int(np.ravel_multi_index((row, view), self.shape[:2]))
+        self.file.seek(self.offset + number * values.nbytes)
+        if self.file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+            raise vae.InputError(f"{self.path}: was cut short; delete its folder")
+        return values
 
 
 def images_hash(images, memo):
@@ -1020,31 +1037,6 @@ def write_rows(path, indices, rows):
         for index, row in zip(indices, rows):
             file.seek(offset + int(index) * row.nbytes)
             file.write(row.tobytes())
-
-
-class RowReader:
-    """Reads parts of an .npy file, each from where it lies.
-
-    A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
-    than memory, a batch of latents then takes many times as long.
-    """
-
-    def __init__(self, path):
-        array = np.load(path, mmap_mode="r")  # reads the header alone
-        self.shape = array.shape
-        self.dtype = array.dtype
-        self.offset = array.offset
-        self.file = open(path, "rb", buffering=0)
-        self.process = os.getpid()
-
-    def read(self, *place):
-        """array[place], a copy; `place` are the first indices."""
-        part = np.empty(self.shape[len(place) :], self.dtype)
-        number = int(np.ravel_multi_index(place, self.shape[: len(place)]))
-        self.file.seek(self.offset + number * part.nbytes)
-        if self.file.readinto(part.reshape(-1).view(np.uint8)) != part.nbytes:
-            raise vae.InputError(f"{self.file.name}: was cut short; delete its folder")
-        return part
 
 
 # ==================================================================================================
