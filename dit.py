@@ -884,14 +884,14 @@ def images_hash(images, memo):
     root = os.path.normpath(images.root)
     about = hashlib.sha256(os.fsencode(os.path.abspath(root)))
     for file in images.files:
-        found = os.stat(file)
+        status = os.stat(file)
         name = os.fsencode(os.path.relpath(file, root))
-        about.update(b"%b %d %d\n" % (name, found.st_size, found.st_mtime_ns))
+        about.update(b"%b %d %d\n" % (name, status.st_size, status.st_mtime_ns))
     about = about.hexdigest()
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        kept = vae.read_json(memo)
-        if kept.get("about") == about:
-            return kept["content"], kept
+        last = vae.read_json(memo)
+        if last.get("about") == about:
+            return last["content"], last
     content = hashlib.sha256()
     for file in images.files:
         size = os.path.getsize(file)
@@ -946,18 +946,18 @@ class Rows:
 
     def prepare(self, manifest):
         path = self.folder / "manifest.json"
-        kept = self.read_manifest(path)
-        wrong = [name for name in manifest if kept and kept.get(name) != manifest[name]]
+        before = self.read_manifest(path)
+        wrong = [name for name in manifest if before and before.get(name) != manifest[name]]
         if wrong:
             raise vae.InputError(
                 f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; delete the "
                 f"folder, or give another {self.flag}"
             )
-        if kept and not self.exclusive and (self.read_status() != MISSING).all():
+        if before and not self.exclusive and (self.read_status() != MISSING).all():
             return  # no lock: any number of runs may read what is complete
         self.folder.mkdir(parents=True, exist_ok=True)
         vae.lock_folder(self.folder, f"{self.flag} {self.folder}")
-        if kept:
+        if before:
             return
         vae.say(f"{self.folder}: {math.prod(self.shape) * self.dtype.itemsize / 1e9:.3g} GB")
         reserve(self.path, self.shape, self.dtype)
