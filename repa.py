@@ -298,7 +298,7 @@ def train(args, rank, world, device):
     # REPA: the encoder whose tokens are the targets
     side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
-    args.encoder_id = encoder_id  # the checkpoint keeps it
+    args.encoder_id = encoder_id  # checkpoints and caches keep it
     check_encoder(args, resumed)
     width = token_width(args, encode, images.size, side, device)
 
@@ -319,11 +319,7 @@ def train(args, rank, world, device):
     latent = dit.measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
-    features = None
-    if args.cache_features:
-        features = cache_features(
-            args, rank, world, device, images, latent_views, encode, encoder_id, side, width
-        )
+    features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -465,15 +461,17 @@ class AlignedLatents(torch.utils.data.Dataset):
         return latent, image, label, index, readable
 
 
-def cache_features(args, rank, world, device, images, latents, encode, encoder_id, side, width):
-    """Caches the encoder's tokens of all pictures, in a folder whose name is that of the latents'
-    with -features appended. -> dit.CachedViews"""
+def cache_features(args, rank, world, device, images, latents, encode, side, width):
+    """With --cache-features the dit.CachedViews of the encoder's tokens of all pictures, in a folder
+    whose name is that of the latents' with -features appended; None without."""
+    if not args.cache_features:
+        return None
 
     def encode_tokens(batch):
         return target_tokens(batch, encode, side, device).half()
 
     folder = dit.cache_folder(args, args.vae, "latents") + "-features"
-    made_of = dict(encoder=encoder_id)
+    made_of = dict(encoder=args.encoder_id)
     shape = (side**2, width)
     features = dit.cached(
         args, rank, world, folder, images, encode_tokens, shape, "float16", made_of, args.mirror
