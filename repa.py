@@ -462,7 +462,7 @@ class AlignedLatents(torch.utils.data.Dataset):
 
 
 def cache_features(args, rank, world, device, images, latents, encode, side, width):
-    """With --cache-features the dit.CachedViews of the encoder's tokens of all pictures, in a folder
+    """With --cache-features dit.CachedViews of the encoder's tokens of all pictures, in a folder
     whose name is that of the latents' with -features appended; None without."""
     if not args.cache_features:
         return None
