@@ -953,7 +953,7 @@ def samples(args, rank, world, device):
     fake_pictures = open_pictures(args.samples, notes)
     adm_statistics = {}
     if isinstance(network, Inception):  # ADM's statistics are of its features
-        adm_statistics = read_statistics(args.reference, notes)
+        adm_statistics = read_adm_statistics(args.reference, notes)
     real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(adm_statistics))
     origin, statistics = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
@@ -1126,7 +1126,7 @@ def open_npz(path):
         raise InputError(f"{path}: cannot be used: {reason}; {WANTED}") from None
 
 
-def read_statistics(path, notes):
+def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
     number of images that they are of, or "unknown". -> {} without mu"""
     if os.path.isdir(path):
@@ -1159,7 +1159,8 @@ def read_statistics(path, notes):
 # --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
 # mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
 # FID's network they are in it, too: 8 kB a picture. `made` says in JSON what the numbers are of
-ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features", "N", "unreadable")
+ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features")
+COUNTS = ("N", "unreadable")
 
 
 def open_statistics(args, pictures, network):
@@ -1192,7 +1193,7 @@ def read_own_statistics(path, origin):
         with np.load(path) as file:
             their_origin = json.loads(str(file["made"]))
             statistics = {name: file[name] for name in ARRAYS if name in file.files}
-        statistics |= {name: int(statistics[name]) for name in ("N", "unreadable")}
+            statistics |= {name: int(file[name]) for name in COUNTS}
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         reason = " ".join(str(error).split())
         raise InputError(
@@ -1211,12 +1212,12 @@ def read_own_statistics(path, origin):
 
 def write_statistics(path, origin, real):
     """Writes a file of --statistics."""
-    arrays = {name: np.asarray(real[name].cpu()) for name in real if name in ARRAYS[:-2]}
+    values = {name: np.asarray(real[name].cpu()) for name in ARRAYS if name in real}
+    values |= {name: real[name] for name in COUNTS}
 
     def write(part):
         with open(part, "wb") as file:
-            counts = dict(N=real["N"], unreadable=real["unreadable"])
-            np.savez(file, made=json.dumps(origin), **counts, **arrays)
+            np.savez(file, made=json.dumps(origin), **values)
 
     own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
     vae.write_file(own, write)
