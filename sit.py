@@ -28,7 +28,7 @@ samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-V
 
 From Python:
 
-    model, kept = load_generator("sit.pt")                        # kept["classes"]: their names
+    model, checkpoint = load_generator("sit.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """

@@ -5661,19 +5661,19 @@ def test_from_python_classes_have_names_and_the_autoencoder_is_that_of_training(
     """The pictures of the command line. The check can be left out, as official files do."""
     load = vqgan.load_vqgan if script is maskgit else vae.load_autoencoder
     right, wrong = [load(words[1]).to(DEVICE) for words in (codec, other_codec)]
-    model, kept = script.load_generator(generator)
+    model, checkpoint = script.load_generator(generator)
     model.to(DEVICE)
     settings = dict(steps=4)
     if script is maskgit:
         settings = dict(maskgit.PRESETS["256"], sampling_steps=4)
-    names = [kept["classes"][label] for label in samples.labels]
+    names = [checkpoint["classes"][label] for label in samples.labels]
     pictures = script.generate(model, right, names, **settings)
     assert levels_apart(pictures.astype(int), samples.pictures) <= 1
     with pytest.raises(ValueError, match="no class cow, hen; give some of cats, dogs"):
         script.generate(model, right, ["cow", "cats", "hen"], **settings)
     with pytest.raises(ValueError, match=f"trained with another one \\({codec[1]}"):
         script.generate(model, wrong, "cats", **settings)
-    model.kept = {}
+    model.checkpoint = {}
     assert len(script.generate(model, wrong, [0], **settings)) == 1
 
 
