@@ -4732,7 +4732,7 @@ SILENT = {
 
 class SimpleModel:
     config = dict(num_classes=3)
-    kept = dict(classes=["cats", "dogs", "hens"])
+    checkpoint = dict(classes=["cats", "dogs", "hens"])
 
 
 @pytest.mark.parametrize("name", SILENT)
