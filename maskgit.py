@@ -205,12 +205,17 @@ class MaskGIT(nn.Module):
 # Masks and losses of training
 
 
+def arccos_ratio(r):
+    return torch.arccos(r) / (math.pi / 2)
+
+
+def cosine_ratio(r):
+    return torch.cos(r * math.pi / 2)
+
+
 # name -> (function of a uniform r in [0, 1) that gives the probability with which each token of an
 # image is masked, its mean over r). arccos is v1.0's, cosine the original's.
-MASK_SCHEDULES = {
-    "arccos": (lambda r: torch.arccos(r) / (math.pi / 2), 2 / math.pi),
-    "cosine": (lambda r: torch.cos(r * math.pi / 2), 2 / math.pi),
-}
+MASK_SCHEDULES = {"arccos": (arccos_ratio, 2 / math.pi), "cosine": (cosine_ratio, 2 / math.pi)}
 
 
 def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
