@@ -26,7 +26,7 @@ EQ-VAE's latents, 19.5 on SD-VAE's.
 
 From Python:
 
-    model, kept = load_generator("dit.pt")                        # kept["classes"]: their names
+    model, checkpoint = load_generator("dit.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
 
@@ -36,6 +36,7 @@ repa.py share all but the training loop; maskgit.py shares the caches and the wr
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -95,21 +96,19 @@ class Attention(nn.Module):
         return self.proj(h.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
+def feed_forward(width, hidden, activation):
+    layers = dict(fc1=nn.Linear(width, hidden), act=activation, fc2=nn.Linear(hidden, width))
+    return nn.Sequential(OrderedDict(layers))
+
+
 class Block(nn.Module):
     """A transformer block. A linear layer on SiLU(c), 0 at the start, gives its shifts, scales and
     gates."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        hidden = int(width * mlp_ratio)
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(width, hidden),
-                act=nn.GELU(approximate="tanh"),
-                fc2=nn.Linear(hidden, width),
-            )
-        )
+        self.mlp = feed_forward(width, int(width * mlp_ratio), nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):  # (B, N, D), (B, D)
@@ -181,7 +180,7 @@ class DiT(nn.Module):
                 f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}"
             )
         self.config = config  # what a checkpoint keeps
-        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
+        self.checkpoint = {}  # entries of the file that it comes from: load_generator() sets them
         self.patch_size = patch_size
         outputs = 2 * in_channels if learn_sigma else in_channels
         width = hidden_size
@@ -239,7 +238,7 @@ class DiT(nn.Module):
         )
 
     def embed(self, x, t, y):
-        """-> tokens (B, N, D) and the condition c (B, D) of timestep and class."""
+        """The blocks' input: tokens (B, N, D), and the condition c (B, D) of timestep and class."""
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
         # In float32 also under autocast: bf16 cannot tell the cosines near 1 apart
         with torch.autocast(x.device.type, enabled=False):
@@ -281,9 +280,7 @@ class GaussianDiffusion:
         strides = np.append(0, np.full(steps - 1, 999 / (steps - 1)))
         self.timesteps = strides.cumsum().round().astype(int)
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[self.timesteps]
-        alpha_bar_prev = np.append(
-            1.0, alpha_bar[:-1]
-        )  # of the step before, which sampling goes to
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])  # of the step that sampling goes to
         beta = 1 - alpha_bar / alpha_bar_prev
         variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x0)
         variance[0] = variance[1]  # it is 0 there, and has no logarithm
@@ -312,30 +309,27 @@ class GaussianDiffusion:
 
     @staticmethod
     def split(output, x):
-        """The network's output (B, 2C, h, w) -> eps and v (B, C, h, w)."""
+        """The network's output (B, 2C, h, w) at x (B, C, h, w) -> its halves, eps and v."""
         if output.shape[1] != 2 * x.shape[1]:
             raise ValueError("GaussianDiffusion needs a network with learn_sigma=True")
         return output.chunk(2, dim=1)
 
-    def interpret(self, output, x, i):
-        """The network's output (B, 2C, h, w) at x (B, C, h, w) -> eps, x0, and mean and log
-        variance of the next x."""
-        eps, v = self.split(output, x)
+    def interpret(self, eps, v, x, i):
+        """What eps and v say of x: -> x0, and the mean and log variance of the next x."""
         x0 = self.x0_from_x[i] * x - self.x0_from_eps[i] * eps
         fraction = (v + 1) / 2  # of the way between the two bounds of the variance
         low = self.log_variance_low[i]
         log_variance = fraction * self.log_variance_high[i] + (1 - fraction) * low
-        return eps, x0, self.posterior_mean(x0, x, i), log_variance
+        return x0, self.posterior_mean(x0, x, i), log_variance
 
     def losses(self, output, x0, x, i, noise):
-        """-> (mse, vb), each (B,), whose sum is DiT's hybrid loss.
+        """The two terms of DiT's hybrid loss, mse and vb, each (B,).
 
         mse is the squared error of the noise. vb is the variational bound in bits per value, and
         trains the variance alone.
         """
         eps, v = self.split(output, x)
-        frozen = torch.cat([eps.detach(), v], dim=1)
-        _, _, mean, log_variance = self.interpret(frozen, x, i)
+        _, mean, log_variance = self.interpret(eps.detach(), v, x, i)
         true_mean = self.posterior_mean(x0, x, i)
         true_log_variance = self.log_variance_low[i]
         kl = 0.5 * (
@@ -353,7 +347,8 @@ class GaussianDiffusion:
     def step(self, output, x, i, noise):
         """x_t -> x_{t-1}. DDPM with N(0, 1) noise like x; DDIM (https://arxiv.org/abs/2010.02502,
         eta = 0) with None."""
-        eps, x0, mean, log_variance = self.interpret(output, x, i)
+        eps, v = self.split(output, x)
+        x0, mean, log_variance = self.interpret(eps, v, x, i)
         if noise is None:
             return self.prev_signal[i] * x0 + self.prev_noise[i] * eps
         is_last = (i == 0)[:, None, None, None]  # no noise is added there
@@ -430,11 +425,10 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 
 def train(args, rank, world, device):
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "DiT", CONFIGS, required=KEPT)
+    resumed = vae.load_run(args, "DiT", CONFIGS, required=ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = load_latent_space(args, resumed, device)
-    set_image_size(args, autoencoder)
-    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    images = open_images(args, autoencoder)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
@@ -452,7 +446,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
-    measure_scale(autoencoder, images)
+    latent = measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, one_image(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -460,7 +454,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+        preview(args, step, log, model, ema, draw_ddim, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -508,13 +502,13 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            preview(args, step, log, model, ema, draw_ddim, autoencoder, null, autocast)
+            preview(args, step, log, model, ema, draw_ddim, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, model, ema, optimizer, autoencoder, source, images)
+            save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        save(args, step, model, ema, optimizer, autoencoder, source, images)
+        save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)
 
 
@@ -527,15 +521,15 @@ def draw_ddim(predict, noise, labels, noise_like):
 # Shared with sit.py and repa.py, and some with maskgit.py: the latent space, the network, pictures,
 # checkpoints
 
-# What a generator's checkpoint keeps besides its networks, for sampling and for going on
-KEPT = ("ema", "step", "args", "latent", "vae", "classes")
+# What a checkpoint holds besides the network, for sampling and for going on
+ENTRIES = ("ema", "step", "args", "latent", "vae", "classes")
 
 
-def load_latent_space(args, kept, device):
-    """-> (the autoencoder in --vae, on the device; its file and hash, for checkpoints and caches).
+def load_latent_space(args, checkpoint, device):
+    """The autoencoder in --vae, on the device, and its file and hash, for checkpoints and caches.
 
-    kept  entries of the generator's checkpoint, if there is one. The autoencoder must be the one
-          that it was trained on, and the latents get the scale that they had then
+    checkpoint  the generator's entries, if there is one. The autoencoder must be the one that it
+                was trained on, and the latents get the scale that they had then
     """
     if not args.vae:
         raise vae.InputError(
@@ -546,24 +540,24 @@ def load_latent_space(args, kept, device):
     autoencoder = vae.load_autoencoder(args.vae, args.vae_model, **options)
     autoencoder.sha256 = vae.weights_hash(autoencoder)
     source = dict(file=str(args.vae), sha256=autoencoder.sha256)
-    if kept:
-        check_source(f"--vae {args.vae}", autoencoder, kept["vae"])
-        set_scale(autoencoder, kept["latent"])
+    if checkpoint:
+        check_source(f"--vae {args.vae}", autoencoder, checkpoint["vae"])
+        set_scale(autoencoder, checkpoint["latent"])
     return autoencoder.to(device, memory_format=vae.convolution_layout(device)), source
 
 
-def check_source(name, autoencoder, kept):
+def check_source(name, autoencoder, source):
     """InputError if the latents or tokens that a generator was trained on came from elsewhere.
 
-    name  of the autoencoder, for the message
-    kept  file and hash of the right one, from the generator's checkpoint
+    name    of the autoencoder, for the message
+    source  file and hash of the right one, from the generator's checkpoint
     """
     if not hasattr(autoencoder, "sha256"):  # it takes a second, and generate() is called often
         autoencoder.sha256 = vae.weights_hash(autoencoder)
-    if kept["sha256"] != autoencoder.sha256:
+    if source["sha256"] != autoencoder.sha256:
         raise vae.InputError(
-            f"{name}: the generator was trained with another one ({kept['file']}, SHA-256 "
-            f"{kept['sha256'][:16]}); give that one, or train anew with another --out"
+            f"{name}: the generator was trained with another one ({source['file']}, SHA-256 "
+            f"{source['sha256'][:16]}); give that one, or train anew with another --out"
         )
 
 
@@ -572,14 +566,15 @@ def set_scale(autoencoder, latent):
     autoencoder.shift_factor = latent["shift"]
 
 
-def set_image_size(args, autoencoder):
-    """Gives the autoencoder the image_size (H, W) of training, --image-size or else what it was
-    itself trained at, and the latent_size (h, w)."""
+def open_images(args, autoencoder):
+    """The ImageFolder of --data. Gives the autoencoder the image_size (H, W) of training,
+    --image-size or else what it was itself trained at, and the latent_size (h, w)."""
     if args.image_size is None:
         args.image_size = max(autoencoder.image_size or (256, 256))
         vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
     autoencoder.image_size = (args.image_size, args.image_size)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
+    return vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
 
 
 def one_image(model):
@@ -591,7 +586,7 @@ def one_image(model):
     return lambda: model(x, label.float(), label)
 
 
-def network_config(args, preset, autoencoder, images, **options):
+def network_config(args, preset, autoencoder, images):
     """The arguments of the network for these latents and classes."""
     side = autoencoder.latent_size[0]
     if side % preset["patch_size"]:
@@ -604,7 +599,6 @@ def network_config(args, preset, autoencoder, images, **options):
         input_size=side,
         in_channels=autoencoder.config["z_channels"],
         num_classes=len(images.classes),
-        **options,
     )
 
 
@@ -613,12 +607,11 @@ def start_network(network, config, args, resumed, images):
     other classes."""
     if resumed is None:
         return network(**config)
-    kept = resumed["config"]
-    changed = [
-        f"{key} {kept.get(key)}, now {config[key]}"
-        for key in config
-        if kept.get(key) != config[key]
-    ]
+    changed = []
+    for name, value in config.items():
+        before = resumed["config"].get(name)
+        if before != value:
+            changed.append(f"{name} {before}, now {value}")
     if resumed["classes"] != images.classes:
         changed.append(f"other classes ({vae.shortened(resumed['classes'])})")
     if changed:
@@ -655,14 +648,15 @@ def sync_gradients(network, is_last):
 
 
 @torch.no_grad()
-def preview(args, step, log, model, ema, draw, autoencoder, null, autocast):
+def preview(args, step, log, model, ema, draw, autoencoder, autocast):
     """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
-    labels each time. `draw` is as draw_latents() takes it."""
+    labels each time. `draw` is as draw_pictures() takes it."""
     if not vae.MAIN or args.bench or not args.sample_every:
         return
     device = next(model.parameters()).device
     shape = (model.config["in_channels"], *autoencoder.latent_size)
     noise = vae.sample_noise(shape, args.seed, range(16), device)
+    null = model.config["num_classes"]
     labels = torch.arange(16, device=device) % max(1, null)
     weights = ema or model.state_dict()
 
@@ -686,27 +680,28 @@ def guidance(args):
     )
 
 
-def save(args, step, model, ema, optimizer, autoencoder, source, images):
+def save(args, step, model, optimizer, images, **entries):
     """Writes args.out, a dictionary of plain data.
 
     arch, config   class and arguments of the network
-    model, ema     its weights, and their average
-    opt            the optimiser's state
+    model, opt     its weights, and the optimiser's state
     step, args     steps taken, the command's arguments
-    vae, latent    file and hash of the autoencoder, scale and shift of its latents in training
     classes        names of the classes
+
+    and as `entries`, except that maskgit.py has only vqgan, file and hash of the VQ-GAN,
+
+    ema            the average of the weights, or None
+    vae, latent    file and hash of the autoencoder, scale and shift of its latents in training
     """
     checkpoint = dict(
         arch=type(model).__name__,
         config=model.config,
         model=model.state_dict(),
-        ema=ema,
         opt=optimizer.state_dict(),
         step=step,
         args=vae.saved_arguments(args),
-        latent=dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor),
-        vae=source,
         classes=images.classes,
+        **entries,
     )
     vae.save_run(args, checkpoint)
 
@@ -717,13 +712,15 @@ def save(args, step, model, ema, optimizer, autoencoder, source, images):
 
 
 def measure_scale(autoencoder, images):
-    """Measures the latents' scale where the autoencoder's file has none, as LDM's kl-f16. All
-    processes measure the same images; the mean removes what they round differently."""
+    """Scale and shift of the latents, for the checkpoint. They are measured where the autoencoder's
+    file has none, as LDM's kl-f16. All processes measure the same images; the mean removes what
+    they round differently."""
     if autoencoder.scaling_factor is None:
         measured = vae.measure_latents(autoencoder, images.centred())
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
         scale, shift = vae.mean_over_processes(pair).tolist()
         set_scale(autoencoder, dict(scale=scale, shift=shift))
+    return dict(scale=autoencoder.scaling_factor, shift=autoencoder.shift_factor)
 
 
 def latent_data(args, rank, world, device, autoencoder, source, images):
@@ -844,21 +841,38 @@ class CachedViews(torch.utils.data.Dataset):
         self.labels = labels
         self.seed = seed
         self.mirror = mirror
-        self.reader = None
+        self.file = None
+        self.process = None  # that opened the file: two must not share a place in it
 
     def __len__(self):
         return len(self.indices)
 
     def __getstate__(self):
-        return dict(self.__dict__, reader=None)
+        return dict(self.__dict__, file=None, process=None)
 
     def __getitem__(self, item):
         epoch, index = item
-        if self.reader is None or self.reader.process != os.getpid():
-            self.reader = RowReader(self.path)  # two processes must not share a place in a file
         view = int(self.mirror and vae.is_mirrored(self.seed, epoch, index))
-        row = self.reader.read(self.indices[index], view)
+        row = self.read(self.indices[index], view)
         return torch.from_numpy(row), int(self.labels[index]), index, True
+
+    def read(self, row, view):
+        """A copy of one row, read from where it lies. A memory map would read 128 KB around what is
+        not in memory; from a cache that is larger than memory, a batch then takes many times as
+        long."""
+        if self.process != os.getpid():
+            array = np.load(self.path, mmap_mode="r")  # reads the header alone
+            self.shape = array.shape
+            self.dtype = array.dtype
+            self.offset = array.offset
+            self.file = open(self.path, "rb", buffering=0)
+            self.process = os.getpid()
+        values = np.empty(self.shape[2:], self.dtype)
+        number = int(np.ravel_multi_index((row, view), self.shape[:2]))
+        self.file.seek(self.offset + number * values.nbytes)
+        if self.file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+            raise vae.InputError(f"{self.path}: was cut short; delete its folder")
+        return values
 
 
 def images_hash(images, memo):
@@ -870,14 +884,14 @@ def images_hash(images, memo):
     root = os.path.normpath(images.root)
     about = hashlib.sha256(os.fsencode(os.path.abspath(root)))
     for file in images.files:
-        found = os.stat(file)
+        status = os.stat(file)
         name = os.fsencode(os.path.relpath(file, root))
-        about.update(b"%b %d %d\n" % (name, found.st_size, found.st_mtime_ns))
+        about.update(b"%b %d %d\n" % (name, status.st_size, status.st_mtime_ns))
     about = about.hexdigest()
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        kept = vae.read_json(memo)
-        if kept.get("about") == about:
-            return kept["content"], kept
+        last = vae.read_json(memo)
+        if last.get("about") == about:
+            return last["content"], last
     content = hashlib.sha256()
     for file in images.files:
         size = os.path.getsize(file)
@@ -932,18 +946,18 @@ class Rows:
 
     def prepare(self, manifest):
         path = self.folder / "manifest.json"
-        kept = self.read_manifest(path)
-        wrong = [name for name in manifest if kept and kept.get(name) != manifest[name]]
+        before = self.read_manifest(path)
+        wrong = [name for name in manifest if before and before.get(name) != manifest[name]]
         if wrong:
             raise vae.InputError(
                 f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; delete the "
                 f"folder, or give another {self.flag}"
             )
-        if kept and not self.exclusive and (self.read_status() != MISSING).all():
+        if before and not self.exclusive and (self.read_status() != MISSING).all():
             return  # no lock: any number of runs may read what is complete
         self.folder.mkdir(parents=True, exist_ok=True)
         vae.lock_folder(self.folder, f"{self.flag} {self.folder}")
-        if kept:
+        if before:
             return
         vae.say(f"{self.folder}: {math.prod(self.shape) * self.dtype.itemsize / 1e9:.3g} GB")
         reserve(self.path, self.shape, self.dtype)
@@ -1025,31 +1039,6 @@ def write_rows(path, indices, rows):
             file.write(row.tobytes())
 
 
-class RowReader:
-    """Reads parts of an .npy file, each from where it lies.
-
-    A memory map would read 128 KB around a part that is not in memory. From a cache that is larger
-    than memory, a batch of latents then takes many times as long.
-    """
-
-    def __init__(self, path):
-        array = np.load(path, mmap_mode="r")  # reads the header alone
-        self.shape = array.shape
-        self.dtype = array.dtype
-        self.offset = array.offset
-        self.file = open(path, "rb", buffering=0)
-        self.process = os.getpid()
-
-    def read(self, *place):
-        """array[place], a copy; `place` are the first indices."""
-        part = np.empty(self.shape[len(place) :], self.dtype)
-        number = int(np.ravel_multi_index(place, self.shape[: len(place)]))
-        self.file.seek(self.offset + number * part.nbytes)
-        if self.file.readinto(part.reshape(-1).view(np.uint8)) != part.nbytes:
-            raise vae.InputError(f"{self.file.name}: was cut short; delete its folder")
-        return part
-
-
 # ==================================================================================================
 # Sampling, from Python: load_generator() and generate()
 
@@ -1060,8 +1049,8 @@ def load_generator(file, network=DiT, **options):
     options  arguments of the network that official files do not tell
 
     Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
-    average of the weights where there is one. kept["latent"] is the scale and shift of the latents
-    that it was trained on, kept["vae"] file and hash of their autoencoder, and kept["classes"] are
+    average of the weights where there is one. Of the entries "latent" is the scale and shift of
+    the latents that it was trained on, "vae" file and hash of their autoencoder, and "classes" are
     the names of its classes. Official files tell none of them: then the entries are {}.
 
     The weights keep requires_grad, because autocast caches the bf16 copies of such weights alone.
@@ -1070,21 +1059,21 @@ def load_generator(file, network=DiT, **options):
     if vae is None:
         raise ImportError("load_generator() needs vae.py and eqloss.py beside this file")
     path = find_generator(file)
-    checkpoint = vae.read_file(path)
-    kept = {}
-    if vae.is_ours(checkpoint):
-        if checkpoint["arch"] != network.__name__:
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a {network.__name__}")
-        vae.check_entries(path, checkpoint, ("model", *KEPT))
-        config = checkpoint["config"]
-        weights = checkpoint["ema"] or checkpoint["model"]
-        kept = {key: checkpoint[key] for key in KEPT if key != "ema"}
+    contents = vae.read_file(path)
+    checkpoint = {}
+    if vae.is_ours(contents):
+        if contents["arch"] != network.__name__:
+            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {network.__name__}")
+        vae.check_entries(path, contents, ("model", *ENTRIES))
+        config = contents["config"]
+        weights = contents["ema"] or contents["model"]
+        checkpoint = {key: contents[key] for key in ENTRIES if key != "ema"}
     else:
-        config, weights = read_official(path, checkpoint, network)
+        config, weights = read_official(path, contents, network)
         config |= options
     model = vae.build(network, vae.Stored(path, config, weights)).eval()
-    model.kept = kept
-    return model, kept
+    model.checkpoint = checkpoint
+    return model, checkpoint
 
 
 def find_generator(path):
@@ -1096,7 +1085,7 @@ def find_generator(path):
 
 
 def read_official(path, checkpoint, network):
-    """-> configuration and weights of an official file, whose shapes tell the configuration."""
+    """Configuration and weights of an official file, whose shapes tell the configuration."""
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(
@@ -1116,7 +1105,7 @@ def generate(
 
     model        of load_generator(), on any device
     autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training,
-                 else ValueError, unless model.kept is {}
+                 else ValueError, unless model.checkpoint is {}
     indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
@@ -1146,9 +1135,9 @@ def draw_pictures(
     side = model.config["input_size"]
     shape = (model.config["in_channels"], side, side)
     labels = check_labels(labels, model, precision).to(device)
-    if model.kept:
-        check_source("autoencoder", autoencoder, model.kept["vae"])
-        set_scale(autoencoder, model.kept["latent"])
+    if model.checkpoint:
+        check_source("autoencoder", autoencoder, model.checkpoint["vae"])
+        set_scale(autoencoder, model.checkpoint["latent"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -1169,7 +1158,7 @@ def check_labels(labels, model, precision):
     if isinstance(labels, str):
         labels = [labels]
     if isinstance(labels, (list, tuple)):
-        labels = numbers_of("labels", labels, max(1, known), model.kept.get("classes", []))
+        labels = numbers_of("labels", labels, max(1, known), model.checkpoint.get("classes", []))
     labels = torch.as_tensor(labels)
     if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
         raise ValueError(f"labels: give a list of numbers from 0 to {known}")
@@ -1195,7 +1184,7 @@ def decode_pictures(decode, latents):
 
 
 def sample(args, rank, world, device):
-    settings = dict(sampler=args.sampler, steps=args.sampling_steps)
+    settings = dict(sampler=args.sampler)
     calls = args.sampling_steps
     sample_latents(args, rank, world, device, load_generator, CONFIGS, generate, settings, calls)
 
@@ -1205,7 +1194,7 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
 
     load      a load_generator()
     configs   the presets, for the model's name in the record
-    settings  arguments of generate(), which the record keeps, too
+    settings  arguments of generate() that are the script's own
     calls     how often it calls the network for a batch
     """
     # All arguments are checked before anything is written
@@ -1216,10 +1205,10 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
         raise vae.InputError("--three-channels: is not read without --cfg-scale")
     if not 2 <= args.sampling_steps <= 1000:
         raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
-    model, kept = load(args.sample_from)
+    model, checkpoint = load(args.sample_from)
     config = model.config
     check_guidance(args.cfg_scale, config["num_classes"])
-    autoencoder, source = load_latent_space(args, kept, device)
+    autoencoder, source = load_latent_space(args, checkpoint, device)
     if autoencoder.scaling_factor is None:
         raise vae.InputError(f"--vae {args.vae}: the scale of its latents is unknown")
     if autoencoder.config["z_channels"] != config["in_channels"]:
@@ -1227,43 +1216,36 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
             f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
             f"the generator's {config['in_channels']}"
         )
-    side = config["input_size"] * autoencoder.factor
-    check_room(args, out, side)
-    labels = choose_labels(args, config["num_classes"], kept.get("classes", []))
-    record = dict(
-        model=preset_name(args, config, configs),
-        generator=vae.weights_hash(model),
-        autoencoder=source["sha256"],
-        step=kept.get("step"),
-        args=kept.get("args"),
-        seed=args.seed,
-        num_samples=args.num_samples,
-        labels=args.labels,
+    record = sampling_record(args, model, source, configs)
+    record |= dict(
         cfg_scale=args.cfg_scale,
         guidance=[args.guidance_low, args.guidance_high],
         three_channels=args.three_channels,
         sampling_steps=args.sampling_steps,
-        precision=args.precision,
-        **{name: value for name, value in settings.items() if name != "steps"},
+        **settings,
     )
     if "path" in config:  # SiT's and REPA's
         record["path"] = config["path"]
-    model.to(device)
-    compile_blocks(args, model.blocks)
-    options = dict(settings, precision=args.precision, **guidance(args))
-
-    def draw(indices, labels):
-        return generate(model, autoencoder, labels, seed=args.seed, indices=indices, **options)
-
-    write_samples(args, rank, world, out, model, labels, side, draw, calls, record)
+    settings = dict(settings, steps=args.sampling_steps, **guidance(args))
+    draw = functools.partial(generate, model.to(device), autoencoder, **settings)
+    side = config["input_size"] * autoencoder.factor
+    write_samples(args, rank, world, out, model, side, draw, calls, record)
 
 
-def preset_name(args, config, configs):
-    """The name of the preset that matches the network, or its checkpoint's file name."""
-    for name, preset in configs.items():
-        if all(config[key] == value for key, value in preset.items()):
-            return name
-    return Path(args.sample_from).stem
+def sampling_record(args, model, source, configs):
+    """What every generator's samples depend on: for the record beside them."""
+    names = vae.presets(model.config, configs)
+    return dict(
+        model=names[0] if names else Path(args.sample_from).stem,
+        generator=vae.weights_hash(model),
+        autoencoder=source["sha256"],
+        step=model.checkpoint.get("step"),
+        args=model.checkpoint.get("args"),
+        seed=args.seed,
+        num_samples=args.num_samples,
+        labels=args.labels,
+        precision=args.precision,
+    )
 
 
 def samples_path(args, world):
@@ -1282,18 +1264,9 @@ def samples_path(args, world):
 
 
 def check_guidance(cfg_scale, num_classes):
-    if cfg_scale < 0 or (cfg_scale != 1 and not num_classes):
+    if cfg_scale != 1 and not num_classes:
         raise vae.InputError(
-            f"--cfg-scale {cfg_scale:g}: at least 0, and 1 for a generator without classes"
-        )
-
-
-def check_room(args, out, side):
-    """InputError if the disk has no room for so many samples of `side` pixels."""
-    size = args.num_samples * side * side * 3
-    if size > shutil.disk_usage(out.parent).free:
-        raise vae.InputError(
-            f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
+            f"--cfg-scale {cfg_scale:g}: must be 1 for a generator without classes"
         )
 
 
@@ -1329,16 +1302,22 @@ def numbers_of(what, labels, num_classes, names):
     return [numbers.get(label, label) for label in labels]
 
 
-def write_samples(args, rank, world, out, model, labels, side, draw, calls, record):
+def write_samples(args, rank, world, out, model, side, draw, calls, record):
     """Fills the npz `out` with samples, and draws the first of them beside it.
 
-    labels  (N,)
     side    of the pictures
-    draw    (indices, labels) -> uint8 pictures (b, side, side, 3); sample i must depend on (seed,
-            i) alone
-    calls   how often draw() calls the model, for the progress bar
+    draw    the script's generate(), with all arguments that are the same for every batch
+    calls   how often it calls the model for a batch, for the progress bar
     record  all that the pictures depend on: kept beside them, and compared when it goes on
     """
+    size = args.num_samples * side * side * 3
+    if size > shutil.disk_usage(out.parent).free:
+        raise vae.InputError(
+            f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
+        )
+    classes = model.checkpoint.get("classes", [])
+    labels = choose_labels(args, model.config["num_classes"], classes)
+    compile_blocks(args, model.blocks)
     vae.check_agreement(record)
     if is_written(out, record):
         if vae.MAIN:
@@ -1360,7 +1339,8 @@ def write_samples(args, rank, world, out, model, labels, side, draw, calls, reco
         for indices in batches:
             if vae.signal_heard():
                 break
-            rows.write(indices, draw(indices, labels[indices]))
+            options = dict(seed=args.seed, indices=indices, precision=args.precision)
+            rows.write(indices, draw(labels[indices], **options))
     hook.remove()
     progress.close()
     vae.leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
@@ -1378,12 +1358,11 @@ def is_written(out, record):
     """Whether the npz is there. InputError if it is another command's."""
     if not out.exists():
         return False
-    beside = out.with_suffix(".json")
     try:
-        kept = vae.read_json(beside)
+        before = vae.read_json(out.with_suffix(".json"))
     except (OSError, ValueError):
-        kept = None
-    if kept != json.loads(json.dumps(record)):
+        before = None
+    if before != json.loads(json.dumps(record)):
         raise vae.InputError(f"--samples {out}: exists and was made with other settings")
     return True
 
@@ -1410,73 +1389,66 @@ def finish_samples(out, rows, labels, record):
 # The command line
 
 
-def arguments(description, models, out):
-    """-> the parser of a script that trains a generator on latents and samples from it, and its
-    groups of flags for the generator and for sampling."""
+def arguments(description, models, out, steps):
+    """The flags that all generators share: -> the parser of a script that trains a generator and
+    samples from it, and its groups of flags for the generator and for sampling."""
     parser = vae.make_parser(description)
     generator = parser.add_argument_group("generator")
     add = generator.add_argument
     add("--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)")
-    words = "network's size / patch size"
-    add("--model", choices=models, default=next(iter(models)), help=words)
+    text = "network's size / patch size"
+    add("--model", choices=models, default=next(iter(models)), help=text)
+    text = "folder of the latents or tokens (default: NAME-latents, NAME-tokens beside NAME.pt)"
+    add("--cache", help=text)
+    mirror = argparse.BooleanOptionalAction
+    add("--mirror", action=mirror, default=True, help="mirror half of the images, at random")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--sample-from", help="checkpoint, ours or official, to sample from")
+    add("--samples", help="FILE.npz to write or go on with (default: beside it)")
+    add("--num-samples", type=vae.positive_int, default=50_000)
+    text = "uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360"
+    add("--labels", default="uniform", help=text)
+    vae.add_run_arguments(
+        parser,
+        data="data/imagenet/train",
+        out=out,
+        steps=steps,
+        batch_size=256,
+        lr=1e-4,
+        save_every=10_000,
+        sample_every=10_000,
+    )
+    return parser, generator, sampling
+
+
+def latent_arguments(description, models, out):
+    """arguments(), and the flags that dit.py, sit.py and repa.py share besides."""
+    parser, generator, sampling = arguments(description, models, out, steps=400_000)
+    add = generator.add_argument
     add("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
     add("--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ...")
-    words = "of the autoencoder's convolutions, where its file does not tell"
-    add("--padding-mode", choices=("zeros", "reflect"), help=words)
-    add("--cache", help="folder of the latents (default: NAME-latents beside --vae)")
+    text = "of the autoencoder's convolutions, where its file does not tell"
+    add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--no-cache", action="store_true", help="encode every image in every step")
     add("--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average")
-    add_common_arguments(generator)
-    sampling = add_sampling_arguments(parser)
     add = sampling.add_argument
     add("--sampling-steps", type=vae.positive_int, default=250, help="of the sampler")
     add("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
     level = "noise level at which to guide, 0 (data) to 1 (noise)"
     add("--guidance-low", type=vae.probability, default=0.0, help=f"lowest {level}")
     add("--guidance-high", type=vae.probability, default=1.0, help=f"highest {level}")
-    words = "guide the first 3 channels alone, as DiT's code"
-    add("--three-channels", action="store_true", help=words)
-    add_training_arguments(parser, out=out, steps=400_000)
+    text = "guide the first 3 channels alone, as DiT's code"
+    add("--three-channels", action="store_true", help=text)
     return parser, generator, sampling
-
-
-def add_common_arguments(group):
-    """Flags of all generators, maskgit.py's included."""
-    add = group.add_argument
-    mirror = argparse.BooleanOptionalAction
-    add("--mirror", action=mirror, default=True, help="mirror half of the images, at random")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-
-
-def add_sampling_arguments(parser):
-    """The flags of sampling that all generators share; -> their group."""
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--sample-from", help="checkpoint, ours or official, to sample from")
-    add("--samples", help="FILE.npz to write or go on with (default: beside it)")
-    add("--num-samples", type=vae.positive_int, default=50_000)
-    words = "uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360"
-    add("--labels", default="uniform", help=words)
-    return group
-
-
-def add_training_arguments(parser, **defaults):
-    vae.add_run_arguments(
-        parser,
-        data="data/imagenet/train",
-        batch_size=256,
-        lr=1e-4,
-        save_every=10_000,
-        sample_every=10_000,
-        **defaults,
-    )
 
 
 def main():
     need_vae("dit.py")
-    parser, _, sampling = arguments(__doc__, CONFIGS, "dit.pt")
+    parser, _, sampling = latent_arguments(__doc__, CONFIGS, "dit.pt")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
-    vae.launch(parser, run)
+    launch(parser, train, sample)
 
 
 def need_vae(script):
@@ -1485,38 +1457,32 @@ def need_vae(script):
         raise SystemExit(f"{script}: to train or sample, put vae.py and eqloss.py beside it")
 
 
+def launch(parser, train, sample):
+    """Runs the command line: train(), or with --sample-from sample()."""
+
+    def run(args, rank, world, device):
+        check_mode(args)
+        if args.sample_from is not None:
+            sample(args, rank, world, device)
+        else:
+            train(args, rank, world, device)
+
+    vae.launch(parser, run)
+
+
 def check_mode(args):
     """InputError for flags that sampling, or training, does not read."""
     if args.sample_from is not None:
-        also = (
-            "vae",
-            "vae_model",
-            "padding_mode",
-            "vqgan",
-            "path",
-            "compile",
-            "seed",
-            "precision",
-            "batch_size",
-        )
+        also = ("vae", "vae_model", "padding_mode", "vqgan", "path", "compile")
+        also += ("seed", "precision", "batch_size")
         vae.check_flags(args, "with --sample-from", ("sampling",), also)
         return
-    groups = ("generator", "alignment", "run")
-    also = GUIDANCE if hasattr(args, "guidance_low") else ()  # the pictures are guided
-    vae.check_flags(args, "without --sample-from", groups, also)
+    also = ()
+    if hasattr(args, "guidance_low"):  # not maskgit.py's: training guides the others' pictures
+        also = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
+    vae.check_flags(args, "without --sample-from", ("generator", "alignment", "run"), also)
     if args.cache and getattr(args, "no_cache", False):
         raise vae.InputError("--cache: is not read with --no-cache; leave one out")
-
-
-GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
-
-
-def run(args, rank, world, device):
-    check_mode(args)
-    if args.sample_from is not None:
-        sample(args, rank, world, device)
-    else:
-        train(args, rank, world, device)
 
 
 if __name__ == "__main__":

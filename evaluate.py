@@ -85,8 +85,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     are real, so no epsilon is needed, unlike in pytorch-fid and ADM. The result equals that of
     their scipy.linalg.sqrtm to 1e-8, and takes a third of the time.
     """
-    given = (mean1, cov1, mean2, cov2)
-    mean1, cov1, mean2, cov2 = [torch.as_tensor(part, dtype=torch.float64) for part in given]
+    moments = (mean1, cov1, mean2, cov2)
+    mean1, cov1, mean2, cov2 = [torch.as_tensor(part, dtype=torch.float64) for part in moments]
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"{len(mean1)} features cannot be compared with {len(mean2)} features")
     # C1 C2 = root root^T C2 has the eigenvalues of root^T C2 root. That holds for every root with
@@ -111,7 +111,7 @@ class Moments:
         self.sums = self.sums.to(x.device) + x.T @ x
 
     def result(self):
-        """-> mean (d,), covariance (d, d) with the divisor N - 1, as in all code for FID."""
+        """Mean (d,), and covariance (d, d) with the divisor N - 1, as in all code for FID."""
         count = int(self.sums[0, 0])
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, but there are {count}")
@@ -254,11 +254,6 @@ class Unit(nn.Module):
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    def fold(self):
-        """Merges the BatchNorm into the convolution."""
-        self.conv = nn.utils.fuse_conv_bn_eval(self.conv, self.bn)
-        self.bn = nn.Identity()
-
 
 class Mixed(nn.Module):
     """An Inception block: several branches see one input, and their outputs are concatenated.
@@ -386,7 +381,8 @@ class Inception(nn.Module):
     def fold(self):
         """Merges each BatchNorm into its convolution, which makes the network a third faster."""
         for unit in [module for module in self.modules() if isinstance(module, Unit)]:
-            unit.fold()
+            unit.conv = nn.utils.fuse_conv_bn_eval(unit.conv, unit.bn)
+            unit.bn = nn.Identity()
         return self
 
     @full_precision()
@@ -625,14 +621,14 @@ def load_extractor(args, preprocess, device):
         if args.inception:
             raise InputError("--inception: has no use with --features efficientnet; leave one out")
         network = load_efficientnet()
-        words = "EfficientNet-Lite0, antialiased bicubic to 224"
+        description = "EfficientNet-Lite0, antialiased bicubic to 224"
     else:
         hint = "or give --features efficientnet, which is not FID"
         path = args.inception or vae.download(Inception.URL, "FID needs Inception's weights", hint)
         weights = without_counters(vae.read_file(path))
         network = vae.load_weights(Inception(weights=None, preprocess=preprocess), weights, path)
-        words = f"FID-Inception, {preprocess} preprocessing"
-    network.description = f"{words}, weights {vae.weights_hash(network)[:12]}"
+        description = f"FID-Inception, {preprocess} preprocessing"
+    network.description = f"{description}, weights {vae.weights_hash(network)[:12]}"
     if isinstance(network, Inception):
         network.fold()  # this changes the weights, so the hash is taken before
     return network.to(device)
@@ -666,12 +662,12 @@ def batches(pictures, args, label, rank, world):
 
 
 def gather(columns, moments):
-    """What all processes found -> (columns, moments) on the first process, empty on the others.
+    """Joins the processes' values and sums, on the first process; on the others both are empty.
 
     columns  {name: list of tensors (B, ...) on the CPU} -> {name: (N, ...)}
     moments  {name: Moments} -> {name: Moments}, added up
     """
-    joined = {name: torch.cat(columns.pop(name)) for name in list(columns)}
+    joined = {name: torch.cat(columns.pop(name)) for name in list(columns)}  # frees the parts
     # Sent from the CPU: what is pickled on cuda:3 would arrive on cuda:3 of the first process
     sums = {name: part.sums.to("cpu") for name, part in moments.items()}
     parts = defaultdict(list)
@@ -700,35 +696,31 @@ def check_output(flag, path, *inputs):
 def finish(args, network, results, scores, notes, device, about):
     """Writes --record: the scores, and as "about" where they come from; then prints them and the
     notes. Where a score is not finite, its autoencoder is left out, and an InputError ends it."""
-    useful, useless = {}, []
+    finite = {}
+    errors = []
+    counts = []
     for name, result in results.items():
-        wrong = [key for key, value in result.items() if is_not_finite(value)]
+        floats = {key: value for key, value in result.items() if isinstance(value, float)}
+        wrong = [key for key, value in floats.items() if not math.isfinite(value)]
         if wrong:
-            useless.append(f"{name}: {wrong[0]} is not finite: its images or latents are useless")
+            errors.append(f"{name}: {wrong[0]} is not finite: its images or latents are useless")
         else:
-            useful[name] = result
-    if useful:
-        notes = [*notes, *few_pictures(useful, network)]
+            finite[name] = result
+            counts += [result["N"], result.get("N reference")]
+    if finite:
+        if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
+            few = f"with fewer than {network.WIDTH:,} pictures"
+            notes = [
+                *notes,
+                f"{network.DISTANCE} is not reliable {few}, the number of its features",
+            ]
         if args.record:
-            write_record(args, network, useful, notes, device, about)
-        print_table(useful, scores)
-        for text in notes:
-            vae.say(f"note: {text}")
-    if useless:
-        raise InputError(useless[0])
-
-
-def is_not_finite(value):
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def few_pictures(results, network):
-    """A note where a Frechet distance has fewer pictures than features."""
-    counts = [result.get(key) for result in results.values() for key in ("N", "N reference")]
-    if min(count for count in counts if isinstance(count, int)) >= network.WIDTH:
-        return []
-    few = f"with fewer than {network.WIDTH:,} pictures"
-    return [f"{network.DISTANCE} is not reliable {few}, the number of its features"]
+            write_record(args, network, finite, notes, device, about)
+        print_table(finite, scores)
+        for note in notes:
+            vae.say(f"note: {note}")
+    if errors:
+        raise InputError(errors[0])
 
 
 def print_table(results, scores):
@@ -759,7 +751,9 @@ def write_record(args, network, results, notes, device, about):
 
 def portable(value):
     """A path, or a word like --data=PATH, without the folders of this machine: the path starts at
-    the working directory, or is the name alone. Other values are returned as they are."""
+    the working directory, or is the name alone. Of a dict the values; others stay as they are."""
+    if isinstance(value, dict):
+        return {name: portable(part) for name, part in value.items()}
     if not isinstance(value, str):
         return value
     flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
@@ -808,10 +802,10 @@ def recon(args, rank, world, device):
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
     count = min(args.num_images or len(data), len(data))
-    picked = np.linspace(0, len(data) - 1, count).astype(int).tolist()
-    data = torch.utils.data.Subset(data, picked)
-    models, made = load_models(args, device)
-    vae.check_agreement(data.dataset.files.data.tobytes(), made)
+    indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
+    data = torch.utils.data.Subset(data, indices)
+    models, origins = load_models(args, device)
+    vae.check_agreement(data.dataset.files.data.tobytes(), origins)
     extractor = load_extractor(args, "pytorch-fid", device)
     distance = f"r{extractor.DISTANCE}"
     perceptual = {}
@@ -830,28 +824,29 @@ def recon(args, rank, world, device):
             scores, pictures = score_batch(name, model, images, index, perceptual, args)
             for key, values in scores.items():
                 columns[name][key].append(values.cpu())
-            for key, shown in pictures.items():
-                moments[name][key].add(extractor(shown)[0])
+            for key, batch in pictures.items():
+                moments[name][key].add(extractor(batch)[0])
 
     results = {}
     for name in models:
-        found, sums = gather(columns[name], moments[name] | dict(real=real))
+        values, sums = gather(columns[name], moments[name] | dict(real=real))
         if rank == 0:
-            if len(found.get("PSNR", ())) < 4:
+            if len(values.get("PSNR", ())) < 4:
                 raise InputError(f"--data {args.data}: at least 4 readable images are needed")
-            results[name] = summarise(found, sums, distance, device)
+            results[name] = summarise(values, sums, distance, device)
             results[name]["unreadable"] = count - results[name]["N"]
     if rank > 0:
         return
     conventions = dict(CONVENTIONS, latent=args.latent, interpolation=args.interpolation)
-    about = dict(autoencoders=made, data=portable(args.data), conventions=conventions)
+    about = dict(autoencoders=origins, data=portable(args.data), conventions=conventions)
     scores = [distance, "PSNR", "SSIM", *perceptual, "R", "S", "ID"]
     scores += [f"{distance} R", f"{distance} S"]  # with --transforms
     finish(args, extractor, results, scores, [], device, about)
 
 
 def load_models(args, device):
-    """-> {name: autoencoder on the device}, {name: its entry in the record}. An entry holds
+    """Loads the autoencoders onto the device: {name: autoencoder}, {name: its entry in the record}.
+    An entry holds
 
     file, model  its path and --model
     sha256       of its weights, whatever the file format
@@ -859,19 +854,19 @@ def load_models(args, device):
     step, args   steps and arguments of the training that made it; only of our own files
     """
     models = {}
-    made = {}
+    origins = {}
     for path in args.checkpoints:
         name = name_of(path, models)
         model = vqgan.load_model(path, args.model, args.padding_mode)
         model.grid(args.image_size)  # InputError if the autoencoder cannot take this size
-        made[name] = dict(file=portable(path), sha256=vae.weights_hash(model), model=args.model)
-        made[name] |= dict(config=model.config)
+        entry = dict(file=portable(path), sha256=vae.weights_hash(model), model=args.model)
+        entry["config"] = model.config
         checkpoint = vae.read_file(vae.find_file(path))
         if vae.is_ours(checkpoint):
-            given = {key: portable(value) for key, value in checkpoint["args"].items()}
-            made[name] |= dict(step=checkpoint["step"], args=given)
+            entry |= dict(step=checkpoint["step"], args=portable(checkpoint["args"]))
         models[name] = model.to(device)
-    return models, made
+        origins[name] = entry
+    return models, origins
 
 
 def score_batch(name, model, images, index, perceptual, args):
@@ -906,7 +901,7 @@ def score_batch(name, model, images, index, perceptual, args):
 
 
 def summarise(columns, sums, distance, device):
-    """An autoencoder's scores, from what all processes found."""
+    """An autoencoder's scores, from the values and sums of all processes."""
     latents = columns.pop("latents")
     result = {"N": len(latents)}
     result[distance] = frechet_distance(*sums["real"].result(), *sums["fake"].result())
@@ -952,38 +947,40 @@ def samples(args, rank, world, device):
     inputs = (args.samples, args.reference, args.inception, settings)
     check_output("--record", args.record, *inputs, args.statistics)
     check_output("--statistics", args.statistics, *inputs)
-    drawn = read_settings(settings, args.samples)
+    sampling = read_settings(settings, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
     fake_pictures = open_pictures(args.samples, notes)
-    stored = {}
+    adm_statistics = {}
     if isinstance(network, Inception):  # ADM's statistics are of its features
-        stored = read_statistics(args.reference, notes)
-    real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(stored))
-    made, kept = open_statistics(args, real_pictures, network)
+        adm_statistics = read_adm_statistics(args.reference, notes)
+    real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(adm_statistics))
+    origin, statistics = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    real = kept or score_pictures(real_pictures, network, args, rank, world, device, True)
+    real = statistics or score_pictures(real_pictures, network, args, rank, world, device, True)
     if rank > 0:
         return
-    if made and not kept:
-        write_statistics(args.statistics, made, real)
-    reference = stored or real  # ADM's statistics are of more images than the pictures beside them
+    if origin and not statistics:
+        write_statistics(args.statistics, origin, real)
+    reference = (
+        adm_statistics or real
+    )  # ADM's statistics are of more images than the pictures beside them
     result = compare(fake, real, reference, network, args, notes, device)
 
-    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
+    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=sampling)
     if args.record:
         # The samples' last: of two files of one name it is their hash that tells records apart
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
-    if made:
-        about["statistics"] = dict(made, file=portable(args.statistics), read=bool(kept))
+    if origin:
+        about["statistics"] = dict(origin, file=portable(args.statistics), read=bool(statistics))
     scores = (network.DISTANCE, THUMBNAILS, "sFID", "IS", "Precision", "Recall")
     finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
 
 
 def compare(fake, real, reference, network, args, notes, device):
-    """-> the scores. `real` is of the reference's pictures, `reference` has the mean and covariance
-    to compare with."""
+    """The scores. `real` is of the reference's pictures, `reference` has the mean and covariance to
+    compare with."""
     unreadable = fake["unreadable"] + real.get("unreadable", 0)
     result = {"N": fake["N"], "N reference": reference["N"], "unreadable": unreadable}
     distances = [(network.DISTANCE, "mu", reference), ("sFID", "mu_s", reference)]
@@ -1018,18 +1015,19 @@ def read_settings(path, samples):
     if not path.is_file():
         return {}
     try:
-        drawn = vae.read_json(path)
-        if drawn.get("args"):
-            drawn["args"] = {key: portable(value) for key, value in drawn["args"].items()}
-    except (ValueError, AttributeError):
+        settings = vae.read_json(path)
+        if settings.get("args"):
+            settings["args"] = portable(dict(settings["args"]))
+        return settings
+    except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: holds no settings of {samples}; rename it") from None
-    return drawn
 
 
 def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
-    """-> mu, sigma, N, unreadable of one side, mu_t and sigma_t of its thumbnails, and with FID's
-    network mu_s, sigma_s, features and logits, on the first process; {} on the others, and for no
-    pictures. Of a reference there are no logits, and features of at most REFERENCES pictures."""
+    """Measures one side: mu, sigma, N, unreadable, mu_t and sigma_t of its thumbnails, and with
+    FID's network mu_s, sigma_s, features and logits. Of a reference there are no logits, and
+    features of at most REFERENCES pictures. All that is on the first process: -> {} on the others,
+    and for no pictures."""
     if pictures is None:
         return {}
     picked = torch.zeros(len(pictures), dtype=torch.bool)
@@ -1049,15 +1047,15 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
             columns["features"].append(pooled.cpu()[picked[index]])
             if not is_reference:
                 columns["logits"].append(others[1].cpu())
-    found, sums = gather(columns, moments)
+    result, sums = gather(columns, moments)
     if rank > 0:
         return {}
     count = int(sums["mu"].sums[0, 0])
     if count < 4:
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
     for mean in sums:
-        found[mean], found[mean.replace("mu", "sigma")] = sums[mean].result()
-    return found | dict(N=count, unreadable=len(pictures) - count)
+        result[mean], result[mean.replace("mu", "sigma")] = sums[mean].result()
+    return result | dict(N=count, unreadable=len(pictures) - count)
 
 
 def thumbnails(images):
@@ -1128,7 +1126,7 @@ def open_npz(path):
         raise InputError(f"{path}: cannot be used: {reason}; {WANTED}") from None
 
 
-def read_statistics(path, notes):
+def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
     number of images that they are of, or "unknown". -> {} without mu"""
     if os.path.isdir(path):
@@ -1136,14 +1134,16 @@ def read_statistics(path, notes):
     with open_npz(path) as file:
         stored = dict(N=int(file["N"]) if "N" in file.files else "unknown")
         for mean, covariance, width in STATISTICS:
-            if (mean in file.files) != (covariance in file.files):
+            shapes = {mean: (width,), covariance: (width, width)}
+            present = [name for name in shapes if name in file.files]
+            if len(present) == 1:
                 raise ValueError(f"{mean} and {covariance} are needed, but one of them is missing")
-            for name, shape in ((mean, (width,)), (covariance, (width, width))):
-                if name in file.files:
-                    stored[name] = np.asarray(file[name], dtype=np.float64)
-                    if stored[name].shape != shape or not np.isfinite(stored[name]).all():
-                        found = f"{name} is of shape {stored[name].shape}"
-                        raise ValueError(f"{found}, not finite numbers of shape {shape}")
+            for name in present:
+                value = np.asarray(file[name], dtype=np.float64)
+                stored[name] = value
+                if value.shape != shapes[name] or not np.isfinite(value).all():
+                    reason = f"{name} is of shape {value.shape}, not finite numbers of shape"
+                    raise ValueError(f"{reason} {shapes[name]}")
         if "mu" not in stored:
             return {}
         if "mu_s" not in stored:
@@ -1158,69 +1158,66 @@ def read_statistics(path, notes):
 
 # --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
 # mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
-# FID's network they are kept, too: 8 kB a picture. `made` says in JSON what the numbers are of
-KEPT = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features", "N", "unreadable")
+# FID's network they are in it, too: 8 kB a picture. `made` says in JSON what the numbers are of
+ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features")
+COUNTS = ("N", "unreadable")
 
 
 def open_statistics(args, pictures, network):
-    """-> what the reference's statistics depend on, and those that --statistics has, or None where
-    there is no such file yet; {} and None without the flag. InputError if they do not belong here.
-    """
+    """What the reference's statistics depend on, their origin: the extractor with its weights, the
+    size that the pictures are scored at, how many there are, and a hash of their files; and the
+    statistics that --statistics has, or None where there is no such file yet. Without the flag {}
+    and None. InputError if they do not belong here."""
     for flag in ("statistics", "thumbnails"):
         if getattr(args, flag) and pictures is None:
             raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
     if not args.statistics:
         return {}, None
-    made = made_from(pictures, network)
-    if not os.path.exists(args.statistics):
-        return made, None
-    return made, read_kept(args.statistics, made)
-
-
-def made_from(pictures, network):
-    """What a reference's statistics depend on: the extractor with its weights, the size that its
-    pictures are scored at, and the pictures: how many there are, and a hash of their files."""
     digest = hashlib.sha256()
     for file in getattr(pictures, "files", [pictures.root]):
         digest.update(vae.file_hash(file).encode())
-    return dict(
+    origin = dict(
         extractor=network.description,
         size=list(pictures.size),
         pictures=f"{len(pictures)} with hash {digest.hexdigest()[:16]}",
     )
+    if not os.path.exists(args.statistics):
+        return origin, None
+    return origin, read_own_statistics(args.statistics, origin)
 
 
-def read_kept(path, made):
-    """The statistics in a file of --statistics, which must have been made from the same."""
+def read_own_statistics(path, origin):
+    """The statistics in a file of --statistics, whose origin must be the same."""
     mend = "delete it, or give another name"
     try:
         with np.load(path) as file:
-            found = json.loads(str(file["made"]))
-            kept = {name: file[name] for name in KEPT if name in file.files}
-        kept |= {name: int(kept[name]) for name in ("N", "unreadable")}
+            their_origin = json.loads(str(file["made"]))
+            statistics = {name: file[name] for name in ARRAYS if name in file.files}
+            statistics |= {name: int(file[name]) for name in COUNTS}
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         reason = " ".join(str(error).split())
         raise InputError(
             f"--statistics {path}: was not written by this flag ({reason}); {mend}"
         ) from None
-    for name, value in made.items():
-        if found.get(name) != value:
+    for name, value in origin.items():
+        theirs = their_origin.get(name)
+        if theirs != value:
             raise InputError(
-                f"--statistics {path}: has {name} {found.get(name)}, but here is {value}; {mend}"
+                f"--statistics {path}: has {name} {theirs}, but here is {value}; {mend}"
             )
-    if "features" in kept:
-        kept["features"] = torch.from_numpy(kept["features"])
-    return kept
+    if "features" in statistics:
+        statistics["features"] = torch.from_numpy(statistics["features"])
+    return statistics
 
 
-def write_statistics(path, made, real):
+def write_statistics(path, origin, real):
     """Writes a file of --statistics."""
-    arrays = {name: np.asarray(real[name].cpu()) for name in real if name in KEPT[:-2]}
+    values = {name: np.asarray(real[name].cpu()) for name in ARRAYS if name in real}
+    values |= {name: real[name] for name in COUNTS}
 
     def write(part):
         with open(part, "wb") as file:
-            counts = dict(N=real["N"], unreadable=real["unreadable"])
-            np.savez(file, made=json.dumps(made), **counts, **arrays)
+            np.savez(file, made=json.dumps(origin), **values)
 
     own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
     vae.write_file(own, write)
@@ -1235,13 +1232,13 @@ class StoredPictures:
         with open_npz(path) as file, file.zip.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            found = f"arr_0 is {dtype} {shape}"
+            kind = f"arr_0 is {dtype} {shape}"
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise ValueError(found)
+                raise ValueError(kind)
             self.start = member.tell()  # behind the header
             in_file = file.zip.getinfo("arr_0.npy").file_size - self.start
             if fortran or math.prod(shape) != in_file:
-                raise ValueError(f"{found}, but in Fortran order, or cut short")
+                raise ValueError(f"{kind}, but in Fortran order, or cut short")
         self.shape = shape
         self.size = shape[1:3]
 
@@ -1271,16 +1268,16 @@ def main():
     by_default = "(default: from torch hub's cache, else downloaded)"
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)
 
-    def command(run, words):
+    def command(run, text):
         """Adds a command, with the flags of both commands. -> add_argument of its parser"""
-        found = commands.add_parser(
-            run.__name__, help=words, description=words, formatter_class=parser.formatter_class
+        own_parser = commands.add_parser(
+            run.__name__, help=text, description=text, formatter_class=parser.formatter_class
         )
-        found.set_defaults(run=run)
-        add = found.add_argument
+        own_parser.set_defaults(run=run)
+        add = own_parser.add_argument
         networks = ("inception", "efficientnet")
-        words = "network whose features are compared; only inception gives FID"
-        add("--features", choices=networks, default="inception", help=words)
+        text = "network whose features are compared; only inception gives FID"
+        add("--features", choices=networks, default="inception", help=text)
         add("--inception", help=f"FID-Inception's weights {by_default}")
         add("--batch-size", type=vae.positive_int, default=64, help="images at once, in a process")
         workers = 8 if torch.cuda.is_available() else 0
@@ -1294,25 +1291,25 @@ def main():
     add("--data", default="data/imagenet/val", help="folder of images")
     add("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
     add("--model", help="preset, for checkpoints that have no configuration: sd, sdxl, sd3, sd-16")
-    words = "of the autoencoders' convolutions, where their files do not tell"
-    add("--padding-mode", choices=("zeros", "reflect"), help=words)
+    text = "of the autoencoders' convolutions, where their files do not tell"
+    add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
-    words = "decode samples of the posterior, as in the paper, or its means"
-    add("--latent", choices=("sample", "mean"), default="sample", help=words)
+    text = "decode samples of the posterior, as in the paper, or its means"
+    add("--latent", choices=("sample", "mean"), default="sample", help=text)
     modes = ("bicubic-antialias", "bicubic", "bilinear")
     add("--interpolation", choices=modes, default=modes[0], help="how S resizes images and latents")
     add("--vgg", help=f"VGG16's weights for LPIPS {by_default}")
-    words = "leave out LPIPS; --features efficientnet then has a distance of its own in its place"
-    add("--no-lpips", action="store_true", help=words)
+    text = "leave out LPIPS; --features efficientnet then has a distance of its own in its place"
+    add("--no-lpips", action="store_true", help=text)
     add("--transforms", action="store_true", help="also measure Fig. 3's Frechet distances")
 
     add = command(samples, "scores a generator's samples: FID, sFID, IS, precision, recall")
     add("samples", metavar="SAMPLES", help="npz with arr_0, or a folder of PNG")
     add("reference", metavar="REFERENCE", help="ADM's npz, or a folder of pictures")
-    words = "file of the reference's statistics: read if it is there, else written"
-    add("--statistics", metavar="FILE.npz", help=words)
-    words = "also give FD-thumbnails, the distance of the pictures shrunk to 8 x 8"
-    add("--thumbnails", action="store_true", help=words)
+    text = "file of the reference's statistics: read if it is there, else written"
+    add("--statistics", metavar="FILE.npz", help=text)
+    text = "also give FD-thumbnails, the distance of the pictures shrunk to 8 x 8"
+    add("--thumbnails", action="store_true", help=text)
     add("--shuffle", action="store_true", help="shuffle the samples before IS splits them")
     vae.launch(parser, lambda args, *process: args.run(args, *process))
 

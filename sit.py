@@ -1,17 +1,17 @@
 """Flow transformers (SiT) on an autoencoder's latents: DiT's network, trained to predict the
 velocity from noise to data.
 
-    here             SiT's code   time
-    latents (data)   x1           t = 1
-    noise            x0           t = 0
-    x                x_t          in between
-
 SiT (https://arxiv.org/abs/2401.08740) joins noise and data by a path, alpha_t latents + sigma_t
 noise. Time runs from noise to data, as in the official code; SiT's paper lets it run the other way,
 and so does repa.py. The network learns the mean of dx / dt, the velocity. Two kinds of samplers
 carry noise to data: an ODE whose right-hand side is the velocity, and an SDE, which also needs the
 score. The score is computed from the velocity. EQ-VAE (https://arxiv.org/abs/2502.09509) gives
 another autoencoder, and nothing here changes but the latents.
+
+    here             SiT's code   time
+    latents (data)   x1           t = 1
+    noise            x0           t = 0
+    x                x_t          in between
 
 The network, the latent cache, guidance and the writing of samples are in dit.py. Logs, checkpoints
 and processes are in vae.py.
@@ -28,7 +28,7 @@ samples without guidance, an FID of 16.1 on EQ-VAE's latents and of 17.2 on SD-V
 
 From Python:
 
-    model, kept = load_generator("sit.pt")                        # kept["classes"]: their names
+    model, checkpoint = load_generator("sit.pt")    # checkpoint["classes"]: their names
     autoencoder = vae.load_autoencoder("eqvae.pt")
     pictures = generate(model, autoencoder, [207, 360], sampler="heun", steps=50, cfg_scale=4)
 """
@@ -95,7 +95,7 @@ PATHS = {"linear": linear_path, "gvp": variance_preserving_path}
 
 
 def coefficients(t, path="linear"):
-    """-> alpha, sigma, alpha', sigma' at times t, a tensor of any shape."""
+    """alpha, sigma, alpha', sigma' of a path at times t, a tensor of any shape."""
     return PATHS[path](t)
 
 
@@ -110,10 +110,6 @@ def score(velocity, x, t, path="linear"):
     return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def sigma_diffusion(t, path):
-    return coefficients(t, path)[1]
-
-
 def sbdm_diffusion(t, path):
     """The w(t) with which the SDE is the reverse of score-based diffusion (SBDM) along this path.
     It grows without limit as t approaches 0."""
@@ -124,7 +120,7 @@ def sbdm_diffusion(t, path):
 # name -> w(t), which says how much noise the SDE adds: sqrt(2 w) dW. With an exact score and small
 # steps all of them lead to the same distribution; "sigma" is SiT's choice.
 DIFFUSIONS = {
-    "sigma": sigma_diffusion,
+    "sigma": lambda t, path: coefficients(t, path)[1],
     "linear": lambda t, path: 1 - t,
     "constant": lambda t, path: torch.ones_like(t),
     "decreasing": lambda t, path: 0.25 * ((math.pi * t).cos() + 1) ** 2,
@@ -138,7 +134,7 @@ DIFFUSIONS = {
 # predict(x, t, labels, level), which dit.guided() makes, is the velocity; it is guided where
 # `level`, 1 at noise and 0 at data, lies in the guidance interval. `steps` counts points in time,
 # as in the official code: for the ODE from 0 to 1, for the SDE from 0 to 1 - LAST_STEP, both
-# included. sampler_settings() tells how often the network is called.
+# included. sample() tells how often the network is called.
 
 
 def velocity_at(predict, x, t, labels):
@@ -234,10 +230,10 @@ def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
         return velocity.double().flatten().cpu().numpy()
 
     start = noise.double().flatten().cpu().numpy()
-    found = solve_ivp(right_hand_side, (0, 1), start, "RK45", rtol=rtol, atol=atol)
-    if not found.success:
-        raise RuntimeError(f"dopri5: {found.message}")
-    end = found.y[:, -1].astype(np.float32)
+    solution = solve_ivp(right_hand_side, (0, 1), start, "RK45", rtol=rtol, atol=atol)
+    if not solution.success:
+        raise RuntimeError(f"dopri5: {solution.message}")
+    end = solution.y[:, -1].astype(np.float32)
     return torch.from_numpy(end).to(noise.device).view_as(noise)
 
 
@@ -250,22 +246,16 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 
 def train(args, rank, world, device):
     # The latents, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "SiT", CONFIGS, required=dit.KEPT)
+    resumed = vae.load_run(args, "SiT", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
-    dit.set_image_size(args, autoencoder)
-    images = vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
+    images = dit.open_images(args, autoencoder)
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
-    config = dit.network_config(
-        args,
-        CONFIGS[args.model],
-        autoencoder,
-        images,
-        path=args.path,  # SiT
-    )
+    preset = dict(CONFIGS[args.model], path=args.path)  # SiT: path
+    config = dit.network_config(args, preset, autoencoder, images)
     model = dit.start_network(SiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
@@ -277,7 +267,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
-    dit.measure_scale(autoencoder, images)
+    latent = dit.measure_scale(autoencoder, images)
     vae.say_duration(args, step, device, dit.one_image(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -285,7 +275,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
     first_step = step
     if resumed is None:
-        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+        dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
     resumed = None  # frees the loaded tensors
     log.begin(step)
 
@@ -335,13 +325,13 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
         if vae.is_due(step, args.sample_every, args.steps):
-            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, null, autocast)
+            dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
-            dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+            dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
     # A finished run is not saved again, unless its file is gone
     if step > first_step or not os.path.exists(args.out):
-        dit.save(args, step, model, ema, optimizer, autoencoder, source, images)
+        dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)
 
 
@@ -394,19 +384,13 @@ def generate(
 def sample(args, rank, world, device, network=SiT, configs=CONFIGS, generate=generate):
     """Fills --samples. repa.py calls it, too."""
     load = functools.partial(dit.load_generator, network=network, path=args.path)
-    settings, calls = sampler_settings(args)
-    dit.sample_latents(args, rank, world, device, load, configs, generate, settings, calls)
-
-
-def sampler_settings(args):
-    """-> (arguments of generate() for --sampler, how often it calls the network; dopri5's is a
-    guess)."""
-    steps = args.sampling_steps
-    calls = dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)
-    settings = dict(sampler=args.sampler, steps=steps)
+    settings = dict(sampler=args.sampler)
     if args.sampler == "sde":
         settings |= dict(diffusion=args.diffusion, last=args.last)
-    return settings, calls[args.sampler]
+    steps = args.sampling_steps
+    calls = dict(sde=steps, euler=steps - 1, heun=2 * (steps - 1), dopri5=100)  # 100: a guess
+    calls = calls[args.sampler]
+    dit.sample_latents(args, rank, world, device, load, configs, generate, settings, calls)
 
 
 # ==================================================================================================
@@ -414,29 +398,21 @@ def sampler_settings(args):
 
 
 def arguments(description, models, out):
-    """-> the parser of sit.py and repa.py; `out` is the default of --out."""
-    parser, generator, sampling = dit.arguments(description, models, out)
-    words = "how noise and data are mixed; our checkpoints record it, official ones do not"
-    generator.add_argument("--path", choices=PATHS, default="linear", help=words)
+    """The parser of sit.py and repa.py; `out` is the default of --out."""
+    parser, generator, sampling = dit.latent_arguments(description, models, out)
+    text = "how noise and data are mixed; our checkpoints record it, official ones do not"
+    generator.add_argument("--path", choices=PATHS, default="linear", help=text)
     add = sampling.add_argument
     add("--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE")
     add("--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds")
-    lasts = ("mean", "euler", "tweedie")
-    add("--last", choices=lasts, default="mean", help="the SDE's last step")
+    text = "the SDE's last step"
+    add("--last", choices=("mean", "euler", "tweedie"), default="mean", help=text)
     return parser
 
 
 def main():
     dit.need_vae("sit.py")
-    vae.launch(arguments(__doc__, CONFIGS, "sit.pt"), run)
-
-
-def run(args, rank, world, device):
-    dit.check_mode(args)
-    if args.sample_from is not None:
-        sample(args, rank, world, device)
-    else:
-        train(args, rank, world, device)
+    dit.launch(arguments(__doc__, CONFIGS, "sit.pt"), train, sample)
 
 
 if __name__ == "__main__":

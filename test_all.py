@@ -2561,17 +2561,17 @@ def test_rows_lie_where_they_belong_and_a_later_run_fills_what_is_missing(open_r
     assert written[:, 0].tolist() == [0, 1, 2, 0, 4, 5] and written[5, 1] == 5.5
 
 
-def test_parts_of_a_file_are_read_from_where_they_lie(tmp_path):
+def test_rows_of_a_file_are_read_from_where_they_lie(tmp_path):
     array = np.random.default_rng(0).integers(-9, 9, (5, 2, 3, 4)).astype("int16")
     np.save(tmp_path / "a.npy", array)
-    reader = dit.RowReader(tmp_path / "a.npy")
-    for place in ((0,), (4,), (3, 1), (0, 0), (2, 1, 2), (4, 1, 2)):
-        part = reader.read(*place)
-        assert part.dtype == array.dtype and part.flags.writeable
-        assert np.array_equal(part, array[place])
-    for place in ((5,), (0, 2), (-1,)):
+    data = dit.CachedViews(tmp_path / "a.npy", np.arange(5), np.zeros(5, dtype=int), 0, False)
+    for place in ((0, 0), (3, 1), (2, 0), (4, 1)):
+        row = data.read(*place)
+        assert row.dtype == array.dtype and row.flags.writeable
+        assert np.array_equal(row, array[place])
+    for place in ((5, 0), (0, 2), (-1, 0)):
         with pytest.raises(ValueError):
-            reader.read(*place)
+            data.read(*place)
 
 
 def test_a_row_that_could_not_be_written_is_still_missing(open_rows):
@@ -4602,11 +4602,11 @@ def test_data_loaders_do_not_share_a_place_in_a_file(tmp_path):
     np.save(tmp_path / "rows.npy", np.arange(8, dtype=np.float32).reshape(4, 2, 1))
     data = dit.CachedViews(tmp_path / "rows.npy", np.arange(4), np.zeros(4, int), 0, False)
     data[(0, 0)]  # opens the file here
-    place = data.reader.file.tell()
+    place = data.file.tell()
     other = multiprocessing.get_context("fork").Process(target=data.__getitem__, args=((0, 3),))
     other.start()
     other.join()
-    assert other.exitcode == 0 and data.reader.file.tell() == place
+    assert other.exitcode == 0 and data.file.tell() == place
 
 
 def test_a_cache_in_the_folder_of_the_runs_pictures_is_refused(capsys, photos, trained, tmp_path):
@@ -4732,7 +4732,7 @@ SILENT = {
 
 class SimpleModel:
     config = dict(num_classes=3)
-    kept = dict(classes=["cats", "dogs", "hens"])
+    checkpoint = dict(classes=["cats", "dogs", "hens"])
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -5661,19 +5661,19 @@ def test_from_python_classes_have_names_and_the_autoencoder_is_that_of_training(
     """The pictures of the command line. The check can be left out, as official files do."""
     load = vqgan.load_vqgan if script is maskgit else vae.load_autoencoder
     right, wrong = [load(words[1]).to(DEVICE) for words in (codec, other_codec)]
-    model, kept = script.load_generator(generator)
+    model, checkpoint = script.load_generator(generator)
     model.to(DEVICE)
     settings = dict(steps=4)
     if script is maskgit:
         settings = dict(maskgit.PRESETS["256"], sampling_steps=4)
-    names = [kept["classes"][label] for label in samples.labels]
+    names = [checkpoint["classes"][label] for label in samples.labels]
     pictures = script.generate(model, right, names, **settings)
     assert levels_apart(pictures.astype(int), samples.pictures) <= 1
     with pytest.raises(ValueError, match="no class cow, hen; give some of cats, dogs"):
         script.generate(model, right, ["cow", "cats", "hen"], **settings)
     with pytest.raises(ValueError, match=f"trained with another one \\({codec[1]}"):
         script.generate(model, wrong, "cats", **settings)
-    model.kept = {}
+    model.checkpoint = {}
     assert len(script.generate(model, wrong, [0], **settings)) == 1
 
 

@@ -31,24 +31,10 @@ import vae
 from vae import Decoder, Encoder, InputError, constructor_arguments
 
 # What taming's ImageNet VQ-GANs share, and the small ones of the tests and results/
-FULL = dict(
-    ch=128,
-    ch_mult=(1, 1, 2, 2, 4),
-    num_res_blocks=2,
-    attn_levels=(4,),
-    norm_groups=32,
-    z_channels=256,
-    embed_dim=256,
-)
-SMALL = dict(
-    ch=16,
-    num_res_blocks=1,
-    attn_levels=(),
-    norm_groups=8,
-    z_channels=16,
-    embed_dim=4,
-    n_embed=256,
-)
+FULL = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), norm_groups=32)
+FULL |= dict(z_channels=256, embed_dim=256)
+SMALL = dict(ch=16, num_res_blocks=1, attn_levels=(), norm_groups=8)
+SMALL |= dict(z_channels=16, embed_dim=4, n_embed=256)
 
 # name -> arguments of VQGAN
 CONFIGS = {
@@ -223,8 +209,8 @@ def codebook_statistics(counts):
 
 @torch.no_grad()
 def codebook_use(model, images, n=1024):
-    """-> dict(usage, perplexity, dead, images) over n of a vae.ImageFolder, evenly spaced; dead is
-    the number of codes that none of them takes."""
+    """The codebook's use over n of a vae.ImageFolder, evenly spaced: dict(usage, perplexity, dead,
+    images). dead is the number of codes that none of the images takes."""
     device = next(model.parameters()).device
     tokens = torch.cat([model.encode(x) for x in vae.evenly(images, n, device)])
     counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
@@ -245,12 +231,12 @@ def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
     torch.manual_seed(args.seed)
-    found = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
+    stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
-        found.config = dict(found.config, legacy_beta=args.legacy_beta)
+        stored.config = dict(stored.config, legacy_beta=args.legacy_beta)
     step = resumed["step"] if resumed else 0
-    model = vae.build(VQGAN, found)
-    discriminator = vae.make_discriminator(args, found, step)
+    model = vae.build(VQGAN, stored)
+    discriminator = vae.make_discriminator(args, stored, step)
     perceptual = vae.load_perceptual(args, device)
     ssim = vae.load_ssim(args)
 
@@ -285,7 +271,7 @@ def train(args, rank, world, device):
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
-    resumed = found = None  # frees the loaded tensors
+    resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
     while step < args.steps and not vae.stop_signal():
@@ -332,7 +318,7 @@ def train(args, rank, world, device):
                 rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is: see loss_gradient()
 
             # The losses' gradient at the reconstruction, then one backward pass from there
-            gradient, told = vae.loss_gradient(
+            gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
                 reconstruction,
@@ -340,7 +326,7 @@ def train(args, rank, world, device):
                 args.gan_weight,
                 gan_acts=step >= (args.disc_start or 0),
             )
-            log.add(**told)
+            log.add(**scalars)
             vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. If any gradient is not finite, both networks keep their weights: a fused
@@ -406,27 +392,27 @@ def load_vqgan(path, model=None):
     path   our checkpoint (its average where it has one), taming's .ckpt, what --export wrote
     model  the preset of CONFIGS that it must be of
     """
-    found = read_vqgan(path, model)
-    network = vae.build(VQGAN, found).eval().requires_grad_(False)
-    network.image_size = found.image_size
+    stored = read_vqgan(path, model)
+    network = vae.build(VQGAN, stored).eval().requires_grad_(False)
+    network.image_size = stored.image_size
     return network
 
 
 def read_vqgan(path, model=None):
-    """-> vae.Stored: the VQ-GAN in a file that load_vqgan() knows. The codebook tells taming's
+    """The vae.Stored of the VQ-GAN in a file that load_vqgan() knows. The codebook tells taming's
     presets apart."""
     file = vae.find_file(path)
     checkpoint = vae.read_file(file)
     if vae.is_ours(checkpoint):
-        found = vae.read_ours(file, checkpoint, "VQGAN")
+        stored = vae.read_ours(file, checkpoint, "VQGAN")
     else:
-        found = read_taming(file, checkpoint, model)
-    if model and model not in vae.presets(found.config, CONFIGS):
-        codes = found.config.get("n_embed")
+        stored = read_taming(file, checkpoint, model)
+    if model and model not in vae.presets(stored.config, CONFIGS):
+        codes = stored.config.get("n_embed")
         raise InputError(
             f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
         )
-    return found
+    return stored
 
 
 def read_taming(path, checkpoint, model):
@@ -458,23 +444,23 @@ def export(args):
     vae.check_export(args)
     if not vae.MAIN:
         return
-    found = read_vqgan(args.init, args.model)
-    model = vae.build(VQGAN, found)
+    stored = read_vqgan(args.init, args.model)
+    model = vae.build(VQGAN, stored)
     config = model.config
     if config["norm_groups"] != 32:
         raise InputError(
             f"--export {args.init}: its norms have {config['norm_groups']} groups, taming's have 32"
         )
-    vae.write_file(args.export, lambda folder: write_taming(folder, model, found))
+    vae.write_file(args.export, lambda folder: write_taming(folder, model, stored))
     vae.say(f"{args.export}: taming's layout, {config['n_embed']:,} codes")
     if not config["legacy_beta"]:
         vae.say("taming trains on with its legacy beta; these weights were trained without")
 
 
-def write_taming(folder, model, found):
-    """ckpts/last.ckpt and configs/model.yaml, in taming's words (JSON is YAML)."""
+def write_taming(folder, model, stored):
+    """ckpts/last.ckpt and configs/model.yaml, in taming's names (JSON is YAML)."""
     config = model.config
-    told = dict(
+    layout = dict(
         target="taming.models.vqgan.VQModel",
         params=dict(
             embed_dim=config["embed_dim"],
@@ -485,8 +471,8 @@ def write_taming(folder, model, found):
     )
     (folder / "ckpts").mkdir(parents=True)
     (folder / "configs").mkdir()
-    torch.save(dict(state_dict=vae.ldm_weights(model, found)), folder / "ckpts" / "last.ckpt")
-    vae.write_json(folder / "configs" / "model.yaml", dict(model=told))
+    torch.save(dict(state_dict=vae.ldm_weights(model, stored)), folder / "ckpts" / "last.ckpt")
+    vae.write_json(folder / "configs" / "model.yaml", dict(model=layout))
 
 
 # ==================================================================================================
