@@ -259,7 +259,7 @@ def train(args, rank, world, device):
     ]
     vae.restore_optimizers(optimizers, resumed, args.lr)
     parameters = vae.trainable_parameters(*networks)
-    batch_norm = list(discriminator.buffers()) if discriminator is not None else []
+    buffers = list(discriminator.buffers()) if discriminator is not None else []
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -282,7 +282,7 @@ def train(args, rank, world, device):
         shrink, tau, _ = vae.draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
-        batch_norm_before = [buffer.clone() for buffer in batch_norm]  # to undo a skipped step
+        buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
 
         parts = images.split(micro_batch)
         for images_part in parts:
@@ -297,11 +297,13 @@ def train(args, rank, world, device):
 
             # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
-            more, told = vae.more_losses(args, target, reconstruction, perceptual, ssim)
-            rec_loss = l1 + more  # taming: LPIPS
+            others, other_losses = vae.weighted_losses(
+                args, target, reconstruction, perceptual, ssim
+            )
+            rec_loss = l1 + others  # taming: LPIPS
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
-            log.add(l1=l1, **told, rec_loss=rec_loss, codebook=codebook_loss)
+            log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
             # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
@@ -315,7 +317,7 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # NaN, if it is: see loss_gradient()
+                rec_loss = rec_loss + 0 * d_loss.detach()  # passes a NaN on: both networks skip
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, scalars = vae.loss_gradient(
@@ -324,14 +326,14 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),
+                gan_acts=step >= (args.disc_start or 0),  # None without GAN
             )
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
         # The step. If any gradient is not finite, both networks keep their weights: a fused
-        # optimiser does nothing where its found_inf, which is GradScaler's, is 1. So the host need
-        # not wait for the norm
+        # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
+        # host need not wait for the norm
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -339,7 +341,7 @@ def train(args, rank, world, device):
             optimizer.found_inf = skipped
             optimizer.step()
             optimizer.zero_grad()
-        vae.restore_where(skipped, batch_norm, batch_norm_before)
+        vae.restore_where(skipped, buffers, buffers_before)
         vae.update_ema(ema, model, args.ema_decay, step)
         step += 1
         # ------------------------------------------------------------------------------------------
