@@ -2793,13 +2793,19 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, full_disk):
         assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-@pytest.mark.parametrize("path", ["no/a.json", "file/a.json", "folder", "blocked", "n" * 300])
+@pytest.mark.parametrize("path", ["no/a.json", "file/a.json", "folder", "n" * 300])
 def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path, path):
     (tmp_path / "file").write_text("a file, no folder")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "blocked.tmp").mkdir()
     with pytest.raises(vae.InputError, match=f"{path}: cannot be written"):
         vae.write_file(tmp_path / path, write_text("new"))
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    """Of a folder as well, in which --export writes."""
+    (tmp_path / "a.json.tmp").mkdir()
+    vae.write_file(tmp_path / "a.json", write_text("new"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 # ==================================================================================================
