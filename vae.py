@@ -2796,7 +2796,7 @@ def load_run(args, arch, configs, required=()):
         raise InputError(
             f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
-    stored = stored_arguments(args, checkpoint["args"])
+    stored = restored_arguments(args, checkpoint["args"])
     if not args.change:
         check_same_run(args, stored)
     changes = []
@@ -2880,7 +2880,7 @@ def is_plausible(name, value):
 NOT_RESTORED = ("out", "workers", "bench", "change", "export", "sample_from", "samples")
 
 
-def stored_arguments(args, stored):
+def restored_arguments(args, stored):
     """A checkpoint's arguments, through the parser that reads the command line, because they are
     somebody's input as well. -> {name: value} of those that a run takes from its checkpoint.
 
