@@ -6,7 +6,7 @@ transformer. The timestep and the class control it through adaptive layer norms.
 them is faster (Table 2).
 
     here             DiT's paper   time
-    latents (data)   x0            t = 0 is one step of noise away
+    latents (data)   x0            t = 0: after one step of noise
     noise            eps           t = 999
     x                x_t           in between
 
@@ -19,8 +19,8 @@ them is faster (Table 2).
 The first torchrun line caches the latents of data/imagenet/train in eqvae-latents/ (42 GB; give
 --cache for a second data set), takes 400,000 steps of 256 images, and writes dit.pt, dit.jsonl
 (losses) and dit/ (pictures). The same command again goes on where the run stopped. The last line
-draws 50,000 pictures. Expect after 400,000 steps, without guidance (Tables 2 and 9): gFID 14.5 on
-EQ-VAE's latents, 19.5 on SD-VAE's.
+draws 50,000 pictures. EQ-VAE's paper has FID 14.5 on its latents after 400,000 steps, 19.5 on
+SD-VAE's, without guidance (Tables 2 and 9).
 
 --data is a folder of images, with a sub-folder for each class, or flat for one without classes.
 
@@ -31,7 +31,8 @@ From Python:
     pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
 
 From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
-repa.py share all but the training loop; maskgit.py shares the caches and the writing of samples.
+repa.py share all but diffusion, training loop and samplers; maskgit.py shares the caches and the
+writing of samples. Lines of train() that are marked "# DiT" are others in those files.
 """
 
 import argparse
@@ -50,7 +51,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:  # training and sampling need vae.py; network, diffusion and samplers do without
+try:  # train(), generate() and the command line need vae.py; all else does without
     import vae
 except ImportError:
     vae = None
@@ -126,13 +127,13 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):  # (B, N, D), (B, D)
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
-        return self.linear(layer_norm(x) * (1 + scale) + shift)  # (B, N, p^2 outputs)
+        return self.linear(layer_norm(x) * (1 + scale) + shift)  # (B, N, outputs)
 
 
 def sincos_positions(side, width):
     """(1, side^2, width): half of the channels encode the column, half the row; sines first."""
-    frequencies = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000**-frequencies
+    exponents = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000**-exponents
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
     columns = line.repeat(side, 1)  # (side^2, D / 2)
     rows = line.repeat_interleave(side, dim=0)
@@ -140,7 +141,7 @@ def sincos_positions(side, width):
 
 
 def timestep_features(t):
-    """(B,) -> (B, 256): cosines, then sines, of t at 128 frequencies from 1 to 1 / 10000."""
+    """(B,) -> (B, 256): cosines, then sines, of t at 128 frequencies from 1 to nearly 1 / 10000."""
     exponents = torch.arange(128, device=t.device) * (-math.log(10000) / 128)
     angles = t[:, None].float() * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -245,12 +246,14 @@ class DiT(nn.Module):
             c = self.t_embedder(timestep_features(t))
         return h, c + self.y_embedder(y)
 
-    def unpatchify(self, h):  # (B, N, p^2 outputs)
-        side = math.isqrt(h.shape[1])
+    def unpatchify(self, tokens):  # (B, N, p^2 outputs)
+        side = math.isqrt(tokens.shape[1])
         p = self.patch_size
-        h = h.reshape(len(h), side, side, p, p, -1)  # (B, h / p, w / p, p, p, outputs)
-        h = h.permute(0, 5, 1, 3, 2, 4)  # (B, outputs, h / p, p, w / p, p)
-        return h.flatten(4, 5).flatten(2, 3).float()  # (B, outputs, h, w)
+        patches = tokens.reshape(
+            len(tokens), side, side, p, p, -1
+        )  # (B, h / p, w / p, p, p, outputs)
+        patches = patches.permute(0, 5, 1, 3, 2, 4)  # (B, outputs, h / p, p, w / p, p)
+        return patches.flatten(4, 5).flatten(2, 3).float()  # (B, outputs, h, w)
 
     def forward(self, x, t, y):
         """Noised latents (B, C, h, w), timesteps (B,) of 0 .. 999, labels (B,)
@@ -288,8 +291,8 @@ class GaussianDiffusion:
         def table(values):
             return torch.from_numpy(values).float().to(device)[:, None, None, None]
 
-        self.signal = table(np.sqrt(alpha_bar))
-        self.noise = table(np.sqrt(1 - alpha_bar))
+        self.signal_scale = table(np.sqrt(alpha_bar))
+        self.noise_scale = table(np.sqrt(1 - alpha_bar))
         self.x0_from_x = table(np.sqrt(1 / alpha_bar))
         self.x0_from_eps = table(np.sqrt(1 / alpha_bar - 1))
         self.prev_signal = table(np.sqrt(alpha_bar_prev))
@@ -301,7 +304,7 @@ class GaussianDiffusion:
 
     def add_noise(self, x0, i, noise):
         """x_t for latents x0 (B, C, h, w), steps i (B,) and N(0, 1) noise like x0."""
-        return self.signal[i] * x0 + self.noise[i] * noise
+        return self.signal_scale[i] * x0 + self.noise_scale[i] * noise
 
     def posterior_mean(self, x0, x, i):
         """The mean of q(x_{t-1} | x_t, x0)."""
@@ -463,24 +466,21 @@ def train(args, rank, world, device):
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
         _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
-        moments, labels, _, readable = next(batches)
+        moments, labels, _, readable = next(batches)  # mean and std; uint8 images with --no-cache
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        posterior_noise = vae.rank_slice(
-            torch.randn(shape, generator=rng, device=device), rank, world
-        )
+        vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
         t = (1000 * time_draw).long()  # DiT: 0 .. 999, of which 0 is next to the data
-        y = labels.to(device, non_blocking=True)
-        y = torch.where(drop_draw < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())  # other pictures took their places
+        y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
+        log.count(unreadable=(~readable).sum())  # another picture took its place
 
         passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
-            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
+            latents = autoencoder.normalize(mean + std * vae_noise[rows])
             x = diffusion.add_noise(latents, t[rows], noise[rows])  # DiT
             with sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
@@ -491,7 +491,8 @@ def train(args, rank, world, device):
             log.add(mse=mse, vb=vb)
 
         # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
+        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
+        # the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -521,7 +522,7 @@ def draw_ddim(predict, noise, labels, noise_like):
 # Shared with sit.py and repa.py, and some with maskgit.py: the latent space, the network, pictures,
 # checkpoints
 
-# What a checkpoint holds besides the network, for sampling and for going on
+# What a checkpoint holds besides network and optimiser
 ENTRIES = ("ema", "step", "args", "latent", "vae", "classes")
 
 
@@ -567,8 +568,11 @@ def set_scale(autoencoder, latent):
 
 
 def open_images(args, autoencoder):
-    """The ImageFolder of --data. Gives the autoencoder the image_size (H, W) of training,
-    --image-size or else what it was itself trained at, and the latent_size (h, w)."""
+    """Sets the sizes of images and latents, and opens --data. -> ImageFolder
+
+    autoencoder.image_size becomes (H, W) of the generator's training: --image-size, or else what
+    the autoencoder was itself trained at. autoencoder.latent_size becomes (h, w).
+    """
     if args.image_size is None:
         args.image_size = max(autoencoder.image_size or (256, 256))
         vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
@@ -582,8 +586,8 @@ def one_image(model):
     side = model.config["input_size"]
     device = next(model.parameters()).device
     x = torch.zeros(1, model.config["in_channels"], side, side, device=device)
-    label = torch.zeros(1, dtype=torch.long, device=device)
-    return lambda: model(x, label.float(), label)
+    zero = torch.zeros(1, dtype=torch.long, device=device)  # timestep and label
+    return lambda: model(x, zero.float(), zero)
 
 
 def network_config(args, preset, autoencoder, images):
@@ -688,10 +692,14 @@ def save(args, step, model, optimizer, images, **entries):
     step, args     steps taken, the command's arguments
     classes        names of the classes
 
-    and as `entries`, except that maskgit.py has only vqgan, file and hash of the VQ-GAN,
+    and as `entries`, in dit.py, sit.py and repa.py
 
     ema            the average of the weights, or None
     vae, latent    file and hash of the autoencoder, scale and shift of its latents in training
+
+    or in maskgit.py
+
+    vqgan          file and hash of the VQ-GAN
     """
     checkpoint = dict(
         arch=type(model).__name__,
@@ -739,9 +747,9 @@ def latent_data(args, rank, world, device, autoencoder, source, images):
 
 @torch.no_grad()
 def mean_and_std(batch, autoencoder, device):
-    """Cached moments (B, 2C, h, w) or uint8 images (B, 3, H, W) -> mean and std of the latents
-    (B, C, h, w), float32. Images are encoded without autocast, because they are the training
-    data."""
+    """Cached moments (B, 2C, h, w), mean and then std, or uint8 images (B, 3, H, W) -> mean and std
+    of the latents (B, C, h, w), float32. Images are encoded without autocast, because they are the
+    training data."""
     if batch.dtype == torch.uint8:
         posterior = autoencoder.encode(vae.to_float(batch, device))
         return posterior.mean, posterior.std
@@ -784,13 +792,15 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         encoded = torch.stack([encode(view) for view in mirrored], dim=1)
         if not encoded.isfinite().all():
             raise vae.InputError(
-                f"--cache {folder}: some rows would not be finite, or beyond float16; delete what "
-                "there is of it, and give --no-cache"
+                f"--cache {folder}: some rows are NaN, infinite or too large for float16; delete "
+                "the folder and do without this cache"
             )
         return encoded
 
     if not os.path.exists(folder):
-        encode_views(images.centred()[0][0][None])  # what cannot be is told first
+        encode_views(
+            images.centred()[0][0][None]
+        )  # what cannot be cached is told before anything is written
     memo = Path(folder, "images.json")
     digest, known = images_hash(images, memo)
     made_of = dict(made_of, images=digest, image_size=images.size)
@@ -799,8 +809,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         with contextlib.suppress(vae.InputError):  # a complete cache may lie where nobody may write
             vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
 
-    # Batches of a fixed grid: another batch is rounded otherwise, and a cache should be the same,
-    # however often it was interrupted
+    # Batches of a fixed grid: rounding depends on the batch, and a cache should be the same however
+    # often it was interrupted
     batches = rows.unfinished(min(32, args.micro_batch or 32), rank, world)
     loader = torch.utils.data.DataLoader(
         images.centred(),
@@ -842,7 +852,7 @@ class CachedViews(torch.utils.data.Dataset):
         self.seed = seed
         self.mirror = mirror
         self.file = None
-        self.process = None  # that opened the file: two must not share a place in it
+        self.process = None  # that opened the file: two must not share its position
 
     def __len__(self):
         return len(self.indices)
@@ -973,7 +983,7 @@ class Rows:
         try:
             return dict(vae.read_json(path)) if path.exists() else {}
         except (ValueError, TypeError):
-            return dict(manifest="unreadable")
+            return dict(manifest="unreadable")  # equals none: prepare() refuses the folder
 
     def read_status(self):
         """InputError if one of the two files is not what the manifest says, or was cut short."""
@@ -1105,7 +1115,7 @@ def generate(
 
     model        of load_generator(), on any device
     autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training,
-                 else ValueError, unless model.checkpoint is {}
+                 else InputError, a ValueError, unless model.checkpoint is {}
     indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
@@ -1129,7 +1139,8 @@ def draw_pictures(
 ):
     """What generate() of dit.py, sit.py and repa.py have in common.
 
-    draw  (predict, noise, labels, noise_like) -> normalised latents; noise_like(x) is fresh noise
+    draw  (predict, noise, labels, noise_like) -> normalised latents; noise_like(x) is fresh noise,
+          whatever x is
     """
     device = next(model.parameters()).device
     side = model.config["input_size"]
@@ -1289,8 +1300,8 @@ def choose_labels(args, num_classes, names):
 
 
 def numbers_of(what, labels, num_classes, names):
-    """Names of classes, or numbers in words -> numbers. InputError, about `what`, if one is none's.
-    Labels that are numbers already stay what they are."""
+    """Names of classes, or numbers as text ("207") -> numbers. Labels that are numbers already stay
+    what they are. InputError, which begins with `what`, for names of no class."""
     numbers = {name: label for label, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):  # else a number would have two meanings
         numbers |= {str(label): label for label in range(num_classes)}
@@ -1406,7 +1417,7 @@ def arguments(description, models, out, steps):
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
     add("--sample-from", help="checkpoint, ours or official, to sample from")
-    add("--samples", help="FILE.npz to write or go on with (default: beside it)")
+    add("--samples", help="FILE.npz to write or go on with (default: beside the checkpoint)")
     add("--num-samples", type=vae.positive_int, default=50_000)
     text = "uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360"
     add("--labels", default="uniform", help=text)
@@ -1452,7 +1463,8 @@ def main():
 
 
 def need_vae(script):
-    """A generator's file that was copied alone has its network, its loss and its samplers."""
+    """Ends the process if vae.py is missing: a script that was copied alone neither trains nor
+    samples."""
     if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
         raise SystemExit(f"{script}: to train or sample, put vae.py and eqloss.py beside it")
 

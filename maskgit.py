@@ -234,7 +234,7 @@ def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
     )  # (B, N)
     if mask is None:
         return losses.mean(dim=1)
-    return (losses * mask).mean(dim=1) * (1 / mean_ratio)
+    return (losses * mask).mean(dim=1) / mean_ratio
 
 
 # ==================================================================================================
@@ -343,7 +343,8 @@ def train(args, rank, world, device):
     tokenizer, source = load_tokenizer(args, resumed, device)
     images = dit.open_images(args, tokenizer)
     null = len(images.classes)  # the label that stands for no class
-    codes = tokenizer.config["n_embed"]  # K, the number of codes and so the mask token
+    codes = tokenizer.config["n_embed"]  # K
+    mask_token = codes  # the first number that is no code
     micro_batch = vae.images_per_pass(args, world)
 
     # The network and its optimiser, with v1.0's settings. Unlike DiT, SiT and REPA, v1.0 keeps no
@@ -377,7 +378,7 @@ def train(args, rank, world, device):
     while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
-        # batch; this process takes its share. Only dropout is drawn for each pass
+        # batch; this process takes its share. Dropout is a function of (seed, step, pass, process)
         _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
         shape = (args.batch_size, 2 + side**2)
@@ -385,8 +386,7 @@ def train(args, rank, world, device):
         ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
         tokens = tokens.to(device, non_blocking=True).long()
         mask = mask_draw < mask_ratio(ratio_draw)  # MaskGIT: (B / world, N)
-        y = labels.to(device, non_blocking=True)
-        y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, y)
+        y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, labels.to(device, non_blocking=True))
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0
         optimizer.param_groups[0]["lr"] = lr
 
@@ -394,7 +394,7 @@ def train(args, rank, world, device):
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
-            visible = tokens[rows].masked_fill(mask[rows], codes)  # MaskGIT
+            visible = tokens[rows].masked_fill(mask[rows], mask_token)  # MaskGIT
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
                     logits = network(visible, y[rows])  # (b, N, K + 1)
@@ -404,7 +404,8 @@ def train(args, rank, world, device):
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
         # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
+        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
+        # the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0
         skipped = (~grad_norm.isfinite()).float()
@@ -577,7 +578,7 @@ def generate(
 
     model      of load_generator(), on any device
     tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training, else
-               ValueError, unless model.checkpoint is {}
+               InputError, a ValueError, unless model.checkpoint is {}
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()

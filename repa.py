@@ -335,32 +335,30 @@ def train(args, rank, world, device):
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
         _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
-        moments, pictures, labels, _, readable = next(batches)  # REPA: pictures
+        moments, pictures, labels, _, readable = next(batches)  # REPA: pictures, or their tokens
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        posterior_noise = vae.rank_slice(
-            torch.randn(shape, generator=rng, device=device), rank, world
-        )
+        vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
-        t = time_draw  # REPA: in [0, 1), data to noise
-        y = labels.to(device, non_blocking=True)
-        y = torch.where(drop_draw < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())  # other pictures took their places
+        t, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # REPA: data to noise
+        y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
+        log.count(unreadable=(~readable).sum())  # another picture took its place
 
         passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = dit.mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
-            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
-            times = 1 - t[rows, None, None, None]  # REPA: sit.py's time runs the other way
-            alpha, sigma, d_alpha, d_sigma = sit.coefficients(times, config["path"])  # SiT
+            latents = autoencoder.normalize(mean + std * vae_noise[rows])
+            sit_t = 1 - t[rows, None, None, None]  # REPA: sit.py's time runs the other way
+            alpha, sigma, d_alpha, d_sigma = sit.coefficients(sit_t, config["path"])  # SiT
             x = alpha * latents + sigma * noise[rows]  # SiT
             target = -(d_alpha * latents + d_sigma * noise[rows])  # REPA: towards the noise
             tokens = target_tokens(pictures[rows], encode, side, device)  # REPA: (b, N, width)
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
-                    velocity, (projection,) = network(x, t[rows], y[rows], return_projections=True)
+                    velocity, (projection,) = network(  # REPA
+                        x, t[rows], y[rows], return_projections=True
+                    )
                 mse = (velocity - target).square().mean()  # SiT
                 cosine = alignment(projection, tokens)  # REPA
                 loss = mse - args.align_weight * cosine  # REPA
@@ -368,7 +366,8 @@ def train(args, rank, world, device):
             log.add(mse=mse, alignment=cosine)
 
         # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
+        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
+        # the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # REPA; DiT and SiT do not clip
         skipped = (~grad_norm.isfinite()).float()
@@ -437,7 +436,7 @@ class AlignedLatents(torch.utils.data.Dataset):
               training step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
-    With --no-cache the image is in the place of the moments, too.
+    With --no-cache the image also replaces the moments.
     """
 
     def __init__(self, latents, images, features=None):

@@ -286,22 +286,18 @@ def train(args, rank, world, device):
         _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
         moments, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
-        posterior_noise = vae.rank_slice(
-            torch.randn(shape, generator=rng, device=device), rank, world
-        )
+        vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
-        t = time_draw  # SiT: in [0, 1), noise to data
-        y = labels.to(device, non_blocking=True)
-        y = torch.where(drop_draw < LABEL_DROP, null, y)
-        log.count(unreadable=(~readable).sum())  # other pictures took their places
+        t, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # SiT: noise to data
+        y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
+        log.count(unreadable=(~readable).sum())  # another picture took its place
 
         passes = len(moments) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
             mean, std = dit.mean_and_std(moments[rows], autoencoder, device)  # (b, C, h, w) each
-            latents = autoencoder.normalize(mean + std * posterior_noise[rows])
+            latents = autoencoder.normalize(mean + std * vae_noise[rows])
             times = t[rows, None, None, None]  # SiT
             alpha, sigma, d_alpha, d_sigma = coefficients(times, config["path"])  # SiT
             x = alpha * latents + sigma * noise[rows]  # SiT
@@ -314,7 +310,8 @@ def train(args, rank, world, device):
             log.add(mse=loss)
 
         # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its found_inf, which is GradScaler's, is 1. So the host need not wait for the norm
+        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
+        # the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -363,8 +360,8 @@ def generate(
     **options,
 ):
     """dit.generate() by one of SAMPLERS. `diffusion` and `last` are for the SDE alone; dopri5
-    chooses its own steps. repa.py's `convert` makes a predict() of its time and sign one of
-    SiT's."""
+    chooses its own steps. `convert` turns repa.py's predict(), of another time and sign, into one
+    of SiT's."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
 

@@ -793,15 +793,17 @@ def grid_of(pictures):
 
 @pytest.fixture
 def shifted(script, generator, generators):
-    """The generator as if trained on latents of scale 1.7 and shift .3, where the autoencoder's
-    file tells others, and a flow on the path that is not the default. Its classes differ much,
-    and a flow's velocities are large, so that pictures tell what was done to latents. The
-    optimiser's moments are far from 0, where rounding would decide the direction of a step."""
+    """The generator as if stopped on its way, and trained on latents of scale 1.7 and shift .3,
+    where the autoencoder's file tells others, and a flow on the path that is not the default. Its
+    classes differ much, and a flow's velocities are large, so that pictures tell what was done to
+    latents. The optimiser's moments are far from 0, where rounding would decide the direction of a
+    step."""
     checkpoint = torch.load(generator, map_location="cpu", weights_only=True)
     rng = torch.Generator().manual_seed(0)
     for state in checkpoint["opt"]["state"].values():
         state["exp_avg"] = 1e-3 * torch.randn(state["exp_avg"].shape, generator=rng)
         state["exp_avg_sq"] = 1e-6 * (0.5 + torch.rand(state["exp_avg"].shape, generator=rng))
+    checkpoint["args"]["steps"] = 99  # of which it has taken eight
     if script is not maskgit:
         checkpoint["latent"] = dict(scale=1.7, shift=0.3)
         for key in ("model", "ema"):

@@ -692,9 +692,9 @@ def train(args, rank, world, device):
             # Per value: the sum would jump with the size that tau leaves
             log.add(l1=l1, **other_losses, rec_loss=rec_loss / values, kl=kl)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
-            # (LDM's discriminator waits for disc_start, too, and LDM runs the autoencoder a second
-            # time for it)
+            # L_gan, which acts from disc_start on, and the discriminator's own loss, which acts at
+            # once. (LDM's discriminator waits for disc_start, too, and LDM runs the autoencoder a
+            # second time for it)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -704,7 +704,7 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # passes a NaN on: both networks skip
+                rec_loss = rec_loss + 0 * d_loss.detach()  # a NaN here makes the gradient NaN
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, scalars = loss_gradient(
@@ -713,7 +713,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),  # None without GAN
+                gan_acts=step >= (args.disc_start or 0),  # disc_start is None without GAN
             )
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, 1 / len(parts))

@@ -276,8 +276,9 @@ def train(args, rank, world, device):
 
     while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. tau is a function of (seed, step). The batch has one tau, in all processes.
-        # `shrink` is the identity, except with --recipe release
+        # TRAINING STEP. tau is drawn from (seed, step): with probability p_alpha it is the identity
+        # (Eq. 1), else it scales and turns (Eq. 5). The batch has one tau, in all processes.
+        # `shrink` is the identity, except with --recipe release, which may shrink the images
         host_rng, _ = vae.step_rngs(args.seed, step, device)
         shrink, tau, _ = vae.draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
@@ -286,9 +287,9 @@ def train(args, rank, world, device):
 
         parts = images.split(micro_batch)
         for images_part in parts:
+            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             # The paper transforms the features before they are quantised. Here that is after
             # quant_conv; before it would be the same, since a 1x1 convolution commutes with tau
-            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
                 target = tau(x)  # EQ-VAE; taming: x
@@ -306,8 +307,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, from disc_start on, and the discriminator's own loss, from the first step on.
-            # (In taming it waits for disc_start, too)
+            # L_gan, which acts from disc_start on, and the discriminator's own loss, which acts at
+            # once. (In taming it waits for disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -317,7 +318,7 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # passes a NaN on: both networks skip
+                rec_loss = rec_loss + 0 * d_loss.detach()  # a NaN here makes the gradient NaN
 
             # The losses' gradient at the reconstruction, then one backward pass from there
             gradient, scalars = vae.loss_gradient(
@@ -326,7 +327,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),  # None without GAN
+                gan_acts=step >= (args.disc_start or 0),  # disc_start is None without GAN
             )
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
