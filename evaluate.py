@@ -53,7 +53,9 @@ try:  # the two commands need these files; metrics and extractors do without
     import vae
     import vqgan
     from vae import InputError
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name not in ("eqloss", "vae", "vqgan"):  # a package that they need
+        raise
     eqloss = vae = vqgan = None
     InputError = ValueError
 
@@ -688,14 +690,12 @@ def check_output(flag, path, *inputs):
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{flag} {path}: cannot be written; name a file in a folder that exists")
     if path.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise InputError(
-            f"{flag} {path}: is the name of a file that this command reads; give another"
-        )
+        raise InputError(f"{flag} {path}: this command reads a file of that name; give another")
 
 
 def finish(args, network, results, scores, notes, device, about):
     """Writes --record: the scores, and as "about" where they come from; then prints them and the
-    notes. Where a score is not finite, its autoencoder is left out, and an InputError ends it."""
+    notes. A result with a score that is not finite is left out, and is an InputError at the end."""
     finite = {}
     errors = []
     counts = []
@@ -709,11 +709,8 @@ def finish(args, network, results, scores, notes, device, about):
             counts += [result["N"], result.get("N reference")]
     if finite:
         if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
-            few = f"with fewer than {network.WIDTH:,} pictures"
-            notes = [
-                *notes,
-                f"{network.DISTANCE} is not reliable {few}, the number of its features",
-            ]
+            few = f"fewer than {network.WIDTH:,} pictures, the number of its features"
+            notes = [*notes, f"{network.DISTANCE} is not reliable with {few}"]
         if args.record:
             write_record(args, network, finite, notes, device, about)
         print_table(finite, scores)
@@ -933,7 +930,7 @@ WANTED = (
     "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
     "as a reference also ADM's statistics, or a folder of any pictures"
 )
-REFERENCES = 10_000  # pictures of which precision and recall are, as in ADM's protocol
+REFERENCES = 10_000  # the most pictures of the reference for precision and recall: ADM's protocol
 # ADM's statistics: means and covariances of the pooled and of the spatial features
 STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 
@@ -962,14 +959,12 @@ def samples(args, rank, world, device):
         return
     if origin and not statistics:
         write_statistics(args.statistics, origin, real)
-    reference = (
-        adm_statistics or real
-    )  # ADM's statistics are of more images than the pictures beside them
-    result = compare(fake, real, reference, network, args, notes, device)
+    # ADM's statistics are of more images than the pictures beside them
+    result = compare(fake, real, adm_statistics or real, network, args, notes, device)
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=sampling)
     if args.record:
-        # The samples' last: of two files of one name it is their hash that tells records apart
+        # The samples come last: if both files have one name, theirs is the hash that is kept
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     if origin:
@@ -1091,6 +1086,7 @@ def open_folder(path, notes, size):
     reference are cropped and resized to the `size` of the samples."""
     from PIL import Image
 
+    # The size of samples is not known before they are seen
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
@@ -1117,7 +1113,7 @@ def open_folder(path, notes, size):
 
 @contextlib.contextmanager
 def open_npz(path):
-    """Opens an npz. Whatever is wrong with it becomes an error of one line."""
+    """Opens an npz. Any exception while it is read becomes an InputError of one line."""
     try:
         with np.lib.npyio.NpzFile(path) as file:
             yield file
@@ -1156,7 +1152,7 @@ def read_adm_statistics(path, notes):
     return stored
 
 
-# --statistics: a file of what the reference has to give. Its mu and sigma have pytorch-fid's names,
+# --statistics: a file of the reference's statistics. Its mu and sigma have pytorch-fid's names,
 # mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
 # FID's network they are in it, too: 8 kB a picture. `made` says in JSON what the numbers are of
 ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features")
@@ -1164,10 +1160,14 @@ COUNTS = ("N", "unreadable")
 
 
 def open_statistics(args, pictures, network):
-    """What the reference's statistics depend on, their origin: the extractor with its weights, the
-    size that the pictures are scored at, how many there are, and a hash of their files; and the
-    statistics that --statistics has, or None where there is no such file yet. Without the flag {}
-    and None. InputError if they do not belong here."""
+    """-> (origin, statistics), for --statistics; without the flag ({}, None).
+
+    origin      what they depend on: extractor and its weights, the size that the reference's
+                pictures are scored at, their number, and a hash of their files
+    statistics  those in the file, or None if there is no file yet
+
+    InputError if the file has another origin, or if --statistics or --thumbnails lacks pictures.
+    """
     for flag in ("statistics", "thumbnails"):
         if getattr(args, flag) and pictures is None:
             raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
@@ -1202,9 +1202,7 @@ def read_own_statistics(path, origin):
     for name, value in origin.items():
         theirs = their_origin.get(name)
         if theirs != value:
-            raise InputError(
-                f"--statistics {path}: has {name} {theirs}, but here is {value}; {mend}"
-            )
+            raise InputError(f"--statistics {path}: has {name} {theirs}, not {value}; {mend}")
     if "features" in statistics:
         statistics["features"] = torch.from_numpy(statistics["features"])
     return statistics

@@ -5620,6 +5620,20 @@ def names_of_settings(value):
     return value.__name__
 
 
+@pytest.mark.parametrize("path", sit.PATHS)
+def test_tweedies_last_step_gives_the_picture_that_velocities_lead_to(path):
+    """Where there is one picture, its latent is the mean of all that may have led to x."""
+    picture = torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+
+    def predict(x, t, labels, level):
+        alpha, sigma, d_alpha, d_sigma = sit.PATHS[path](t)
+        return d_alpha * picture + d_sigma * (x - alpha * picture) / sigma
+
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = sit.euler_maruyama(predict, noise, torch.zeros(1), 4, path, last="tweedie")
+    torch.testing.assert_close(drawn, picture, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("script, given", BY_HAND, indirect=["script"], ids=names_of_settings)
 def test_samples_are_those_of_a_loop_by_hand(script, codec, shifted, tmp_path, given):
     """From the seed to the pictures, their labels and their record, by the average of the weights,
@@ -7433,9 +7447,9 @@ MISTAKES = [
     ("samples a.npz nan.npz FID", "nan.npz: .*not finite numbers"),
     ("samples a.npz pickled.npz FID", "Object arrays cannot be loaded"),
     ("samples a.npz real --statistics kept.npz FID", "extractor EfficientNet-Lite0.*FID-Inception"),
-    ("samples wide.npz real --statistics kept.npz FD", r"size \[16, 16\], but here is \[16, 8\]"),
-    ("samples a.npz changed --statistics kept.npz FD", "pictures 5 with .*, but here is 5 with"),
-    ("samples a.npz more --statistics kept.npz FD", "pictures 5 with .*, but here is 6 with"),
+    ("samples wide.npz real --statistics kept.npz FD", r"size \[16, 16\], not \[16, 8\]"),
+    ("samples a.npz changed --statistics kept.npz FD", "pictures 5 with .*, not 5 with"),
+    ("samples a.npz more --statistics kept.npz FD", "pictures 5 with .*, not 6 with"),
     ("samples a.npz real --statistics adm.npz FD", "adm.npz: was not written by this flag"),
     ("samples a.npz real --statistics text.npz FD", "text.npz: was not written by this flag"),
     ("samples a.npz real --statistics a.npz FD", "that this command reads"),
