@@ -690,7 +690,9 @@ def check_output(flag, path, *inputs):
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{flag} {path}: cannot be written; name a file in a folder that exists")
     if path.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise InputError(f"{flag} {path}: this command reads a file of that name; give another")
+        raise InputError(
+            f"{flag} {path}: is the name of a file that this command reads; give another"
+        )
 
 
 def finish(args, network, results, scores, notes, device, about):
