@@ -5289,14 +5289,18 @@ def test_a_cache_of_something_else_is_refused(capsys, script, fit, codec, other_
         for i in range(3):
             Image.new("RGB", (32, 32), (level * i, 0, 0)).save(tmp_path / name / f"{i}.bmp")
             os.utime(tmp_path / name / f"{i}.bmp", (1, 1))
+    (flag, file), (_, other) = codec, other_codec
     words = ["--cache", tmp_path / "cache", "--steps", 0, "--data", tmp_path / "one"]
+    words += [flag, shutil.copy(file, tmp_path / "codec.pt")]
     fit(tmp_path / "a.pt", *words)
-    words = [*smallest(script), *codec, *words, "--out", tmp_path / "b.pt"]
+    words = [*smallest(script), *words, "--out", tmp_path / "b.pt"]
     refused = functools.partial(refusal, capsys, script.main, *words)
     about = f"--cache {tmp_path}/cache: belongs to other"
     assert f"{about} image_size" in refused("--image-size", 48)
     kind = "vqgan" if script is maskgit else "autoencoder"
-    assert f"{about} {kind}" in refused(*other_codec)
+    shutil.copy(other, tmp_path / "codec.pt")
+    assert f"{about} {kind}" in refused(), "another one of the same name"
+    shutil.copy(file, tmp_path / "codec.pt")
     assert f"{about} images" in refused("--data", tmp_path / "two")
     Image.new("RGB", (32, 32), "white").save(tmp_path / "one" / "1.bmp")
     assert f"{about} images" in refused(), "one picture was replaced"
@@ -5368,20 +5372,20 @@ def test_data_loaders_are_sent_paths_and_numbers_alone(photos, tmp_path, kind):
 
 
 def test_a_stopped_run_goes_on_to_the_bit(monkeypatch, script, fit, whole, tmp_path):
-    """A signal in the second step saves first; the same command then takes the others. MaskGIT's
-    dropout included."""
+    """A signal in the third step saves first, over what was there; the same command then
+    takes the others. MaskGIT's dropout included."""
     step = vae.Log.step
 
     def signalled(log, number, *more):
-        if number == 2:
+        if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(log, number, *more)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(vae.Log, "step", signalled)
-        fit(tmp_path / "parts.pt", "--steps", 4)
+        fit(tmp_path / "parts.pt", "--steps", 4, "--save-every", 2)
     assert end.value.code == 128 + signal.SIGTERM
-    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 3
     parts, log = fit(tmp_path / "parts.pt", "--steps", 4)
     assert_same(whole.checkpoint, parts, states_of(parts))
     assert losses_of(script, log) == pytest.approx(losses_of(script, whole.log), rel=EXACT)
@@ -5565,6 +5569,7 @@ BY_HAND = [
     (maskgit, dict(preset="512", sampling_steps=4, labels="balanced")),
     (maskgit, dict(preset="showcase", sampling_steps=5, labels="dogs,cats,dogs")),
     (maskgit, dict(preset="original", softmax_scale=0.7, choice_temperature=0.5)),
+    (maskgit, dict(preset="512", choice_temperature=0.0, decoding="cosine", sampling_steps=6)),
     (maskgit, dict(preset="original", cfg_scale=3.0, decoding="arccos", sampling_steps=6)),
 ]
 # Defaults of --preset: steps, scale of guidance, temperature of the choice, factor of the logits
@@ -6059,7 +6064,7 @@ BAD_ON_LATENTS = [
     ("{codec} --image-size 36", "--model {model}: "),
     ("{codec} --ema-decay 2", "a number from 0 to 1"),
     ("{codec} --vae-model sdxl", "--vae-model sdxl"),
-    ("--vae {mistakes}/large.pt", "beyond float16"),
+    ("--vae {mistakes}/large.pt", "too large for float16"),
     ("--vae {mistakes}/ldm.ckpt", "--vae-model tiny"),  # --model is the generator's
     ("{drawn} --guidance-low 0.7 --guidance-high 0.3", "--guidance-low: "),
     ("{drawn} --sampling-steps 1", "--sampling-steps 1: "),
@@ -7153,13 +7158,15 @@ def test_recon_with_transforms_has_fig_3s_distances(
     autoencoders in one record, from which a run can be repeated."""
     quick_distance(monkeypatch)
     words = ["recon", *[trained / f"{name}.pt" for name in ("standard", "eq", "wild")]]
+    words += [shutil.copy(trained / "wild.pt", tmp_path / "eq.pt")]
     words += ["--data", photos, *EFFICIENT, "--image-size", "32x44", "--no-lpips"]
     words += ["--batch-size", 3, "--transforms", "--num-images", 5, "--seed", 3]
     run(evaluate.main, *words, "--record", tmp_path / "r.json")
     text = (tmp_path / "r.json").read_text()
     record = json.loads(text)
-    assert list(record) == ["standard", "eq", "wild", "about"]
+    assert list(record) == ["standard", "eq", "wild", "eq-2", "about"]
     found = record["wild"]
+    assert record["eq-2"] == found, "two files of one name are two rows"
     assert not any("rFID" in key or "LPIPS" in key for key in found)
     files = sorted(photos.glob("*/*.png"))
     picked = [0, 2, 4, 6, 9]  # five of ten, evenly
@@ -7205,7 +7212,7 @@ def test_recon_with_transforms_has_fig_3s_distances(
     header, _, *rows = [report.cells(line) for line in lines if line.startswith("|")]
     scores = [name, "PSNR", "SSIM", "EfficientNet distance", "R", "S", "ID"]
     assert header[2:] == [*scores, f"{name} R", f"{name} S"]
-    for row, name in zip(rows, ("standard", "eq", "wild"), strict=True):
+    for row, name in zip(rows, ("standard", "eq", "wild", "eq-2"), strict=True):
         assert row == [name, "5", *[f"{record[name][score]:.4g}" for score in header[2:]]]
 
 
