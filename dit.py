@@ -1374,7 +1374,9 @@ def is_written(out, record):
     except (OSError, ValueError):
         before = None
     if before != json.loads(json.dumps(record)):
-        raise vae.InputError(f"--samples {out}: exists and was made with other settings")
+        raise vae.InputError(
+            f"--samples {out}: exists and was made with other settings; give another --samples"
+        )
     return True
 
 

@@ -4243,9 +4243,9 @@ def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch, script):
 
 
 @contextlib.contextmanager
-def two_at_once(*words, folders=(None, None), stderr=subprocess.DEVNULL):
-    """vae.py on two processes, started as torchrun would, each in a folder: the processes, which
-    end with the context."""
+def two_at_once(*words, more=((), ()), folders=(None, None), stderr=subprocess.DEVNULL):
+    """vae.py on two processes, started as torchrun would, each with more words and in a folder: the
+    processes, which end with the context."""
     port = free_port()
     place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     call = [str(word) for word in (sys.executable, ROOT / "vae.py", *VAE, *words)]
@@ -4254,7 +4254,7 @@ def two_at_once(*words, folders=(None, None), stderr=subprocess.DEVNULL):
         for rank, folder in enumerate(folders):
             environment = os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank))
             options = dict(env=environment, cwd=folder, text=True, stderr=stderr)
-            started.append(subprocess.Popen(call, **options))
+            started.append(subprocess.Popen([*call, *map(str, more[rank])], **options))
         yield started
     finally:
         for child in started:
@@ -4799,6 +4799,18 @@ def test_what_one_machine_lacks_is_told_and_the_others_leave_without_a_word(phot
         ended = [(child.communicate(timeout=60)[1], child.returncode) for child in both]
     assert ended[0] == ("", 1)
     assert ended[1][1] == 2 and "photos: no such folder" in ended[1][0]
+
+
+def test_processes_with_different_flags_are_told_which(photos, tmp_path):
+    # It takes seconds: two processes start
+    words = ("--data", photos, "--steps", 2, "--out", tmp_path / "a.pt")
+    more = (("--kl-weight", 0.1), ("--kl-weight", 0.2))
+    with two_at_once(*words, more=more, stderr=subprocess.PIPE) as both:
+        ended = [(child.communicate(timeout=60)[1], child.returncode) for child in both]
+    assert [code for _, code in ended] == [2, 2]
+    (told,) = [text for text, _ in ended if text]
+    assert "--kl-weight: the processes were started with 0.1 and 0.2; give all of them" in told
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_a_run_leaves_nothing_in_its_process(photos, tmp_path):

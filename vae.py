@@ -1643,7 +1643,7 @@ def read_file(path):
         hint = ""
         is_file = path.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))
         if is_file:
-            hint = "; download it (--help of the script says where from), or name another"
+            hint = "; make it, download it (--help says where from), or name another"
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
             hint = f"; if it is on the hub: hf download {path} --local-dir {os.path.basename(path)}"
         raise InputError(f"{path}: no such file{hint}")
@@ -1995,6 +1995,7 @@ def launch(parser, run):
         args = parse(parser)
         try:
             rank, world, device = start_process(args)
+            check_flags_of_all(args)
             if getattr(args, "bench", False):
                 benchmark(args, rank, world, device, run)
             else:
@@ -2266,6 +2267,22 @@ def check_processes(step, model, images, *others):
         sums = [value.double().sum().item() for value in model.state_dict().values()]
         files = hashlib.sha256(images.files.data.tobytes()).hexdigest()
         check_agreement(step, sums, files, *others)
+
+
+def check_flags_of_all(args):
+    """InputError, on all processes, if they were started with different flags."""
+    if not dist.is_initialized():
+        return
+    flags = {name: value for name, value in saved_arguments(args).items() if name != "workers"}
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, flags)
+    for name, value in everyones[0].items():
+        for other in everyones:
+            if other.get(name) != value:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: the processes were started with {value} and "
+                    f"{other.get(name)}; give all of them the same flags"
+                )
 
 
 def check_agreement(*values):
