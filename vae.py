@@ -1491,13 +1491,13 @@ def export(args):
     config = model.config
     if args.half:
         model.to(HALVES[args.half])
+    if config["padding_mode"] != "zeros":
+        say("its convolutions pad by reflection: programs other than these have to be told")
     layout = args.layout
     if args.export.endswith(".safetensors"):
         layout = "one file in LDM's"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
-        if config["padding_mode"] != "zeros":
-            say("diffusers' layout cannot say that convolutions pad by reflection: set it there")
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
     else:
         if config["norm_groups"] != 32:
