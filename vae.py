@@ -1270,7 +1270,7 @@ def find_weights(checkpoint, anchor):
             inner = [(f"{key}.{name}", item) for name, item in value.items()]
             holders += [(name, item) for name, item in inner if isinstance(item, dict)]
     holders.sort(key=lambda pair: not is_average(pair[0]))
-    found = []
+    networks = []  # (what the file calls it, tensors, prefix of its tensors)
     for name, holder in holders:
         names = {}
         for key, value in holder.items():
@@ -1278,13 +1278,13 @@ def find_weights(checkpoint, anchor):
                 names[key.replace("_orig_mod.", "")] = value
         prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
         prefixes.sort(key=lambda prefix: (not is_average(prefix), len(prefix)))
-        found += [(f"{name}.{prefix}".strip("."), names, prefix) for prefix in prefixes]
-    if not found:
+        networks += [(f"{name}.{prefix}".strip("."), names, prefix) for prefix in prefixes]
+    if not networks:
         return None
-    taken, names, prefix = found[0]
+    taken, names, prefix = networks[0]
     say_averages(checkpoint, taken)
-    if len(found) > 1 and not is_average(taken):
-        others = shortened([other for other, _, _ in found[1:]])
+    if len(networks) > 1 and not is_average(taken):
+        others = shortened([other for other, _, _ in networks[1:]])
         say(f"several networks in one file: {taken or 'the first'} is taken, not {others}")
     return take_average(names, prefix)
 
@@ -1421,9 +1421,8 @@ def config_beside(path):
         with import_safetensors().safe_open(path, "pt") as file:
             config = (file.metadata() or {}).get("eqvae")
         if config is not None:
-            with contextlib.suppress(
-                ValueError, AttributeError, RecursionError
-            ):  # another program's
+            # Another program's entry of this name is passed over
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 return our_config(json.loads(config))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
