@@ -449,7 +449,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
-    latent = measure_scale(autoencoder, images)
+    latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, one_image(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)

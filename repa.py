@@ -316,7 +316,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source, encoder_id)
-    latent = dit.measure_scale(autoencoder, images)
+    latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)

@@ -267,7 +267,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_processes(step, model, images, source)
-    latent = dit.measure_scale(autoencoder, images)
+    latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, dit.one_image(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)

@@ -270,6 +270,7 @@ def train(args, rank, world, device):
     vae.say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
+    # Under "latent" a finished run's file has the use of its codebook
     was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = stored = None  # frees the loaded tensors
     log.begin(step)
