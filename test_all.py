@@ -105,7 +105,7 @@ import fakecuda  # noqa: E402
 import report  # noqa: E402
 from beside import formula  # noqa: E402  every parameter from sines: needs no file
 
-# A shell that starts the tests in the background has told them, and all they start, to ignore Ctrl-C
+# A shell that starts the tests in the background lets them, and all they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Numbers of the official codes, by the --golden of results/compare/
 GOLDEN = json.loads((ROOT / "results" / "compare" / "golden.json").read_text())
