@@ -381,7 +381,8 @@ def draw_smoothed(axes, curves):
         steps, values = zip(*points)
         colour = f"C{number}"
         axes.plot(steps, values, color=colour, alpha=0.3)
-        axes.plot(steps, smoothed(values), color=colour, label=label)
+        marker = "." if len(steps) < 10 else ""  # else a single point would not be seen
+        axes.plot(steps, smoothed(values), color=colour, label=label, marker=marker)
     axes.legend(fontsize=8)
 
 
