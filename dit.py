@@ -249,10 +249,8 @@ class DiT(nn.Module):
     def unpatchify(self, tokens):  # (B, N, p^2 outputs)
         side = math.isqrt(tokens.shape[1])
         p = self.patch_size
-        patches = tokens.reshape(
-            len(tokens), side, side, p, p, -1
-        )  # (B, h / p, w / p, p, p, outputs)
-        patches = patches.permute(0, 5, 1, 3, 2, 4)  # (B, outputs, h / p, p, w / p, p)
+        # (B, h / p, w / p, p, p, outputs) -> (B, outputs, h / p, p, w / p, p)
+        patches = tokens.reshape(len(tokens), side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)
         return patches.flatten(4, 5).flatten(2, 3).float()  # (B, outputs, h, w)
 
     def forward(self, x, t, y):
@@ -490,9 +488,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)
 
-        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
-        # the norm
+        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
+        # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
+        # wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -798,9 +796,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         return encoded
 
     if not os.path.exists(folder):
-        encode_views(
-            images.centred()[0][0][None]
-        )  # what cannot be cached is told before anything is written
+        # An image that cannot be cached is told before anything is written
+        encode_views(images.centred()[0][0][None])
     memo = Path(folder, "images.json")
     digest, known = images_hash(images, memo)
     made_of = dict(made_of, images=digest, image_size=images.size)

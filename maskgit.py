@@ -403,9 +403,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
-        # The step. If any gradient is not finite, the weights stay: a fused optimiser does nothing
-        # where its attribute found_inf is 1, as GradScaler sets it. So the host need not wait for
-        # the norm
+        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
+        # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
+        # wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0
         skipped = (~grad_norm.isfinite()).float()

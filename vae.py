@@ -452,7 +452,7 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 
     The weight makes the GAN's gradient `gan_weight` times as long as that of the reconstruction
     loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841). With
-    plain autograd a whole step, this function and the backward pass that follows it, is
+    plain autograd this function and the backward pass that follows it are, once the GAN acts,
 
         rec_norm = torch.autograd.grad(rec_loss, W, retain_graph=True)[0].norm()
         gan_norm = torch.autograd.grad(g_loss, W, retain_graph=True)[0].norm()
@@ -652,9 +652,9 @@ def train(args, rank, world, device):
 
     while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. tau and the noise are functions of (seed, step), drawn for the whole batch;
-        # this process takes its rows. The batch has one tau, in all processes. `shrink` is the
-        # identity except with --recipe release, `explicit_tau` is None except in Table 7's ablation
+        # TRAINING STEP. Transforms and noise are functions of (seed, step). The batch has one tau,
+        # in all processes, and noise of which this process takes its rows. `shrink` is the identity
+        # except with --recipe release, `explicit_tau` is None except in Table 7's ablation
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, least_cells, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
@@ -673,9 +673,9 @@ def train(args, rank, world, device):
                 reconstruction = model.decode(tau(z))  # EQ-VAE; LDM: decode(z)
 
             # L_rec, and the KL term, which is a sum over each image's latent. L1 and the losses
-            # beside it (LPIPS in LDM) are means over values, where LDM has sums over each image's:
-            # so they are multiplied by the number of values. An image that tau has shrunk has
-            # fewer values, and weighs less
+            # beside it (in LDM LPIPS) are means over values. LDM sums over each image's values, so
+            # they are multiplied by their number. An image that tau has shrunk has fewer values,
+            # and weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
@@ -689,12 +689,12 @@ def train(args, rank, world, device):
                     )
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
-            # Per value: the sum would jump with the size that tau leaves
+            # rec_loss is logged per value, since the sum jumps with the size that tau leaves
             log.add(l1=l1, **other_losses, rec_loss=rec_loss / values, kl=kl)
 
-            # L_gan, which acts from disc_start on, and the discriminator's own loss, which acts at
-            # once. (LDM's discriminator waits for disc_start, too, and LDM runs the autoencoder a
-            # second time for it)
+            # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
+            # it from the first step on. (In LDM it waits for disc_start, too, and the autoencoder
+            # runs a second time for this loss)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -704,9 +704,11 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # a NaN here makes the gradient NaN
+                # A d_loss that is NaN makes rec_loss NaN, and loss_gradient() its gradient
+                rec_loss = rec_loss + 0 * d_loss.detach()
 
-            # The losses' gradient at the reconstruction, then one backward pass from there
+            # The losses' gradient at the reconstruction, then one backward pass from there and from
+            # the regulariser
             gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,
@@ -718,7 +720,7 @@ def train(args, rank, world, device):
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
-        # The step. If any gradient is not finite, both networks keep their weights: a fused
+        # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
         # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
         # host need not wait for the norm
         average_gradients(parameters)
@@ -2272,7 +2274,8 @@ def check_flags_of_all(args):
     """InputError, on all processes, if they were started with different flags."""
     if not dist.is_initialized():
         return
-    flags = {name: value for name, value in saved_arguments(args).items() if name != "workers"}
+    passing = ("workers", "run")  # machines may differ in the one; the other is no flag
+    flags = {name: value for name, value in saved_arguments(args).items() if name not in passing}
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, flags)
     for name, value in everyones[0].items():
@@ -3323,7 +3326,6 @@ def device_name(device):
 
 
 if __name__ == "__main__":
-    sys.modules["vae"] = sys.modules[
-        "__main__"
-    ]  # for others that import it: one InputError for all
+    # The other files import this module, not a second copy of it: so there is one InputError
+    sys.modules["vae"] = sys.modules["__main__"]
     main()

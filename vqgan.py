@@ -302,14 +302,14 @@ def train(args, rank, world, device):
             others, other_losses = vae.weighted_losses(
                 args, target, reconstruction, perceptual, ssim
             )
-            rec_loss = l1 + others  # taming: LPIPS
+            rec_loss = l1 + others  # in taming LPIPS alone is beside L1
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
             log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)
 
-            # L_gan, which acts from disc_start on, and the discriminator's own loss, which acts at
-            # once. (In taming it waits for disc_start, too)
+            # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
+            # it from the first step on. (In taming it waits for disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -319,9 +319,11 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                rec_loss = rec_loss + 0 * d_loss.detach()  # a NaN here makes the gradient NaN
+                # A d_loss that is NaN makes rec_loss NaN, and vae.loss_gradient() its gradient
+                rec_loss = rec_loss + 0 * d_loss.detach()
 
-            # The losses' gradient at the reconstruction, then one backward pass from there
+            # The losses' gradient at the reconstruction, then one backward pass from there and from
+            # the regulariser
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
@@ -333,7 +335,7 @@ def train(args, rank, world, device):
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
 
-        # The step. If any gradient is not finite, both networks keep their weights: a fused
+        # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
         # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
         # host need not wait for the norm
         vae.average_gradients(parameters)
