@@ -874,11 +874,11 @@ def score_batch(name, model, images, index, perceptual, args):
     -> {score: its values (B, ...)}, {name: uint8 pictures whose features are to be compared}
     """
     x = vae.to_float(images, images.device)  # (B, 3, H, W) in [-1, 1]
-    mean, std = vqgan.encode(model, x)  # (B, c, h, w); std is 0 for a VQ-GAN
+    mean, std = vqgan.encode_with(model, x)  # (B, c, h, w); std is 0 for a VQ-GAN
     z = mean
     if args.latent == "sample":  # as the paper decodes; R, S and ID are of the means
         z = mean + std * vae.sample_noise(mean.shape[1:], args.seed, index, mean.device)
-    decoded = vqgan.decode(model, z)
+    decoded = vqgan.decode_with(model, z)
     if not decoded.isfinite().all():
         raise InputError(f"{name}: a reconstruction of the images {index.tolist()} is not finite")
     pictures = dict(fake=vae.to_uint8(decoded))
@@ -888,14 +888,14 @@ def score_batch(name, model, images, index, perceptual, args):
         scores[key] = distance(x, decoded).flatten()
 
     def encode_mean(images):
-        return vqgan.encode(model, images)[0]
+        return vqgan.encode_with(model, images)[0]
 
     for kind, (scale, turns) in TRANSFORMS.items():
         tau = eqloss.scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
         scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
-            pictures[f"{kind} fake"] = vae.to_uint8(vqgan.decode(model, tau(z)))
+            pictures[f"{kind} fake"] = vae.to_uint8(vqgan.decode_with(model, tau(z)))
     return scores, pictures
 
 
@@ -1296,7 +1296,7 @@ def main():
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
     text = "decode samples of the posterior, as in the paper, or its means"
     add("--latent", choices=("sample", "mean"), default="sample", help=text)
-    modes = ("bicubic-antialias", "bicubic", "bilinear")
+    modes = eqloss.INTERPOLATIONS
     add("--interpolation", choices=modes, default=modes[0], help="how S resizes images and latents")
     add("--vgg", help=f"VGG16's weights for LPIPS {by_default}")
     text = "leave out LPIPS; --features efficientnet then has a distance of its own in its place"

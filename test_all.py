@@ -3698,12 +3698,14 @@ def test_one_loader_reads_either_kind(codes, trained, photos):
     x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 2, "cpu"))
     discrete = vqgan.load_model(codes)
     continuous = vqgan.load_model(trained / "eq.pt")
-    mean, std = vqgan.encode(discrete, x)
+    mean, std = vqgan.encode_with(discrete, x)
     assert torch.equal(mean, discrete.features(x)) and std == 0
-    torch.testing.assert_close(vqgan.decode(discrete, mean), discrete.decode(discrete.encode(x)))
-    mean, std = vqgan.encode(continuous, x)
+    torch.testing.assert_close(
+        vqgan.decode_with(discrete, mean), discrete.decode(discrete.encode(x))
+    )
+    mean, std = vqgan.encode_with(continuous, x)
     assert torch.equal(mean, continuous.encode_mean(x)) and (std > 0).all()
-    assert torch.equal(vqgan.decode(continuous, mean), continuous.decode(mean))
+    assert torch.equal(vqgan.decode_with(continuous, mean), continuous.decode(mean))
 
 
 VQGAN_MISTAKES = [

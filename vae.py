@@ -952,32 +952,30 @@ def arguments(description, configs, init, out):
     add = autoencoder.add_argument
     add("--image-size", type=image_size, default=(256, 256), help="256, or HxW")
     add("--init", default=init, help="file or folder to start from or export, or scratch")
-    words = "preset, if --init is scratch or a file that names none"
-    add("--model", choices=configs, help=words)
-    words = (
-        "convert --init to this new folder (vae.py: or NAME.safetensors, one file); do not train"
-    )
-    add("--export", metavar="NAME", help=words)
+    text = "preset, if --init is scratch or a file that names none"
+    add("--model", choices=configs, help=text)
+    text = "convert --init to this new folder (vae.py: or NAME.safetensors, one file); do not train"
+    add("--export", metavar="NAME", help=text)
     add("--train", choices=("all", "decoder"), default="all", help="the part to train")
-    words = "compute blocks again in the backward pass: less memory, more time"
-    add("--checkpoint-activations", action="store_true", help=words)
-    words = "keep an average of the weights; 0: none"
-    add("--ema-decay", type=probability, default=0.0, help=words)
+    text = "compute blocks again in the backward pass: less memory, more time"
+    add("--checkpoint-activations", action="store_true", help=text)
+    text = "keep an average of the weights; 0: none"
+    add("--ema-decay", type=probability, default=0.0, help=text)
     objective = parser.add_argument_group("objective")
     add = objective.add_argument
     add("--p-alpha", type=probability, default=0.5, help="probability of tau = identity")
     add("--tau", choices=eqloss.KINDS, default="rs", help="r: rotation, s: scale (Table 5)")
-    words = "draw tau as the paper says, or as the released code does"
-    add("--recipe", choices=("paper", "release"), default="paper", help=words)
+    text = "draw tau as the paper says, or as the released code does"
+    add("--recipe", choices=("paper", "release"), default="paper", help=text)
     add("--lpips-weight", type=non_negative, default=1.0, help="of LPIPS; L1 has weight 1")
     add("--l2-weight", type=non_negative, default=0.0, help="of the squared error")
     add("--ssim-weight", type=non_negative, default=0.0, help="of 1 - SSIM")
-    words = "the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()"
-    add("--perceptual", default="lpips", help=words)
+    text = "the distance of --lpips-weight: lpips, or MODULE:FUNCTION, see load_perceptual()"
+    add("--perceptual", default="lpips", help=text)
     add("--vgg", help="VGG16's weights for LPIPS (default: torch hub's), or random")
     add("--gan-weight", type=non_negative, default=0.5, help="0: no GAN")
-    words = "first step of the GAN term (default: 0 if --init has a discriminator, else 1000)"
-    add("--disc-start", type=count, help=words)
+    text = "first step of the GAN term (default: 0 if --init has a discriminator, else 1000)"
+    add("--disc-start", type=count, help=text)
     add_run_arguments(
         parser,
         data="data/openimages",
@@ -993,20 +991,20 @@ def arguments(description, configs, init, out):
 
 def main():
     parser, autoencoder, objective = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
-    words = "of the autoencoder's convolutions, where its file does not tell"
-    autoencoder.add_argument("--padding-mode", choices=("zeros", "reflect"), help=words)
+    text = "of the autoencoder's convolutions, where its file does not tell"
+    autoencoder.add_argument("--padding-mode", choices=("zeros", "reflect"), help=text)
     add = objective.add_argument
     add("--kl-weight", type=non_negative, default=1e-6)
-    words = "train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)"
-    add("--explicit-weight", type=non_negative, default=0.0, help=words)
-    words = "Eq. 4: take E(tau o x) as a fixed target"
-    add("--stop-gradient", action="store_true", help=words)
+    text = "train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)"
+    add("--explicit-weight", type=non_negative, default=0.0, help=text)
+    text = "Eq. 4: take E(tau o x) as a fixed target"
+    add("--stop-gradient", action="store_true", help=text)
     add = parser.add_argument_group("result").add_argument
-    words = "--export in 16 bits; a NAME that ends in .safetensors is one file in LDM's names"
-    add("--half", choices=HALVES, help=words)
+    text = "--export in 16 bits; a NAME that ends in .safetensors is one file in LDM's names"
+    add("--half", choices=HALVES, help=text)
     scales = ("measured", "published")
-    words = "what a finished run stores as the scale of its latents"
-    add("--latent-scale", choices=scales, default="measured", help=words)
+    text = "what a finished run stores as the scale of its latents"
+    add("--latent-scale", choices=scales, default="measured", help=text)
     layouts = ("diffusers", "ldm")
     add("--layout", choices=layouts, default="diffusers", help="--export's format")
     launch(parser, run)
@@ -1912,12 +1910,12 @@ def add_run_arguments(parser, **defaults):
     add = parser.add_argument_group("run").add_argument
     add("--data", help="folder of images, flat or with a folder for each class")
     add("--out", help="checkpoint to write, or to go on with")
-    words = "let --out go on with other --data, --image-size or --batch-size than it was made with"
-    add("--change", action="store_true", help=words)
+    text = "let --out go on with other --data, --image-size or --batch-size than it was made with"
+    add("--change", action="store_true", help=text)
     add("--steps", type=count, help="steps in all")
     add("--batch-size", type=positive_int, help="images a step, over all processes")
-    words = "images per forward pass (default: all of a process's)"
-    add("--micro-batch", type=positive_int, help=words)
+    text = "images per forward pass (default: all of a process's)"
+    add("--micro-batch", type=positive_int, help=text)
     add("--lr", type=positive_number, help="not scaled by batch or processes")
     add("--seed", type=seed_number, default=0)
     precisions = ("auto", "bf16", "fp32")

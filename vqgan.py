@@ -113,7 +113,7 @@ class VQGAN(nn.Module):
         ch=128,
         ch_mult=(1, 1, 2, 2, 4),
         num_res_blocks=2,
-        attn_levels=(),
+        attn_levels=(4,),
         z_channels=256,
         embed_dim=256,
         n_embed=1024,
@@ -176,7 +176,7 @@ class VQGAN(nn.Module):
 # A VQ-GAN or a KL autoencoder, for what takes either
 
 
-def encode(model, x):
+def encode_with(model, x):
     """Images (B, 3, H, W) -> means and standard deviations of the latents (B, c, h, w); of a
     VQ-GAN the features and 0."""
     if isinstance(model, VQGAN):
@@ -185,7 +185,7 @@ def encode(model, x):
     return posterior.mean, posterior.std
 
 
-def decode(model, z):
+def decode_with(model, z):
     """Latents, or a VQ-GAN's features, which are quantised first -> images (B, 3, H, W)."""
     if isinstance(model, VQGAN):
         return model.decode_features(z)

@@ -50,19 +50,19 @@ def latent_figures(args, device):
         model = vqgan.load_model(path, args.model, args.padding_mode).to(device)
         name = Path(path).stem
         grid = model.grid(args.image_size)
-        z, _ = vqgan.encode(model, x)  # (N, c, h, w)
-        sample = torch.cat([vqgan.encode(model, part)[0] for part in many])
+        z, _ = vqgan.encode_with(model, x)  # (N, c, h, w)
+        sample = torch.cat([vqgan.encode_with(model, part)[0] for part in many])
         latents.append((f"{name}: latents", pictures_of(principal_colours(z, sample), x.shape[2])))
         for rows, tau in (
             (scaled, scale_transform(0.5, grid)),
             (turned, scale_transform(1, grid, quarter_turns=2)),
         ):
-            of_image, _ = vqgan.encode(model, tau(x))
+            of_image, _ = vqgan.encode_with(model, tau(x))
             if not rows:
                 rows.append(("tau o x", pictures_of(vae.to_uint8(tau(x)))))
             for label, decoded in (
-                ("D(E(tau o x))", vqgan.decode(model, of_image)),
-                ("D(tau o E(x))", vqgan.decode(model, tau(z))),
+                ("D(E(tau o x))", vqgan.decode_with(model, of_image)),
+                ("D(tau o E(x))", vqgan.decode_with(model, tau(z))),
             ):
                 rows.append((f"{name}: {label}", pictures_of(vae.to_uint8(decoded))))
 
