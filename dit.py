@@ -6,9 +6,9 @@ transformer. The timestep and the class control it through adaptive layer norms.
 them is faster (Table 2).
 
     here             DiT's paper   time
-    latents (data)   x0            t = 0: after one step of noise
+    latents (data)   x0            before t = 0, which has one step of noise
     noise            eps           t = 999
-    x                x_t           in between
+    x                x_t           t = 0 to 999
 
     python dit.py --vae tiny.pt --data data/emoji/train --model DiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-dit.pt    # minutes on a CPU
@@ -32,7 +32,7 @@ From Python:
 
 From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
 repa.py share all but diffusion, training loop and samplers; maskgit.py shares the caches and the
-writing of samples. Lines of train() that are marked "# DiT" are others in those files.
+writing of samples. Lines of train() that are marked "# DiT" differ in sit.py and repa.py.
 """
 
 import argparse
@@ -359,7 +359,8 @@ class GaussianDiffusion:
     def sample(self, predict, noise, labels, sampler="ddpm", noise_like=torch.randn_like):
         """Noise (B, C, h, w), labels (B,) -> latents x0, by one call of the network a step.
 
-        predict     (x, t, labels, level) -> output, as guided() makes it
+        predict     (x, t, labels, level) -> output, as guided() makes it; level is the noise
+                    level, 0 (data) to 1 (noise)
         sampler     "ddpm" or "ddim"
         noise_like  x -> N(0, 1) like x, for ddpm
         """
@@ -446,7 +447,7 @@ def train(args, rank, world, device):
     diffusion = GaussianDiffusion(device=device)  # DiT: 1,000 steps of noise
 
     step = resumed["step"] if resumed else 0
-    vae.check_processes(step, model, images, source)
+    vae.check_same_start(step, model, images, source)
     latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, one_image(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
@@ -463,7 +464,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
         moments, labels, _, readable = next(batches)  # mean and std; uint8 images with --no-cache
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -486,7 +487,7 @@ def train(args, rank, world, device):
                 mse, vb = diffusion.losses(output, latents, x, t[rows], noise[rows])  # DiT
                 loss = mse.mean() + vb.mean()  # DiT
                 (loss / passes).backward()
-            log.add(mse=mse, vb=vb)
+            log.add(mse=mse, vb=vb)  # DiT
 
         # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
         # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
@@ -512,7 +513,7 @@ def train(args, rank, world, device):
 
 
 def draw_ddim(predict, noise, labels, noise_like):
-    """Draws the pictures that preview() shows: 50 steps of DDIM."""
+    """The latents of the pictures that preview() shows: 50 steps of DDIM."""
     return GaussianDiffusion(50, noise.device).sample(predict, noise, labels, "ddim")
 
 
@@ -604,11 +605,11 @@ def network_config(args, preset, autoencoder, images):
     )
 
 
-def start_network(network, config, args, resumed, images):
+def start_network(network_class, config, args, resumed, images):
     """A new network, or that of the run to go on with. InputError if that has other settings, or
     other classes."""
     if resumed is None:
-        return network(**config)
+        return network_class(**config)
     changed = []
     for name, value in config.items():
         before = resumed["config"].get(name)
@@ -620,7 +621,7 @@ def start_network(network, config, args, resumed, images):
         raise vae.InputError(
             f"{args.out}: was trained with {'; '.join(changed)}; give another --out"
         )
-    return vae.build(network, vae.Stored(args.out, config, resumed["model"]))
+    return vae.build(network_class, vae.Stored(args.out, config, resumed["model"]))
 
 
 def compile_blocks(args, blocks):
@@ -652,7 +653,10 @@ def sync_gradients(network, is_last):
 @torch.no_grad()
 def preview(args, step, log, model, ema, draw, autoencoder, autocast):
     """Writes OUT/0001000.png: samples with the average of the weights, from the same noise and
-    labels each time. `draw` is as draw_pictures() takes it."""
+    labels each time.
+
+    draw  (predict, noise, labels, noise_like) -> normalised latents
+    """
     if not vae.MAIN or args.bench or not args.sample_every:
         return
     device = next(model.parameters()).device
@@ -719,8 +723,8 @@ def save(args, step, model, optimizer, images, **entries):
 
 def measure_scale(autoencoder, images):
     """Scale and shift of the latents, for the checkpoint. They are measured where the autoencoder's
-    file has none, as LDM's kl-f16. All processes measure the same images; the mean removes what
-    they round differently."""
+    file has none, as LDM's kl-f16. All processes measure the same images, and take the mean of
+    their results, which may differ by rounding."""
     if autoencoder.scaling_factor is None:
         measured = vae.measure_latents(autoencoder, images.centred())
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
@@ -758,12 +762,12 @@ def mean_and_std(batch, autoencoder, device):
 # Caches: of latents, of REPA's features, of MaskGIT's tokens
 
 
-def cache_folder(args, source, what):
+def cache_folder(args, autoencoder, what):
     """--cache, else NAME-latents or NAME-tokens beside the autoencoder NAME.pt or NAME/."""
     if args.cache:
         return args.cache
-    stem = os.path.normpath(source)
-    if os.path.isfile(source):
+    stem = os.path.normpath(autoencoder)
+    if os.path.isfile(autoencoder):
         stem = os.path.splitext(stem)[0]
     return f"{stem}-{what}"
 
@@ -796,7 +800,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         return encoded
 
     if not os.path.exists(folder):
-        # An image that cannot be cached is told before anything is written
+        # Tries one image, so that an error comes before anything is written
         encode_views(images.centred()[0][0][None])
     memo = Path(folder, "images.json")
     digest, known = images_hash(images, memo)
@@ -818,7 +822,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     )
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        if vae.signal_heard():
+        if vae.signal_heard():  # not stop_signal(): processes have other numbers of batches
             break
         if readable.any():
             rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
@@ -864,9 +868,9 @@ class CachedViews(torch.utils.data.Dataset):
         return torch.from_numpy(row), int(self.labels[index]), index, True
 
     def read(self, row, view):
-        """A copy of one row, read from where it lies. A memory map would read 128 KB around what is
-        not in memory; from a cache that is larger than memory, a batch then takes many times as
-        long."""
+        """A copy of one row, read from where it lies. (A memory map reads 128 KB for each row that
+        is not in memory. From a cache that is larger than memory, a batch would take many times as
+        long.)"""
         if self.process != os.getpid():
             array = np.load(self.path, mmap_mode="r")  # reads the header alone
             self.shape = array.shape
@@ -980,7 +984,7 @@ class Rows:
         try:
             return dict(vae.read_json(path)) if path.exists() else {}
         except (ValueError, TypeError):
-            return dict(manifest="unreadable")  # equals none: prepare() refuses the folder
+            return dict(manifest="unreadable")  # so prepare() refuses the folder
 
     def read_status(self):
         """InputError if one of the two files is not what the manifest says, or was cut short."""
@@ -1050,7 +1054,7 @@ def write_rows(path, indices, rows):
 # Sampling, from Python: load_generator() and generate()
 
 
-def load_generator(file, network=DiT, **options):
+def load_generator(file, network_class=DiT, **options):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint).
 
     options  arguments of the network that official files do not tell
@@ -1069,16 +1073,17 @@ def load_generator(file, network=DiT, **options):
     contents = vae.read_file(path)
     checkpoint = {}
     if vae.is_ours(contents):
-        if contents["arch"] != network.__name__:
-            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {network.__name__}")
+        arch = network_class.__name__
+        if contents["arch"] != arch:
+            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {arch}")
         vae.check_entries(path, contents, ("model", *ENTRIES))
         config = contents["config"]
         weights = contents["ema"] or contents["model"]
         checkpoint = {key: contents[key] for key in ENTRIES if key != "ema"}
     else:
-        config, weights = read_official(path, contents, network)
+        config, weights = read_official(path, contents, network_class)
         config |= options
-    model = vae.build(network, vae.Stored(path, config, weights)).eval()
+    model = vae.build(network_class, vae.Stored(path, config, weights)).eval()
     model.checkpoint = checkpoint
     return model, checkpoint
 
@@ -1091,18 +1096,18 @@ def find_generator(path):
     return beside if os.path.isdir(path) else path
 
 
-def read_official(path, checkpoint, network):
+def read_official(path, checkpoint, network_class):
     """Configuration and weights of an official file, whose shapes tell the configuration."""
     weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
     if weights is None:
         raise vae.InputError(
-            f"{path}: no {network.__name__} checkpoint, neither ours nor an official one "
+            f"{path}: no {network_class.__name__} checkpoint, neither ours nor an official one "
             "(diffusers' layout is not read)"
         )
     try:
-        return network.config_of(weights), weights
+        return network_class.config_of(weights), weights
     except (KeyError, ValueError, IndexError) as error:
-        raise vae.InputError(f"{path}: not a known {network.__name__} ({error})") from None
+        raise vae.InputError(f"{path}: not a known {network_class.__name__} ({error})") from None
 
 
 def generate(
@@ -1148,10 +1153,10 @@ def draw_pictures(
         set_scale(autoencoder, model.checkpoint["latent"])
     if indices is None:
         indices = range(len(labels))
-    sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
+    rngs = [vae.seeded(seed, "sample", int(i)) for i in indices]
 
     def noise_like(x):
-        rows = [torch.randn(shape, generator=source) for source in sources]
+        rows = [torch.randn(shape, generator=rng) for rng in rngs]
         return vae.to_device(torch.stack(rows), device)
 
     predict = guided(model, model.config["num_classes"], **options)
@@ -1162,14 +1167,14 @@ def draw_pictures(
 
 def check_labels(labels, model, precision):
     """The labels as a tensor (N,). ValueError for what generate() cannot draw."""
-    known = model.config["num_classes"]  # itself the label that stands for no class
+    null = model.config["num_classes"]  # the label that stands for no class; it may be given, too
     if isinstance(labels, str):
         labels = [labels]
     if isinstance(labels, (list, tuple)):
-        labels = numbers_of("labels", labels, max(1, known), model.checkpoint.get("classes", []))
+        labels = numbers_of("labels", labels, max(1, null), model.checkpoint.get("classes", []))
     labels = torch.as_tensor(labels)
-    if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= known:
-        raise ValueError(f"labels: give a list of numbers from 0 to {known}")
+    if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= null:
+        raise ValueError(f"labels: give a list of numbers from 0 to {null}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r}: fp32 or bf16")
     return labels
@@ -1235,9 +1240,9 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     if "path" in config:  # SiT's and REPA's
         record["path"] = config["path"]
     settings = dict(settings, steps=args.sampling_steps, **guidance(args))
-    draw = functools.partial(generate, model.to(device), autoencoder, **settings)
+    make_pictures = functools.partial(generate, model.to(device), autoencoder, **settings)
     side = config["input_size"] * autoencoder.factor
-    write_samples(args, rank, world, out, model, side, draw, calls, record)
+    write_samples(args, rank, world, out, model, side, make_pictures, calls, record)
 
 
 def sampling_record(args, model, source, configs):
@@ -1310,13 +1315,13 @@ def numbers_of(what, labels, num_classes, names):
     return [numbers.get(label, label) for label in labels]
 
 
-def write_samples(args, rank, world, out, model, side, draw, calls, record):
-    """Fills the npz `out` with samples, and draws the first of them beside it.
+def write_samples(args, rank, world, out, model, side, make_pictures, calls, record):
+    """Fills the npz `out` with samples, and shows the first of them in a PNG beside it.
 
-    side    of the pictures
-    draw    the script's generate(), with all arguments that are the same for every batch
-    calls   how often it calls the model for a batch, for the progress bar
-    record  all that the pictures depend on: kept beside them, and compared when it goes on
+    side           of the pictures
+    make_pictures  the script's generate(), with all arguments that are the same for every batch
+    calls          how often it calls the model for a batch, for the progress bar
+    record         all that the pictures depend on: kept beside them, and compared when it goes on
     """
     size = args.num_samples * side * side * 3
     if size > shutil.disk_usage(out.parent).free:
@@ -1340,7 +1345,7 @@ def write_samples(args, rank, world, out, model, side, draw, calls, record):
     def before_call(module, inputs):
         progress.update()
         if vae.SIGNALS:
-            raise Stopped  # a hook can be left by an exception alone
+            raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)
     with contextlib.suppress(Stopped):
@@ -1348,7 +1353,7 @@ def write_samples(args, rank, world, out, model, side, draw, calls, record):
             if vae.signal_heard():
                 break
             options = dict(seed=args.seed, indices=indices, precision=args.precision)
-            rows.write(indices, draw(labels[indices], **options))
+            rows.write(indices, make_pictures(labels[indices], **options))
     hook.remove()
     progress.close()
     vae.leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
@@ -1439,7 +1444,7 @@ def latent_arguments(description, models, out):
     add = generator.add_argument
     add("--vae", help="the autoencoder: vae.py's, LDM's or diffusers'")
     add("--vae-model", help="preset of --vae, if its file has no configuration: sd, sdxl, ...")
-    text = "of the autoencoder's convolutions, where its file does not tell"
+    text = "of the autoencoder's convolutions (default: as its file tells, else zeros)"
     add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--no-cache", action="store_true", help="encode every image in every step")
     add("--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average")
@@ -1489,7 +1494,7 @@ def check_mode(args):
         vae.check_flags(args, "with --sample-from", ("sampling",), also)
         return
     also = ()
-    if hasattr(args, "guidance_low"):  # not maskgit.py's: training guides the others' pictures
+    if hasattr(args, "guidance_low"):  # dit.py, sit.py, repa.py guide the pictures of a training
         also = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
     vae.check_flags(args, "without --sample-from", ("generator", "alignment", "run"), also)
     if args.cache and getattr(args, "no_cache", False):

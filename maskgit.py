@@ -55,9 +55,8 @@ CONFIGS = {
     # ours, for a CPU
     "MaskGIT-Ti": dict(hidden_dim=128, depth=4, heads=4, mlp_dim=512),
 }
-# name -> settings of sampling. decoding_schedule() explains sampling_steps and decoding, which it
-# calls steps and kind; parallel_decoding() explains the others. v1.0's guidance weight w is
-# cfg_scale - 1.
+# name -> settings of sampling. decoding_schedule() explains sampling_steps and decoding,
+# parallel_decoding() the others. v1.0's guidance weight w is cfg_scale - 1.
 V1 = dict(sampling_steps=8, choice_temperature=4.5, softmax_scale=1.0, decoding="arccos")
 PRESETS = {
     # v1.0's for images of 256 pixels, of 512 pixels, and for the pictures in its README
@@ -182,7 +181,7 @@ class MaskGIT(nn.Module):
             nn.GELU(),
             nn.LayerNorm(hidden_dim, eps=1e-12),
         )
-        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # v1.0's files have all of it
+        self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # forward() reads a part
 
     @property
     def blocks(self):
@@ -257,7 +256,7 @@ def decoding_schedule(steps, tokens, kind="arccos"):
         return [tokens], [1.0]
     shares = torch.arccos(torch.linspace(1, 0, steps))
     counts = (shares / shares.sum() * tokens).round().clamp(min=1).int()
-    while int(counts[:-1].sum()) >= tokens:  # because of the minimum; the last step needs one, too
+    while int(counts[:-1].sum()) >= tokens:  # the minimum of 1 leaves the last step no token
         counts[counts[:-1].argmax()] -= 1
     counts[-1] = tokens - counts[:-1].sum()
     return counts.tolist(), [i / (steps - 1) for i in range(steps)]
@@ -362,7 +361,7 @@ def train(args, rank, world, device):
     mask_ratio, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
-    vae.check_processes(step, model, images, source)
+    vae.check_same_start(step, model, images, source)
     blank = torch.zeros(1, side**2, dtype=torch.long, device=device)
     vae.say_duration(args, step, device, lambda: model(blank, blank[:, 0]))
     data = token_data(args, rank, world, device, tokenizer, source, images)
@@ -379,7 +378,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share. Dropout is a function of (seed, step, pass, process)
-        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
@@ -393,7 +392,8 @@ def train(args, rank, world, device):
         passes = len(tokens) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
-            torch.manual_seed(vae.seeded(args.seed, "dropout", step, k, rank).initial_seed())
+            dropout_rng = vae.seeded(args.seed, "dropout", step, k, rank)
+            torch.manual_seed(dropout_rng.initial_seed())
             visible = tokens[rows].masked_fill(mask[rows], mask_token)  # MaskGIT
             with dit.sync_gradients(network, is_last=k == passes - 1):
                 with autocast:
@@ -506,7 +506,7 @@ def token_data(args, rank, world, device, tokenizer, source, images):
 # Sampling, from Python: load_generator() and generate()
 
 
-def load_generator(path, codes=None):
+def load_generator(file, codes=None):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
     {}). "classes" are the names of its classes, "vqgan" file and hash of its VQ-GAN.
 
@@ -516,7 +516,7 @@ def load_generator(path, codes=None):
     The weights keep requires_grad: autocast caches the bf16 copies only of such weights, and would
     cast frozen ones anew in every call.
     """
-    path = dit.find_generator(path)
+    path = dit.find_generator(file)
     contents = vae.read_file(path)
     checkpoint = {}
     if vae.is_ours(contents):
@@ -593,8 +593,8 @@ def generate(
         dit.check_source("tokenizer", tokenizer, model.checkpoint["vqgan"])
     if indices is None:
         indices = range(len(labels))
-    sources = [vae.seeded(seed, "sample", int(i)) for i in indices]
-    uniform = [torch.rand(len(counts), 2, n, generator=source) for source in sources]
+    rngs = [vae.seeded(seed, "sample", int(i)) for i in indices]
+    uniform = [torch.rand(len(counts), 2, n, generator=rng) for rng in rngs]
     uniform = vae.to_device(torch.stack(uniform), device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         tokens = parallel_decoding(model, labels, uniform, counts, ramps, **options)
@@ -615,10 +615,10 @@ def sample(args, rank, world, device):
     settings = sampling_settings(args, model.config)
     record = dit.sampling_record(args, model, source, CONFIGS)
     record |= dict(preset=args.preset, **settings)
-    draw = functools.partial(generate, model.to(device), tokenizer, **settings)
+    make_pictures = functools.partial(generate, model.to(device), tokenizer, **settings)
     side = model.config["input_size"] * tokenizer.factor
     calls = settings["sampling_steps"]
-    dit.write_samples(args, rank, world, out, model, side, draw, calls, record)
+    dit.write_samples(args, rank, world, out, model, side, make_pictures, calls, record)
 
 
 def sampling_settings(args, config):

@@ -315,7 +315,7 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_processes(step, model, images, source, encoder_id)
+    vae.check_same_start(step, model, images, source, encoder_id)
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, dit.one_image(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
@@ -334,8 +334,8 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
-        moments, pictures, labels, _, readable = next(batches)  # REPA: pictures, or their tokens
+        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
+        moments, pictures, labels, _, readable = next(batches)  # REPA: pictures, or cached tokens
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -402,7 +402,7 @@ def check_encoder(args, resumed):
 
 
 def draw_heun(predict, noise, labels, noise_like):
-    """Draws the pictures that preview() shows: 50 calls of the network."""
+    """The latents of the pictures that preview() shows: 25 steps of two calls."""
     return sit.heun(reverse(predict), noise, labels, steps=26)
 
 
@@ -454,7 +454,7 @@ class AlignedLatents(torch.utils.data.Dataset):
         if self.features is not None:
             return latent, self.features[item][0], label, index, readable
         number = int(self.latents.indices[index])  # of the picture in its folder
-        image, _, _, readable = self.images[number]
+        image, _, _, readable = self.images[item[0], number]
         if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):  # as the latents are
             image = image.flip(2)
         return latent, image, label, index, readable
@@ -485,7 +485,8 @@ def cache_features(args, rank, world, device, images, latents, encode, side, wid
 
 
 def load_generator(file, path="linear"):
-    """dit.load_generator() for REPA's files. `path` is for official ones, which do not tell it."""
+    """dit.load_generator() for REPA's files. `path`, one of sit.PATHS, is for official ones, which
+    do not tell it."""
     return dit.load_generator(file, REPA, path=path)
 
 

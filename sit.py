@@ -111,8 +111,8 @@ def score(velocity, x, t, path="linear"):
 
 
 def sbdm_diffusion(t, path):
-    """The w(t) with which the SDE is the reverse of score-based diffusion (SBDM) along this path.
-    It grows without limit as t approaches 0."""
+    """One of DIFFUSIONS: with it the SDE is the reverse of score-based diffusion (SBDM) along this
+    path. It grows without limit as t approaches 0."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return d_alpha / alpha * sigma**2 - sigma * d_sigma
 
@@ -266,7 +266,7 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_processes(step, model, images, source)
+    vae.check_same_start(step, model, images, source)
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
     vae.say_duration(args, step, device, dit.one_image(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
@@ -283,7 +283,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the first, the host's, is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
         moments, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -333,7 +333,7 @@ def train(args, rank, world, device):
 
 
 def draw_heun(predict, noise, labels, noise_like):
-    """Draws the pictures that preview() shows: 50 calls of the network."""
+    """The latents of the pictures that preview() shows: 25 steps of two calls."""
     return heun(predict, noise, labels, steps=26)
 
 
@@ -342,7 +342,8 @@ def draw_heun(predict, noise, labels, noise_like):
 
 
 def load_generator(file, path="linear"):
-    """dit.load_generator() for SiT's files. `path` is for official ones, which do not tell it."""
+    """dit.load_generator() for SiT's files. `path`, one of PATHS, is for official ones, which do
+    not tell it."""
     return dit.load_generator(file, SiT, path=path)
 
 
@@ -378,9 +379,9 @@ def generate(
     return dit.draw_pictures(draw, model, autoencoder, labels, seed, indices, **options)
 
 
-def sample(args, rank, world, device, network=SiT, configs=CONFIGS, generate=generate):
+def sample(args, rank, world, device, network_class=SiT, configs=CONFIGS, generate=generate):
     """Fills --samples. repa.py calls it, too."""
-    load = functools.partial(dit.load_generator, network=network, path=args.path)
+    load = functools.partial(dit.load_generator, network_class=network_class, path=args.path)
     settings = dict(sampler=args.sampler)
     if args.sampler == "sde":
         settings |= dict(diffusion=args.diffusion, last=args.last)

@@ -21,7 +21,7 @@ command again goes on where the run stopped. Expect on ImageNet's validation set
 rFID .90 -> .82, error under rotation R .93 -> .49, error under scaling S .80 -> .15, PSNR 25.8 ->
 26.0 dB.
 
-From the top: the networks, the losses, training (train() is the method), the command line; then
+From the top: networks, losses, training (train() is the paper's method), the command line; then
 what a first reading may leave out: files in and out (load_autoencoder(), LDM's and diffusers'
 layouts, read_file()), and the run kit, helper functions that all scripts here share (flags,
 processes, randomness, pictures in and out, averages, resuming, Log, saving).
@@ -334,8 +334,18 @@ class AutoencoderKL(nn.Module):
                 module.padding_mode = padding_mode
 
     def grid(self, image_size):
-        """(h, w) of the latents of images (H, W). InputError where f does not divide a side."""
-        return latent_grid(image_size, self.factor)
+        """(h, w) of the latents of images (H, W).
+
+        InputError where f does not divide a side, or where padding by reflection would fail: tau
+        shrinks latents to a quarter, and a single cell has nothing to reflect.
+        """
+        grid = latent_grid(image_size, self.factor)
+        if self.config["padding_mode"] == "reflect" and min(grid) < 8:
+            raise InputError(
+                f"--image-size: give at least {8 * self.factor} pixels a side, since the "
+                "convolutions pad by reflection"
+            )
+        return grid
 
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> Posterior (B, c, h, w), float32 under autocast too."""
@@ -457,7 +467,7 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
         rec_norm = torch.autograd.grad(rec_loss, W, retain_graph=True)[0].norm()
         gan_norm = torch.autograd.grad(g_loss, W, retain_graph=True)[0].norm()
         weight = gan_weight * (rec_norm / (gan_norm + 1e-4)).clamp(0, 1e4)
-        (rec_loss + weight * g_loss + regularizer).backward()
+        (rec_loss + weight * g_loss + regularizer).backward()    # regularizer: the KL term
 
     Both losses depend on the autoencoder through the reconstruction alone. So this function cuts
     the graph there: it takes each loss's gradient at the reconstruction once, and carries the two
@@ -477,11 +487,11 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
     if g_loss is not None:
         (gan_gradient,) = torch.autograd.grad(g_loss, reconstruction)
 
-        def norm_at_last_layer(at_picture):
-            (at_weight,) = torch.autograd.grad(
-                reconstruction, last_layer, at_picture, retain_graph=True
+        def norm_at_last_layer(output_gradient):
+            (layer_gradient,) = torch.autograd.grad(
+                reconstruction, last_layer, output_gradient, retain_graph=True
             )
-            return mean_over_processes(at_weight).norm()
+            return mean_over_processes(layer_gradient).norm()
 
         ratio = norm_at_last_layer(gradient) / (norm_at_last_layer(gan_gradient) + 1e-4)
         weight = gan_weight * ratio.clamp(max=1e4)
@@ -495,8 +505,8 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 
 def backward_from(reconstruction, gradient, regularizer, share):
     """The backward pass through the autoencoder, from the gradient at its reconstruction and from
-    the regulariser, a scalar. Both are multiplied by `share`, this micro-batch's part of the batch.
-    """
+    the regulariser, a scalar: the KL term, or the codebook's loss. Both are multiplied by `share`,
+    this micro-batch's part of the batch."""
     ends = [reconstruction]
     gradients = [gradient * share]
     if regularizer.requires_grad:  # it does not with --train decoder
@@ -578,7 +588,7 @@ def load_ssim(args):
 
 
 def weighted_losses(args, target, reconstruction, perceptual, ssim):
-    """The losses beside L1, each a mean over values: -> (their weighted sum, dict for the log). A
+    """The losses beside L1, each a mean over images: -> (their weighted sum, dict for the log). A
     loss of weight 0 is not computed."""
     total = 0
     losses = {}
@@ -607,19 +617,19 @@ def train(args, rank, world, device):
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
     stored = starting_point(args, resumed, CONFIGS, read)
-    set_padding(args, resumed, stored)
+    set_padding_mode(args, resumed, stored)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, stored)
     discriminator = make_discriminator(args, stored, step)
     perceptual = load_perceptual(args, device)
     ssim = load_ssim(args)
 
-    # The pictures. All that can be wrong with the arguments is found before Log writes anything
+    # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    least_cells = smallest_cells(args, grid, model.factor)
+    smallest = smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
+    shown = next(evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every preview
 
     # The optimisers, and the average of the weights
     networks = [network for network in (model, discriminator) if network is not None]
@@ -637,26 +647,27 @@ def train(args, rank, world, device):
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    check_processes(step, model, data)
+    check_same_start(step, model, data)
     say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
     log = Log(args, step, world, device)
     say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    # A complete run is not measured and saved again, unless --latent-scale asks for it
-    was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
-    was_finished = was_finished and "latent_scale" not in args.given
+    # A complete run is not measured and saved again, unless --latent-scale asks for it. "latent" is
+    # None until the end
+    is_complete = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    measures_again = "latent_scale" in args.given
     resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
     while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. Transforms and noise are functions of (seed, step). The batch has one tau,
-        # in all processes, and noise of which this process takes its rows. `shrink` is the identity
-        # except with --recipe release, `explicit_tau` is None except in Table 7's ablation
+        # TRAINING STEP. Transforms and noise are functions of (seed, step). All processes share one
+        # tau. The noise is drawn for the whole batch, and this process takes its rows. `shrink` is
+        # the identity, except with --recipe release; `explicit_tau` is for Table 7's ablation alone
         host_rng, rng = step_rngs(args.seed, step, device)
-        shrink, tau, explicit_tau = draw_transforms(args, grid, least_cells, host_rng)
+        shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *shrink.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -669,13 +680,12 @@ def train(args, rank, world, device):
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
-                target = tau(x)  # EQ-VAE; LDM: x
-                reconstruction = model.decode(tau(z))  # EQ-VAE; LDM: decode(z)
+                target = tau(x)  # EQ-VAE (in LDM: x)
+                reconstruction = model.decode(tau(z))  # EQ-VAE (in LDM: decode(z))
 
-            # L_rec, and the KL term, which is a sum over each image's latent. L1 and the losses
-            # beside it (in LDM LPIPS) are means over values. LDM sums over each image's values, so
-            # they are multiplied by their number. An image that tau has shrunk has fewer values,
-            # and weighs less
+            # L_rec, and the KL term, which is a sum over each image's latent. L1 is a mean over
+            # values here, LPIPS one number for an image. LDM adds LPIPS to the error of every value
+            # and sums over the image: hence `values`. An image that tau has shrunk weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
@@ -704,7 +714,7 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # A d_loss that is NaN makes rec_loss NaN, and loss_gradient() its gradient
+                # If d_loss is NaN, rec_loss becomes NaN, too, and the step is a skipped one
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
@@ -740,13 +750,13 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
-    if not was_finished:
+    if measures_again or not is_complete:
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
     log.end(step)
 
 
-def set_padding(args, resumed, stored):
+def set_padding_mode(args, resumed, stored):
     """Applies --padding-mode to a new run. InputError if a resumed one was trained with another."""
     padding_mode = stored.config.get("padding_mode", "zeros")
     if args.padding_mode in (None, padding_mode):
@@ -858,8 +868,9 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
-    """The latents' scale and shift for the checkpoint of a finished run. None if it was stopped,
-    and, where they would be measured, with --bench and on all processes but the first."""
+    """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
+    Where they are measured, the first process does it; the others get None, as all do with --bench.
+    """
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -991,7 +1002,7 @@ def arguments(description, configs, init, out):
 
 def main():
     parser, autoencoder, objective = arguments(__doc__, CONFIGS, "data/kl-f8.ckpt", "eqvae.pt")
-    text = "of the autoencoder's convolutions, where its file does not tell"
+    text = "of the autoencoder's convolutions (default: as its file tells, else zeros)"
     autoencoder.add_argument("--padding-mode", choices=("zeros", "reflect"), help=text)
     add = objective.add_argument
     add("--kl-weight", type=non_negative, default=1e-6)
@@ -1000,13 +1011,14 @@ def main():
     text = "Eq. 4: take E(tau o x) as a fixed target"
     add("--stop-gradient", action="store_true", help=text)
     add = parser.add_argument_group("result").add_argument
-    text = "--export in 16 bits; a NAME that ends in .safetensors is one file in LDM's names"
+    text = "--export in 16 bits"
     add("--half", choices=HALVES, help=text)
     scales = ("measured", "published")
     text = "what a finished run stores as the scale of its latents"
     add("--latent-scale", choices=scales, default="measured", help=text)
     layouts = ("diffusers", "ldm")
-    add("--layout", choices=layouts, default="diffusers", help="--export's format")
+    text = "of --export's folder. (A NAME that ends in .safetensors is one file in LDM's names.)"
+    add("--layout", choices=layouts, default="diffusers", help=text)
     launch(parser, run)
 
 
@@ -1044,7 +1056,7 @@ def check_mode(args):
 
 @dataclass
 class Stored:
-    """What a file holds of an autoencoder."""
+    """What a file holds of a network."""
 
     path: str
     config: dict  # the arguments of its class
@@ -1066,23 +1078,24 @@ def starting_point(args, resumed, configs, read):
     return stored
 
 
-def build(network, stored):
+def build(network_class, stored):
     """The network of a Stored, on the CPU. It is built on "meta" first, where weights take no
     memory, and compared with the file. InputError if its configuration describes no network, or one
     with other weights."""
     try:
         check_sizes(stored.config)
         with torch.device("meta"):
-            planned = network(**stored.config)
+            planned = network_class(**stored.config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        arch = network_class.__name__
         raise InputError(
-            f"{stored.path}: its configuration does not describe a {network.__name__} ({reason})"
+            f"{stored.path}: its configuration does not describe a {arch} ({reason})"
         ) from None
     if stored.weights is None:
-        return network(**stored.config)
+        return network_class(**stored.config)
     check_fit(planned, stored.weights, stored.path)
-    model = network(**stored.config)
+    model = network_class(**stored.config)
     model.load_state_dict(stored.weights)
     return model
 
@@ -1091,7 +1104,7 @@ def check_sizes(config):
     """ValueError for a value that no network has. A configuration is somebody's text file, and
     torch builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full.
     """
-    choices = dict(padding_mode=("zeros", "reflect"), path=("linear", "gvp"))
+    choices = dict(padding_mode=("zeros", "reflect"), path=("linear", "gvp"))  # path: SiT's
     for name, value in config.items():
         if name in choices:
             is_right = value in choices[name]
@@ -1116,7 +1129,8 @@ def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
     path   our checkpoint (its average where it has one), an LDM .ckpt, a Stable Diffusion one, a
            file or folder of diffusers
     model  the preset of CONFIGS, for files that do not tell their configuration
-    padding_mode  "reflect", for files that do not tell that their convolutions need it
+    padding_mode  of all convolutions, in place of what the file tells: "reflect" for a file that
+           does not tell that it needs it
     flag   what the command line calls `model`, for the message that asks for it
     """
     stored = read_autoencoder(path, model, padding_mode=padding_mode, flag=flag)
@@ -1389,7 +1403,7 @@ ONLY_VALUES = {
     "latents_std": None,
     "mid_block_add_attention": True,
 }
-NO_EFFECT = {"sample_size", "force_upcast", "down_block_types", "up_block_types"}
+NO_EFFECT = {"sample_size", "force_upcast", "up_block_types"}
 NO_EFFECT |= {  # of an average that diffusers' EMAModel saved
     "decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step",
     "use_ema_warmup",
@@ -1458,11 +1472,11 @@ def diffusers_config(given):
     widths = given["block_out_channels"]
     kinds = given["down_block_types"]
     only = ONLY_VALUES | dict(use_post_quant_conv=given.get("use_quant_conv", True))
-    known = {*only, *NO_EFFECT, *ARGUMENTS.values(), "block_out_channels"}
+    read = {*ARGUMENTS.values(), "block_out_channels", "down_block_types"}
     for key, value in given.items():
         if key in only and value != only[key]:
             raise ValueError(f"{key} = {str(value)[:60]}, where only {only[key]} is known here")
-        if key not in known and not key.startswith("_"):
+        if key not in {*only, *NO_EFFECT, *read} and not key.startswith("_"):
             raise ValueError(f"{key} is unknown here")
     config = {name: given[theirs] for name, theirs in ARGUMENTS.items() if theirs in given}
     config["scaling_factor"] = scale
@@ -2152,7 +2166,8 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    # srun's own numbers: a shell of salloc has one task, whatever SLURM_NTASKS says
+    # srun's own numbers: a shell of salloc has one task, whatever SLURM_NTASKS says. Where srun's
+    # count is missing, a number above 0 tells that there are several
     tasks = environment_number("SLURM_STEP_NUM_TASKS", environment_number("SLURM_PROCID", 0) + 1)
     is_one_of_slurms = world == 1 and tasks > 1
     if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
@@ -2167,7 +2182,7 @@ def start_process(args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        # gloo beside nccl: flags of the host stay off the GPU
+        # gloo beside nccl, for tensors of the host, as stop_signal()'s
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if getattr(args, "precision", None) == "auto":
         args.precision = "bf16" if has_bf16_units(device) else "fp32"
@@ -2259,7 +2274,7 @@ def gather_objects(value):
     return values or []
 
 
-def check_processes(step, model, images, *others):
+def check_same_start(step, model, images, *others):
     """InputError, on all processes, if they do not begin with the same step, weights, pictures and
     `others`: on several machines each may see a disk of its own."""
     if dist.is_initialized():
@@ -2272,8 +2287,8 @@ def check_flags_of_all(args):
     """InputError, on all processes, if they were started with different flags."""
     if not dist.is_initialized():
         return
-    passing = ("workers", "run")  # machines may differ in the one; the other is no flag
-    flags = {name: value for name, value in saved_arguments(args).items() if name not in passing}
+    exempt = ("workers", "run")  # machines may differ in workers; run is evaluate.py's, no flag
+    flags = {name: value for name, value in saved_arguments(args).items() if name not in exempt}
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, flags)
     for name, value in everyones[0].items():
@@ -2498,7 +2513,7 @@ class ImageFolder(torch.utils.data.Dataset):
         files, labels, self.classes = find_images(root, flag)
         self.files = Paths(files)
         self.labels = np.array(labels)
-        self.named = set()
+        self.reported = set()  # indices of files that could not be read
 
     def centred(self):
         """The same pictures with the centre crop, none of them mirrored."""
@@ -2534,8 +2549,8 @@ class ImageFolder(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's many readers raise many kinds
                 if isinstance(error, OSError) and error.errno and not is_training:
                     raise InputError(f"{self.files[at]}: {error.strerror}") from None
-                if at not in self.named:
-                    self.named.add(at)
+                if at not in self.reported:
+                    self.reported.add(at)
                     reason = f"{type(error).__name__}: {error}"
                     tell(f"passed over, cannot be read: {self.files[at]} ({reason})")
         raise InputError(f"{self.flag} {self.root}: none of the images in this folder can be read")
@@ -2652,7 +2667,7 @@ def images_per_pass(args, world):
 
 
 def evenly(images, n, device, batch_size=16):
-    """n of an ImageFolder, evenly spaced: batches (B, 3, H, W) in [-1, 1] on the device."""
+    """Yields n evenly spaced images of an ImageFolder, in batches (B, 3, H, W), in [-1, 1]."""
     picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
     for start in range(0, len(picked), batch_size):
         items = [images[int(i)] for i in picked[start : start + batch_size]]
@@ -2813,11 +2828,11 @@ def load_run(args, arch, configs, required=()):
         raise InputError(
             f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
-    stored = restored_arguments(args, checkpoint["args"])
+    earlier = restored_arguments(args, checkpoint["args"])
     if not args.change:
-        check_same_run(args, stored)
+        check_same_run(args, earlier)
     changes = []
-    for name, value in stored.items():
+    for name, value in earlier.items():
         given = getattr(args, name)
         if name not in args.given or name == "init":
             setattr(args, name, value)
@@ -2830,11 +2845,11 @@ def load_run(args, arch, configs, required=()):
     return checkpoint
 
 
-def check_same_run(args, stored):
+def check_same_run(args, earlier):
     """InputError if the command line wants other pictures or another batch than the checkpoint at
     args.out was trained with."""
     for name in ("data", "image_size", "batch_size"):
-        value = stored.get(name)
+        value = earlier.get(name)
         given = getattr(args, name, None)
         is_same = given == value
         if name == "data" and value is not None:
@@ -3013,8 +3028,8 @@ class Log:
         if self.writes:
             open_run(args, step)
         self.skipped = torch.zeros((), device=device)  # steps skipped, in all
-        self.in_a_row = torch.zeros((), device=device)
-        self.longest = torch.zeros((), device=device)  # of such rows of skipped steps
+        self.in_a_row = torch.zeros((), device=device)  # steps skipped one after another, up to now
+        self.most_in_a_row = torch.zeros((), device=device)
         self.bar = Progress(args.steps, step, Path(args.out).stem, lines=False)
 
     def begin(self, step):
@@ -3041,7 +3056,7 @@ class Log:
         """After every step. InputError after 20 steps in a row whose gradients were not finite."""
         self.skipped = self.skipped + skipped
         self.in_a_row = (self.in_a_row + 1) * skipped  # 0 again after a good step
-        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         self.bar.update()
         if step % self.args.log_every and step not in (self.first + 10, self.args.steps):
             return
@@ -3056,7 +3071,7 @@ class Log:
             record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(dict(step=step, **record))
         self.show(step, record)
-        if self.longest >= 20:
+        if self.most_in_a_row >= 20:
             raise InputError(
                 f"20 steps in a row without a finite gradient (step {step}): lower --lr and go on "
                 f"from {self.args.out}, if it was saved"

@@ -65,7 +65,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, h):
-        """Features (B, e, h, w) -> indices (B, N), row by row.
+        """Features (B, e, h, w) -> tokens (B, N), the indices of codes, row by row.
 
         In float32 throughout: TF32 or bf16 would take other codes. |v - c|^2 is added up in
         taming's order, so it is rounded as there.
@@ -78,15 +78,15 @@ class VectorQuantizer(nn.Module):
         return distances.argmin(1).view(len(h), -1)
 
     def forward(self, h):
-        """Features (B, e, h, w) -> (their codes, of equal shape, indices (B, N), the loss).
+        """Features (B, e, h, w) -> (their codes, of equal shape, tokens (B, N), the loss).
 
         The loss is a mean: codebook term |q - sg(h)|^2 + beta * commitment |h - sg(q)|^2, Eq. 3 of
         https://arxiv.org/abs/1711.00937. With legacy_beta, beta stands on the other of the two, as
         all released VQ-GANs were trained.
         """
         h = h.float()
-        indices = self.nearest(h)
-        quantised = self.embedding(indices).transpose(1, 2).view_as(h)  # (B, e, h, w)
+        tokens = self.nearest(h)
+        quantised = self.embedding(tokens).transpose(1, 2).view_as(h)  # (B, e, h, w)
         codebook = F.mse_loss(quantised, h.detach())
         commitment = F.mse_loss(h, quantised.detach())
         if self.legacy_beta:
@@ -94,7 +94,7 @@ class VectorQuantizer(nn.Module):
         else:
             loss = codebook + self.beta * commitment
         straight_through = h + (quantised - h).detach()  # d / d h = 1
-        return straight_through, indices, loss
+        return straight_through, tokens, loss
 
 
 class VQGAN(nn.Module):
@@ -209,8 +209,8 @@ def codebook_statistics(counts):
 
 @torch.no_grad()
 def codebook_use(model, images, n=1024):
-    """The codebook's use over n of a vae.ImageFolder, evenly spaced: dict(usage, perplexity, dead,
-    images). dead is the number of codes that none of the images takes."""
+    """The codebook's use over n evenly spaced images of a vae.ImageFolder: dict(usage, perplexity,
+    dead, images). dead is the number of codes that none of the images takes."""
     device = next(model.parameters()).device
     tokens = torch.cat([model.encode(x) for x in vae.evenly(images, n, device)])
     counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
@@ -240,12 +240,12 @@ def train(args, rank, world, device):
     perceptual = vae.load_perceptual(args, device)
     ssim = vae.load_ssim(args)
 
-    # The pictures. All that can be wrong with the arguments is found before Log writes anything
+    # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    least_cells = vae.smallest_cells(args, grid, model.factor)
+    smallest = vae.smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(vae.evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every picture
+    shown = next(vae.evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every preview
 
     # The optimisers, and the average of the weights
     networks = [network for network in (model, discriminator) if network is not None]
@@ -263,15 +263,16 @@ def train(args, rank, world, device):
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    vae.check_processes(step, model, data)
+    vae.check_same_start(step, model, data)
     vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
-    # Under "latent" a finished run's file has the use of its codebook
-    was_finished = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    # A complete run is not measured and saved again. Its "latent" is the codebook's use, which is
+    # None until the end
+    is_complete = step >= args.steps and resumed is not None and resumed["latent"] is not None
     resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
@@ -281,7 +282,7 @@ def train(args, rank, world, device):
         # (Eq. 1), else it scales and turns (Eq. 5). The batch has one tau, in all processes.
         # `shrink` is the identity, except with --recipe release, which may shrink the images
         host_rng, _ = vae.step_rngs(args.seed, step, device)
-        shrink, tau, _ = vae.draw_transforms(args, grid, least_cells, host_rng)
+        shrink, tau, _ = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
         buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
@@ -289,12 +290,13 @@ def train(args, rank, world, device):
         parts = images.split(micro_batch)
         for images_part in parts:
             x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
-            # The paper transforms the features before they are quantised. Here that is after
-            # quant_conv; before it would be the same, since a 1x1 convolution commutes with tau
+            # The paper transforms the features before they are quantised. Here they come from
+            # quant_conv. To transform its input would give the same, since a 1x1 convolution
+            # commutes with tau
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
-                target = tau(x)  # EQ-VAE; taming: x
-                quantised, indices, codebook_loss = model.quantize(tau(h))  # EQ-VAE; taming: h
+                target = tau(x)  # EQ-VAE (in taming: x)
+                quantised, tokens, codebook_loss = model.quantize(tau(h))  # EQ-VAE (taming: h)
                 reconstruction = model.decode(quantised)  # of the target's shape
 
             # L_rec and the codebook's loss are means over values, as in taming
@@ -304,9 +306,9 @@ def train(args, rank, world, device):
             )
             rec_loss = l1 + others  # in taming LPIPS alone is beside L1
             regularizer = args.codebook_weight * codebook_loss
-            usage, perplexity = codebook_statistics(count_codes(indices, model.config["n_embed"]))
+            usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
             log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
-            log.add(usage=usage, perplexity=perplexity)
+            log.add(usage=usage, perplexity=perplexity)  # of this pass; preview() logs many images'
 
             # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
             # it from the first step on. (In taming it waits for disc_start, too)
@@ -319,7 +321,7 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # A d_loss that is NaN makes rec_loss NaN, and vae.loss_gradient() its gradient
+                # If d_loss is NaN, rec_loss becomes NaN, too, and the step is a skipped one
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
@@ -355,21 +357,22 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             vae.save_autoencoder(args, step, networks, optimizers, ema)
 
-    if not was_finished:
+    if not is_complete:
         use = final_use(args, step, model, ema, data, device)
         vae.save_autoencoder(args, step, networks, optimizers, ema, use)
     log.end(step)
 
 
-def count_codes(indices, n_embed):
+def count_codes(tokens, n_embed):
     """How often each code was taken, (K,). (bincount would make the host wait for a GPU.)"""
-    counts = torch.zeros(n_embed, device=indices.device)
-    ones = torch.ones(indices.numel(), device=indices.device)
-    return counts.index_add_(0, indices.flatten(), ones)
+    counts = torch.zeros(n_embed, device=tokens.device)
+    ones = torch.ones(tokens.numel(), device=tokens.device)
+    return counts.index_add_(0, tokens.flatten(), ones)
 
 
 def preview(args, step, log, model, ema, data, shown, grid, autocast):
-    """vae.preview()'s picture and errors, and a line of the log with the codebook's use."""
+    """vae.preview()'s picture and errors, of the current weights, and a line of the log with the
+    codebook's use, of their average where there is one, as in the checkpoint."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
     if vae.MAIN and not args.bench and args.sample_every:
         used = vae.averaged_model(model, ema, shown.device)
@@ -436,8 +439,8 @@ def read_taming(path, checkpoint, model):
 
 
 def load_model(path, model=None, padding_mode=None):
-    """The VQ-GAN or the KL autoencoder in a file or folder. `padding_mode` is of the latter, where
-    its file does not tell."""
+    """The VQ-GAN or the KL autoencoder in a file or folder. `padding_mode` is for the latter, as in
+    vae.load_autoencoder()."""
     checkpoint = vae.read_file(vae.find_file(path))
     if vae.find_weights(checkpoint, "quantize.embedding.weight") is None:
         return vae.load_autoencoder(path, model, padding_mode)

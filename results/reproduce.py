@@ -1,5 +1,5 @@
 """The paper's tables at a small scale: do generators learn faster on latents that EQ-VAE's loss has
-made equivariant, and which of its other claims hold there?
+made equivariant, and which of the paper's other claims hold at this scale?
 
     bash results/reproduce.sh               # an environment, the pictures, all commands, the table
     bash results/reproduce.sh 2 6           # other tables, by their names: all of them are below
@@ -16,7 +16,7 @@ made equivariant, and which of its other claims hold there?
     8            p_alpha: .3, .5 and .7
     long         does the gap stay? Four times as many steps, one seed
     photographs  the test of the gain on photographs of solar cells, at other lengths
-    blur         a search on another seed: the KL weight that blurs the standard arm as much as EQ
+    blur         a search on another seed: the KL weight that lowers the standard arm's PSNR to EQ's
     why          is it the blur? A standard arm with this weight
 
 The setting was found in small/search.md and then frozen; small/plan.md says what is compared and
@@ -62,7 +62,8 @@ def scaled(count, least=2):
 
 
 def points(*counts):
-    """The steps after which a generator can be scored. They stay different in a try: 2, 4, ..."""
+    """The steps after which a generator can be scored. In a try they are at least 2, 4, ..., and so
+    never equal."""
     return tuple(scaled(count, least=2 + 2 * k) for k, count in enumerate(counts))
 
 
@@ -109,10 +110,10 @@ STOPPED = " --explicit-weight 0.1 --stop-gradient"
 ARMS = {
     "standard": same_stages("standard", "--p-alpha 1", ""),
     "eq": like_eq("EQ", "", " + EQ"),
-    "untuned": Arm("pretrained", (), ""),
+    "untuned": Arm("pretrained", (), ""),  # pretrained() names the file of all arms' start
     "r": like_eq("EQ, rotations", " --tau r", " + EQ (R)"),
     "s": like_eq("EQ, scales", " --tau s", " + EQ (S)"),
-    "aniso": like_eq("EQ, a scale a side", " --tau rs-aniso", " + EQ (R, sx sy)"),
+    "aniso": like_eq("EQ, a scale for each side", " --tau rs-aniso", " + EQ (R, sx sy)"),
     "explicit": like_eq("explicit", " --explicit-weight 0.1", " + explicit"),
     "stop": like_eq("explicit, stop-gradient", STOPPED, " + explicit (stop-gradient)"),
     "p3": same_stages("EQ, p_alpha .3", "--p-alpha 0.3", " + EQ (p_alpha 0.3)"),
@@ -158,7 +159,7 @@ GENERATORS = {
 
 
 class Line(NamedTuple):
-    """One generator on the latents of several arms. The first arm is what others stand beside."""
+    """One generator on the latents of several arms. The others are compared with the first arm."""
 
     kind: str
     network: str | None  # None: the autoencoders alone
@@ -167,13 +168,14 @@ class Line(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What the paper says of a line: that samples are nearer on the latents of `other`."""
+    """What the paper says of a line: on the latents of `other` samples are nearer to the training
+    pictures than on those of `base`."""
 
     text: str
     line: Line
     base: str = "standard"  # an arm
     other: str = "eq"
-    gains: bool = True  # False: that they are not nearer
+    gains: bool = True  # False: that they are not nearer; see verdict()
 
 
 COLUMNS = ("R", "S", "PSNR", "rFD-EfficientNet")
@@ -204,37 +206,37 @@ def make_tables():
     """{name: table}, in the order in which `all` makes them."""
     first, second, third, *_ = EMOJI_POINTS
     dit = Line("f8", "dit", PAIR, (first, second, third))
-    training = dit._replace(arms=("standard", "untuned", "eq"))
+    more_training = dit._replace(arms=("standard", "untuned", "eq"))
     sit = dit._replace(network="sit")
     repa = Line("f8", "repa", PAIR, (first,))
     long = dit._replace(steps=EMOJI_POINTS)
-    cells = Line("elpv", "dit", PAIR, KINDS["elpv"].points)
-    kinds = Line("f8", "dit", (*PAIR, "r", "s", "aniso"), (first,))
-    explicit = kinds._replace(arms=(*PAIR, "explicit", "stop"))
-    shares = kinds._replace(arms=("standard", "p3", "p5", "p7"))
+    panels = Line("elpv", "dit", PAIR, KINDS["elpv"].points)
+    taus = Line("f8", "dit", (*PAIR, "r", "s", "aniso"), (first,))
+    explicit = taus._replace(arms=(*PAIR, "explicit", "stop"))
+    shares = taus._replace(arms=("standard", "p3", "p5", "p7"))
     wide = Line("f8c16", "dit", PAIR, (first,))
     masked = Line("vq", "maskgit", PAIR, (second,))
     blur = Line("f8", None, ("eq", *[f"kl-{weight}" for weight in KL_WEIGHTS]), ())
     one = [Claim("EQ makes DiT's samples nearer", dit)]
     cause = [
-        Claim("EQ gains beside Eq. 1 for as many steps", training),
-        Claim("Eq. 1 for more steps gains nothing", training, "untuned", "standard", False),
+        Claim("EQ gains over Eq. 1 for as many steps", more_training),
+        Claim("Eq. 1 for more steps gains nothing", more_training, "untuned", "standard", False),
     ]
     generators = [
         Claim("EQ makes SiT's samples nearer", sit),
         Claim("EQ makes REPA's samples nearer", repa),
     ]
-    photographs = [Claim("EQ makes DiT's samples nearer on photographs, too", cells)]
-    taus = [
-        Claim("rotations alone gain", kinds, other="r"),
-        Claim("scales alone gain", kinds, other="s"),
-        Claim("both together gain more than rotations alone", kinds, base="r"),
-        Claim("both together gain more than scales alone", kinds, base="s"),
-        Claim("a scale for each side gains more than one", kinds, "eq", "aniso"),
+    photographs = [Claim("EQ makes DiT's samples nearer on photographs, too", panels)]
+    tau_claims = [
+        Claim("rotations alone gain", taus, other="r"),
+        Claim("scales alone gain", taus, other="s"),
+        Claim("both together gain more than rotations alone", taus, base="r"),
+        Claim("both together gain more than scales alone", taus, base="s"),
+        Claim("a scale for each side gains more than one for both", taus, "eq", "aniso"),
     ]
     losses = [
         Claim("EQ is better than the explicit loss", explicit, base="explicit"),
-        Claim("also than that with stop-gradient", explicit, base="stop"),
+        Claim("EQ is better than the explicit loss with stop-gradient", explicit, base="stop"),
     ]
     p_alphas = [
         Claim("p_alpha .5 is better than .3", shares, "p3", "p5"),
@@ -252,7 +254,7 @@ def make_tables():
             "DiT for four times as many steps", "2", [Claim("the gap stays", long)], seeds=(0,)
         ),
         "photographs": Table("photographs of solar cells", "1", photographs),
-        "5": Table("kinds of tau", "5", taus, columns=(*COLUMNS, "ID")),
+        "5": Table("kinds of tau", "5", tau_claims, columns=(*COLUMNS, "ID")),
         "7": Table("explicit and implicit loss", "7", losses),
         "8": Table("p_alpha", "8", p_alphas),
         "1": Table("other autoencoders; masked generation (Table 3)", "1", autoencoders),
@@ -264,7 +266,7 @@ def make_tables():
         why = Line("f8", "dit", (*PAIR, BLURRED), (first,))
         blurs = [
             Claim("blur alone gains nothing", why, other=BLURRED, gains=False),
-            Claim("EQ gains beside an arm that is as blurred", why, base=BLURRED),
+            Claim("EQ gains over an arm that is as blurred", why, base=BLURRED),
         ]
         tables["why"] = Table("is it the blur?", "1", blurs)
     return tables
@@ -274,19 +276,21 @@ TABLES = make_tables()
 
 
 # --------------------------------------------------------------------------------------------------
-# The commands. Each is one cell, however many tables need it
+# The commands. Each is one cell, however many tables need it; @ stands for the file that it makes
 
 
-def reading(kind):
-    """The flags of training on a kind's pictures."""
+def training_flags(kind):
+    """The flags that all trainers get: a kind's pictures, and what is written."""
     return f"--data data/{KINDS[kind].data}/train --sample-every 0 --save-every 250"
 
 
-def autoencoder(kind):
+def autoencoder_command(kind):
+    """How every command that trains an autoencoder begins."""
     found = KINDS[kind]
     return (
-        f"{found.script} {reading(kind)} --image-size 64 --model {found.model} --batch-size 16 "
-        "--lpips-weight 1 --perceptual evaluate:efficientnet_distance --gan-weight 0 --out @"
+        f"{found.script} {training_flags(kind)} --image-size 64 --model {found.model} "
+        "--batch-size 16 --lpips-weight 1 --perceptual evaluate:efficientnet_distance "
+        "--gan-weight 0 --out @"
     )
 
 
@@ -294,7 +298,7 @@ def autoencoder(kind):
 def pretrained(kind, seed):
     steps, lr = PRETRAINING
     flags = f"--init scratch --p-alpha 1 --steps {scaled(steps)} --lr {lr} --seed {seed}"
-    return Cell(OUT, f"{kind}-pretrained-s{seed}", ".pt", f"{autoencoder(kind)} {flags}")
+    return Cell(OUT, f"{kind}-pretrained-s{seed}", ".pt", f"{autoencoder_command(kind)} {flags}")
 
 
 @functools.cache
@@ -302,7 +306,7 @@ def fine_tuned(kind, arm, seed):
     """The file of an arm's last stage. Each stage sees the pictures in an order of its own."""
     made = pretrained(kind, seed)
     for stage, ((steps, lr), flags) in enumerate(zip(STAGES, ARMS[arm].stages), start=1):
-        command = f"{autoencoder(kind)} --init {made.file} {flags} --steps {scaled(steps)}"
+        command = f"{autoencoder_command(kind)} --init {made.file} {flags} --steps {scaled(steps)}"
         command += f" --lr {lr} --seed {seed + 10 * stage}"
         made = Cell(OUT, f"{kind}-{arm}-s{seed}-stage{stage}", ".pt", command, [made])
     return made
@@ -323,13 +327,16 @@ def trained(kind, arm, network, seed, steps):
     made = fine_tuned(kind, arm, seed)
     name = f"{kind}-{arm}-s{seed}-{network}"
     generator = GENERATORS[network]
-    ladder = KINDS[kind].points
+    lengths = KINDS[kind].points
     start = None
-    if steps != ladder[0]:
-        start = trained(kind, arm, network, seed, ladder[ladder.index(steps) - 1])
-    # With the model, so that a command which changes takes its cache with it
-    cache = f"{OUT}/{name}-{ladder[0]}-model/cache"
-    command = f"{network}.py {reading(kind)} --model {generator.model} --batch-size 64 --lr 1e-3"
+    if steps != lengths[0]:
+        start = trained(kind, arm, network, seed, lengths[lengths.index(steps) - 1])
+    # The cache lies in the folder of the first point's model. make() empties that folder when the
+    # command has changed
+    cache = f"{OUT}/{name}-{lengths[0]}-model/cache"
+    command = (
+        f"{network}.py {training_flags(kind)} --model {generator.model} --batch-size 64 --lr 1e-3"
+    )
     command += f" {generator.training} --out @ {generator.latents} {made.file} --cache {cache}"
     command += f" --seed {seed} --steps {steps}"
     return Cell(OUT, f"{name}-{steps}-model", ".pt", command, [made], start=start)
@@ -373,7 +380,7 @@ def goals(table):
 
 
 class Scores:
-    """The scores that a folder's records have of today's commands."""
+    """The scores in a folder's records. Those of commands that have changed since are left out."""
 
     def __init__(self, folder):
         cells = [cell for table in TABLES.values() for cell in goals(table)]
@@ -394,7 +401,7 @@ class Scores:
                 cell = generation(line.kind, arm, line.network, seed, steps)
             record = self.records.get(cell.name)
             if record:
-                found[seed] = next(iter(record.values()))[column]
+                found[seed] = next(iter(record.values())).get(column)  # the result comes first
         return {seed: value for seed, value in found.items() if value is not None}
 
     def core_hours(self, tables):
@@ -403,13 +410,14 @@ class Scores:
         for table in tables:
             for cell in goals(table):
                 record = self.records.get(cell.name)
+                # The commands that led to the score. Of one cell's the last is the one that counts
                 for part in record["about"]["chain"] if record else []:
                     seconds[part["commands"][-1]] = part["seconds"]
         return sum(seconds.values()) / 3600
 
 
 def write_report(folder):
-    """Writes the tables and figures of a folder's records, as far as today's commands made them."""
+    """Writes the tables and figures of a folder's records."""
     scores = Scores(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_between(folder / "README.md", page(scores))
@@ -442,8 +450,8 @@ def page(scores):
 
 
 def was_run(table, scores):
-    """Whether some arm beside the first one has a score. Autoencoders are shared, so where there is
-    a generator it must have one."""
+    """Whether some arm other than the first has a score. Tables share autoencoders, so with a
+    generator its score alone counts."""
     for line in table.lines:
         for arm in line.arms[1:]:
             for steps in line.steps or [None]:
@@ -472,8 +480,9 @@ def table_rows(table, scores):
     return rows
 
 
-def score_rows(table, line, title, column, found):
-    """The rows of one score. `found` is {arm: {seed: value}}, `column` what the paper has of it."""
+def score_rows(table, line, title, paper_column, found):
+    """The rows of one score. `found` is {arm: {seed: value}}, `paper_column` the name in the paper,
+    or None."""
     several = len({other.kind for other in table.lines}) > 1
     base = found[line.arms[0]]
     rows = []
@@ -484,7 +493,7 @@ def score_rows(table, line, title, column, found):
             changes = changes_text(base, ours, relative=not title.startswith("PSNR"))
             p = p_value(base, ours)
         numbers = show(list(ours.values()), len(table.seeds))
-        rows.append([title, name, numbers, changes, p, paper_score(table, line, arm, column)])
+        rows.append([title, name, numbers, changes, p, paper_score(table, line, arm, paper_column)])
     return rows
 
 
@@ -498,7 +507,7 @@ def show(values, seeds):
 
 
 def changes_of(base, other, relative=True):
-    """Of the seeds that both have: in per cent, or else differences."""
+    """The change from base to other in each seed that both have, in per cent or as a difference."""
     pairs = [(base[seed], other[seed]) for seed in base if seed in other]
     if relative:
         return [100 * (new / old - 1) for old, new in pairs]
@@ -522,7 +531,7 @@ def p_value(base, other):
 
 def paper_score(table, line, arm, column):
     """What the paper has where we have an arm's score, or "". A column that is not in its table may
-    be in Table 12, and REPA's distances are in Table 10."""
+    be in Table 12, REPA's distances are in Table 10, and Table 2's autoencoders in Table 1."""
     family = KINDS[line.kind].paper
     ending = ARMS[arm].paper
     if family is None or ending is None or column is None:
@@ -567,7 +576,10 @@ def claim_text(table, claim, scores):
 def verdict(changes, seeds, gains=True):
     """plan.md's rule. `changes` are of the distance, in per cent, one of each seed.
 
-    gains  whether the claim is that the distance falls, or that it does not
+    The distance falls if it is smaller in every seed and the mean change is larger than the
+    deviation. It rises if it is larger in every seed. A claim of a gain holds if it falls, and does
+    not hold if it rises. A claim of no gain (`gains` False) holds if it rises, and does not hold if
+    it falls. All else cannot be told.
     """
     if len(changes) < seeds:
         return "not run in all seeds"
@@ -581,7 +593,7 @@ def verdict(changes, seeds, gains=True):
 
 
 def curves(table, line, scores):
-    """{arm: [(step, distances of the seeds), ...]}; empty until all seeds have all."""
+    """{arm: [(step, distances of the seeds), ...]}; {} as long as a seed lacks a score."""
     found = {arm: [] for arm in line.arms}
     for arm in line.arms:
         for steps in line.steps:
@@ -592,12 +604,13 @@ def curves(table, line, scores):
     return found
 
 
-def mean_curve(points):
-    return [figures.summary(steps, distances) for steps, distances in points]
+def mean_curve(curve):
+    return [figures.summary(steps, distances) for steps, distances in curve]
 
 
-def curve_of(k, points):
-    return [(steps, distances[k]) for steps, distances in points]
+def curve_of(k, curve):
+    """The curve of the k-th seed: [(steps, distance), ...]."""
+    return [(steps, distances[k]) for steps, distances in curve]
 
 
 def speed_text(name, table, scores):
@@ -622,9 +635,10 @@ def speed_text(name, table, scores):
 
 
 def ratio(base, other):
-    """The steps that two curves need to the same distance: base's, divided by the other's.
+    """How many times as many steps base needs as other, to the greater of their last distances.
 
-    A curve that is there from its first point on may have been there before.
+    A curve that is below this distance at its first point may have been there before, so it gives
+    only a bound.
     """
     steps, other_steps = figures.arrivals(base, other)
     if steps and other_steps:
@@ -633,7 +647,7 @@ def ratio(base, other):
         return f"more than {steps / other[0][0]:.2g}"
     if other_steps:
         return f"less than {base[0][0] / other_steps:.2g}"
-    return "nobody knows how many"  # both are there from the start
+    return "an unknown number of"  # both are there from the start
 
 
 def draw_curves(table, line, scores, path):
@@ -646,7 +660,7 @@ def draw_curves(table, line, scores, path):
     model = GENERATORS[line.network].model
     title = f"{table.title}: {seeds}"
     figure, axes = figures.new_plot(title, f"steps of {model}", "FD-EfficientNet of samples")
-    means = {ARMS[arm].title: mean_curve(points) for arm, points in found.items()}
+    means = {ARMS[arm].title: mean_curve(curve) for arm, curve in found.items()}
     figures.draw_curves(axes, means)
     figures.save(figure.savefig, path)
 
