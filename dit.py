@@ -6,7 +6,7 @@ transformer. The timestep and the class control it through adaptive layer norms.
 them is faster (Table 2).
 
     here             DiT's paper   time
-    latents (data)   x0            before t = 0, which has one step of noise
+    latents (data)   x0            none: t = 0 already has one step of noise
     noise            eps           t = 999
     x                x_t           t = 0 to 999
 
@@ -22,7 +22,7 @@ The first torchrun line caches the latents of data/imagenet/train in eqvae-laten
 draws 50,000 pictures. EQ-VAE's paper has FID 14.5 on its latents after 400,000 steps, 19.5 on
 SD-VAE's, without guidance (Tables 2 and 9).
 
---data is a folder of images, with a sub-folder for each class, or flat for one without classes.
+--data is a folder of images, with a sub-folder for each class, or without, for no classes.
 
 From Python:
 
@@ -32,7 +32,8 @@ From Python:
 
 From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
 repa.py share all but diffusion, training loop and samplers; maskgit.py shares the caches and the
-writing of samples. Lines of train() that are marked "# DiT" differ in sit.py and repa.py.
+writing of samples. Besides names, only the lines of train() that are marked "# DiT" differ in
+sit.py and repa.py.
 """
 
 import argparse
@@ -183,7 +184,7 @@ class DiT(nn.Module):
         self.config = config  # what a checkpoint keeps
         self.checkpoint = {}  # entries of the file that it comes from: load_generator() sets them
         self.patch_size = patch_size
-        outputs = 2 * in_channels if learn_sigma else in_channels
+        out_channels = 2 * in_channels if learn_sigma else in_channels
         width = hidden_size
         self.x_embedder = nn.Sequential(
             OrderedDict(proj=nn.Conv2d(in_channels, width, patch_size, patch_size))
@@ -196,7 +197,7 @@ class DiT(nn.Module):
         positions = sincos_positions(input_size // patch_size, width)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size**2 * outputs)
+        self.final_layer = FinalLayer(width, patch_size**2 * out_channels)
         self.initialize()
 
     def initialize(self):
@@ -218,15 +219,18 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    ANCHOR = "x_embedder.proj.weight"  # vae.find_weights() knows its files by this weight
+
     @classmethod
-    def config_of(cls, weights):
-        """The constructor's arguments, from the shapes of the weights in an official file."""
+    def config_of(cls, weights, **options):
+        """The constructor's arguments: those that the shapes in an official file tell, and the
+        `options`. KeyError, IndexError or ValueError for another file."""
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         heads = {(size[0], size[1]): size[2] for size in SIZES.values()}
         if (width, depth) not in heads:
             raise ValueError(f"{depth} blocks of width {width} match none of {', '.join(SIZES)}")
-        outputs = len(weights["final_layer.linear.bias"]) // patch**2
+        out_channels = len(weights["final_layer.linear.bias"]) // patch**2
         return dict(
             input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
             patch_size=patch,
@@ -235,7 +239,8 @@ class DiT(nn.Module):
             depth=depth,
             num_heads=heads[width, depth],
             num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
-            learn_sigma=outputs == 2 * channels,
+            learn_sigma=out_channels == 2 * channels,
+            **options,
         )
 
     def embed(self, x, t, y):
@@ -246,12 +251,12 @@ class DiT(nn.Module):
             c = self.t_embedder(timestep_features(t))
         return h, c + self.y_embedder(y)
 
-    def unpatchify(self, tokens):  # (B, N, p^2 outputs)
+    def unpatchify(self, tokens):  # (B, N, p^2 out_channels)
         side = math.isqrt(tokens.shape[1])
         p = self.patch_size
-        # (B, h / p, w / p, p, p, outputs) -> (B, outputs, h / p, p, w / p, p)
+        # (B, h / p, w / p, p, p, out_channels) -> (B, out_channels, h / p, p, w / p, p)
         patches = tokens.reshape(len(tokens), side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-        return patches.flatten(4, 5).flatten(2, 3).float()  # (B, outputs, h, w)
+        return patches.flatten(4, 5).flatten(2, 3).float()  # (B, out_channels, h, w)
 
     def forward(self, x, t, y):
         """Noised latents (B, C, h, w), timesteps (B,) of 0 .. 999, labels (B,)
@@ -426,7 +431,8 @@ def guided(model, null, cfg_scale=1.0, low=0.0, high=1.0, channels=None):
 
 
 def train(args, rank, world, device):
-    # The latents, and the run to go on with, if there is one
+    # The run to go on with, if there is one. (args get its values for flags that were not given.)
+    # Then the autoencoder, with its file and hash, and the images
     resumed = vae.load_run(args, "DiT", CONFIGS, required=ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = load_latent_space(args, resumed, device)
@@ -447,9 +453,9 @@ def train(args, rank, world, device):
     diffusion = GaussianDiffusion(device=device)  # DiT: 1,000 steps of noise
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source)
+    vae.check_same_start(step, model, images, source)  # of all processes
     latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, one_image(model))
+    vae.say_duration(args, step, device, one_forward_pass(model))
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -464,7 +470,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
         moments, labels, _, readable = next(batches)  # mean and std; uint8 images with --no-cache
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -497,11 +503,11 @@ def train(args, rank, world, device):
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_ema(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)  # its decay is warmed up, unlike DiT's
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
-        if vae.is_due(step, args.sample_every, args.steps):
+        if vae.is_due(step, args.sample_every, last=args.steps):
             preview(args, step, log, model, ema, draw_ddim, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
@@ -580,7 +586,7 @@ def open_images(args, autoencoder):
     return vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
 
 
-def one_image(model):
+def one_forward_pass(model):
     """A function that passes one latent through the network, for vae.say_duration()."""
     side = model.config["input_size"]
     device = next(model.parameters()).device
@@ -723,10 +729,10 @@ def save(args, step, model, optimizer, images, **entries):
 
 def measure_scale(autoencoder, images):
     """Scale and shift of the latents, for the checkpoint. They are measured where the autoencoder's
-    file has none, as LDM's kl-f16. All processes measure the same images, and take the mean of
-    their results, which may differ by rounding."""
+    file has none; LDM's kl-f16 has none. All processes measure the same images, and take the mean
+    of their results, which may differ by rounding."""
     if autoencoder.scaling_factor is None:
-        measured = vae.measure_latents(autoencoder, images.centred())
+        measured = vae.measure_latents(autoencoder, images.centred())  # never mirrored
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
         scale, shift = vae.mean_over_processes(pair).tolist()
         set_scale(autoencoder, dict(scale=scale, shift=shift))
@@ -803,26 +809,21 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         # Tries one image, so that an error comes before anything is written
         encode_views(images.centred()[0][0][None])
     memo = Path(folder, "images.json")
-    digest, known = images_hash(images, memo)
+    digest, remembered = images_hash(images, memo)
     made_of = dict(made_of, images=digest, image_size=images.size)
     rows = Rows(folder, shape, dtype, "--cache", **made_of)
     if vae.MAIN:
         with contextlib.suppress(vae.InputError):  # a complete cache may lie where nobody may write
-            vae.write_file(memo, lambda path: path.write_text(json.dumps(known)))
+            vae.write_file(memo, lambda path: path.write_text(json.dumps(remembered)))
 
     # Batches of a fixed grid: rounding depends on the batch, and a cache should be the same however
     # often it was interrupted
     batches = rows.unfinished(min(32, args.micro_batch or 32), rank, world)
-    loader = torch.utils.data.DataLoader(
-        images.centred(),
-        batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=args.workers,
-        worker_init_fn=vae.leave_signals,
-        pin_memory=torch.cuda.is_available(),
-    )
+    batch_sampler = [batch.tolist() for batch in batches]
+    loader = vae.data_loader(images.centred(), args.workers, batch_sampler=batch_sampler)
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        if vae.signal_heard():  # not stop_signal(): processes have other numbers of batches
+        if vae.signal_heard():  # not stop_signal(): processes differ in their numbers of batches
             break
         if readable.any():
             rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
@@ -830,7 +831,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         progress.update(len(batch))
     progress.close()
     vae.leave_if_stopped(f"{folder}: stopped; the same command goes on")
-    there = rows.finished()
+    there = rows.wait_until_finished()
     return CachedViews(rows.path, there, images.labels[there], args.seed, mirror and args.mirror)
 
 
@@ -891,6 +892,8 @@ def images_hash(images, memo):
     middle. The same pictures elsewhere have the same hash.
 
     memo  file of the last result. It holds as long as folder, names, sizes and times are the same
+
+    -> (the hash, what the caller should write to `memo`)
     """
     root = os.path.normpath(images.root)
     about = hashlib.sha256(os.fsencode(os.path.abspath(root)))
@@ -1013,7 +1016,7 @@ class Rows:
         write_rows(self.status_path, indices, np.full(len(indices), status, dtype=np.uint8))
         self.status[indices] = status
 
-    def finished(self):
+    def wait_until_finished(self):
         """Waits for all processes; -> indices of the rows that are there. InputError if some that
         should be are not."""
         vae.barrier()
@@ -1054,9 +1057,10 @@ def write_rows(path, indices, rows):
 # Sampling, from Python: load_generator() and generate()
 
 
-def load_generator(file, network_class=DiT, **options):
+def load_generator(file, network_class=DiT, entries=ENTRIES, **options):
     """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint).
 
+    entries  of our checkpoints, besides arch, config, model and opt
     options  arguments of the network that official files do not tell
 
     Reads our own files and the official ones, bare or as {model, ema, opt, args}, and takes the
@@ -1076,13 +1080,12 @@ def load_generator(file, network_class=DiT, **options):
         arch = network_class.__name__
         if contents["arch"] != arch:
             raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {arch}")
-        vae.check_entries(path, contents, ("model", *ENTRIES))
+        vae.check_entries(path, contents, ("model", *entries))
         config = contents["config"]
-        weights = contents["ema"] or contents["model"]
-        checkpoint = {key: contents[key] for key in ENTRIES if key != "ema"}
+        weights = contents.get("ema") or contents["model"]
+        checkpoint = {key: contents[key] for key in entries if key != "ema"}
     else:
-        config, weights = read_official(path, contents, network_class)
-        config |= options
+        config, weights = read_official(path, contents, network_class, options)
     model = vae.build(network_class, vae.Stored(path, config, weights)).eval()
     model.checkpoint = checkpoint
     return model, checkpoint
@@ -1096,16 +1099,16 @@ def find_generator(path):
     return beside if os.path.isdir(path) else path
 
 
-def read_official(path, checkpoint, network_class):
+def read_official(path, checkpoint, network_class, options):
     """Configuration and weights of an official file, whose shapes tell the configuration."""
-    weights = vae.find_weights(checkpoint, "x_embedder.proj.weight")
+    weights = vae.find_weights(checkpoint, network_class.ANCHOR)
     if weights is None:
         raise vae.InputError(
             f"{path}: no {network_class.__name__} checkpoint, neither ours nor an official one "
             "(diffusers' layout is not read)"
         )
     try:
-        return network_class.config_of(weights), weights
+        return network_class.config_of(weights, **options), weights
     except (KeyError, ValueError, IndexError) as error:
         raise vae.InputError(f"{path}: not a known {network_class.__name__} ({error})") from None
 
@@ -1125,8 +1128,8 @@ def generate(
 
     The autoencoder gets the scale and shift that its latents had in the generator's training.
     """
-    if sampler not in ("ddpm", "ddim") or steps < 2:
-        raise ValueError(f"sampler {sampler!r}, {steps} steps: ddpm or ddim, at least 2")
+    if sampler not in ("ddpm", "ddim") or not 2 <= steps <= 1000:
+        raise ValueError(f"sampler {sampler!r}, {steps} steps: ddpm or ddim, 2 to 1000 steps")
     diffusion = GaussianDiffusion(steps, next(model.parameters()).device)
 
     def draw(predict, noise, labels, noise_like):
@@ -1161,7 +1164,8 @@ def draw_pictures(
 
     predict = guided(model, model.config["num_classes"], **options)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        z = draw(predict, noise_like(None), labels, noise_like)
+        start = noise_like(None)  # it does not read its argument
+        z = draw(predict, start, labels, noise_like)
     return decode_pictures(autoencoder.decode, autoencoder.denormalize(z.float()))
 
 
@@ -1208,7 +1212,7 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     load      a load_generator()
     configs   the presets, for the model's name in the record
     settings  arguments of generate() that are the script's own
-    calls     how often it calls the network for a batch
+    calls     how often generate() calls the network for a batch
     """
     # All arguments are checked before anything is written
     out = samples_path(args, world)
@@ -1320,23 +1324,26 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     side           of the pictures
     make_pictures  the script's generate(), with all arguments that are the same for every batch
-    calls          how often it calls the model for a batch, for the progress bar
-    record         all that the pictures depend on: kept beside them, and compared when it goes on
+    calls          how often make_pictures() calls the model for a batch, for the progress bar
+    record         all that the pictures depend on: kept beside them, and compared when an
+                   interrupted command goes on
     """
-    size = args.num_samples * side * side * 3
-    if size > shutil.disk_usage(out.parent).free:
-        raise vae.InputError(
-            f"--num-samples {args.num_samples}: {size / 1e9:.3g} GB, but {out.parent} has less room"
-        )
-    classes = model.checkpoint.get("classes", [])
-    labels = choose_labels(args, model.config["num_classes"], classes)
-    compile_blocks(args, model.blocks)
     vae.check_agreement(record)
     if is_written(out, record):
         if vae.MAIN:
             shutil.rmtree(f"{out}.part", ignore_errors=True)  # of a run killed at its end
         vae.say(f"{out}: already there")
         return
+    size = args.num_samples * side * side * 3
+    needed = size if os.path.exists(f"{out}.part/rows.npy") else 2 * size  # rows, then the npz
+    if needed > shutil.disk_usage(out.parent).free:
+        raise vae.InputError(
+            f"--num-samples {args.num_samples}: needs {needed / 1e9:.3g} GB, and {out.parent} has "
+            "less room"
+        )
+    classes = model.checkpoint.get("classes", [])
+    labels = choose_labels(args, model.config["num_classes"], classes)
+    compile_blocks(args, model.blocks)
     shape = (len(labels), side, side, 3)
     rows = Rows(f"{out}.part", shape, "uint8", "--samples", exclusive=True, **record)
     batches = rows.unfinished(min(args.batch_size // world or 1, len(labels)), rank, world)
@@ -1344,7 +1351,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     def before_call(module, inputs):
         progress.update()
-        if vae.SIGNALS:
+        if vae.SIGNALS:  # this process's own; signal_heard() also asks the others
             raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)
@@ -1357,7 +1364,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
     hook.remove()
     progress.close()
     vae.leave_if_stopped(f"{rows.folder}: stopped; the same command goes on")
-    rows.finished()
+    rows.wait_until_finished()
     if vae.MAIN:
         finish_samples(out, rows, labels, record)
     vae.barrier()
@@ -1422,7 +1429,7 @@ def arguments(description, models, out, steps):
     add = sampling.add_argument
     add("--sample-from", help="checkpoint, ours or official, to sample from")
     add("--samples", help="FILE.npz to write or go on with (default: beside the checkpoint)")
-    add("--num-samples", type=vae.positive_int, default=50_000)
+    add("--num-samples", type=vae.positive_int, default=50_000, help="pictures to draw")
     text = "uniform: at random; balanced: in turn; or numbers or names of classes, as 207,360"
     add("--labels", default="uniform", help=text)
     vae.add_run_arguments(
@@ -1447,7 +1454,12 @@ def latent_arguments(description, models, out):
     text = "of the autoencoder's convolutions (default: as its file tells, else zeros)"
     add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--no-cache", action="store_true", help="encode every image in every step")
-    add("--ema-decay", type=vae.probability, default=0.9999, help="of the weights' average")
+    add(
+        "--ema-decay",
+        type=vae.probability,
+        default=0.9999,
+        help="of the weights' average, after a warm-up",
+    )
     add = sampling.add_argument
     add("--sampling-steps", type=vae.positive_int, default=250, help="of the sampler")
     add("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")
@@ -1462,7 +1474,8 @@ def latent_arguments(description, models, out):
 def main():
     need_vae("dit.py")
     parser, _, sampling = latent_arguments(__doc__, CONFIGS, "dit.pt")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
+    samplers = ("ddpm", "ddim")
+    sampling.add_argument("--sampler", choices=samplers, default="ddpm", help="with noise, without")
     launch(parser, train, sample)
 
 

@@ -128,8 +128,9 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     kind       "rs": a turn of 90, 180 or 270 degrees *and* a scale, equal on both sides;
                "rs-aniso": each side has a scale of its own; "r": the turn alone;
                "s": the scale alone
-    low        lowest scale. If the grid's shorter side has n cells, the new one is uniform over
-               the integers from ceil(low n) to n - 1, so a scale that is drawn is never 1
+    low        lowest scale. A side of n cells becomes uniform over the integers from ceil(low n),
+               but at least `smallest`, to n - 1. So a scale that is drawn is never 1. (Where both
+               sides have one scale, the shorter side is drawn, and the longer one follows)
     smallest   least cells of each side of the result, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
@@ -150,7 +151,8 @@ def draw_size(grid, scaled_sides, low, smallest, generator):
     if scaled_sides is None:
         return grid
     least = [max(smallest, math.ceil(low * side)) for side in grid]
-    check_room(grid, low, smallest, all(fewest < side for fewest, side in zip(least, grid)))
+    has_room = all(fewest < side for fewest, side in zip(least, grid))
+    check_room(has_room, grid, low, smallest)
     if scaled_sides == "each":
         h2 = draw_integer(least[0], grid[0] - 1, generator)
         w2 = draw_integer(least[1], grid[1] - 1, generator)
@@ -183,8 +185,8 @@ def check_kind(kind):
     return KINDS[kind]
 
 
-def check_room(grid, low, smallest, enough):
-    if not enough:
+def check_room(has_room, grid, low, smallest):
+    if not has_room:
         raise ValueError(
             f"latents of {grid[0]}x{grid[1]} leave no smaller size of at least {smallest} cells "
             f"and {low:g} of a side"
@@ -200,7 +202,7 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
 
         probability       shrink          tau
         3/4 p_alpha       identity        identity
-        1/4 p_alpha       a scaling       identity    (kind "r": as in the line above)
+        1/4 p_alpha       a scaling       identity    (kind "r": identity, identity)
         1 - p_alpha       identity        a draw of the kind
 
     `shrink` is applied to the image before it is encoded. Where it scales, the step
@@ -229,7 +231,7 @@ def draw_released_size(grid, scaled_sides, low, smallest, generator):
     if scaled_sides is None:
         return grid
     least = [max(math.ceil(32 * smallest / side), math.ceil(32 * low)) for side in grid]
-    check_room(grid, low, smallest, max(least) <= 31)
+    check_room(max(least) <= 31, grid, low, smallest)
     if scaled_sides == "each":
         parts = [draw_integer(first, 31, generator) for first in least]
     else:
@@ -244,7 +246,8 @@ def draw_released_size(grid, scaled_sides, low, smallest, generator):
 
 def eq_loss(criterion, decode, x, z, tau):
     """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one
-    call, for a loop of your own: vae.py and vqgan.py write these two lines out.
+    call, for a loop of your own. (vae.py and vqgan.py have the first two lines of
+    its body in their loops.)
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.

@@ -275,9 +275,9 @@ class Mixed(nn.Module):
     def __init__(self, c_in, branches, pool):
         super().__init__()
         self.pool = pool
-        self.names = {}  # branch -> for each entry, the names of its one or two units
+        self.unit_names = {}  # branch -> for each entry, the names of its one or two units
         for branch, entries in branches.items():
-            self.names[branch] = []
+            self.unit_names[branch] = []
             width = c_in
             for number, entry in enumerate(entries, start=1):
                 name = branch if len(entries) == 1 else f"{branch}_{number}"
@@ -287,13 +287,13 @@ class Mixed(nn.Module):
                 for unit_name, arguments in units.items():
                     self.add_module(unit_name, Unit(width, *arguments))
                 width = arguments[0]
-                self.names[branch].append(list(units))
+                self.unit_names[branch].append(list(units))
 
     def forward(self, x):
         outputs = []
-        for branch, entries in self.names.items():
+        for branch, stages in self.unit_names.items():
             ends = [self.pool(x)] if branch == "branch_pool" else [x]
-            for names in entries:
+            for names in stages:
                 ends = [getattr(self, name)(ends[0]) for name in names]
             outputs += ends
         return torch.cat(outputs, dim=1)
@@ -651,13 +651,8 @@ def batches(pictures, args, label, rank, world):
     if isinstance(pictures, StoredPictures):
         loader = pictures.read(first, last, args.batch_size)
     else:
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(pictures, range(first, last)),
-            args.batch_size,
-            num_workers=args.workers,
-            worker_init_fn=vae.leave_signals,
-            pin_memory=torch.cuda.is_available(),
-        )
+        share = torch.utils.data.Subset(pictures, range(first, last))
+        loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
         if vae.signal_heard():  # there is nothing to save
@@ -952,11 +947,11 @@ STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
     # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
-    settings = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
-    inputs = (args.samples, args.reference, args.inception, settings)
+    settings_file = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
+    inputs = (args.samples, args.reference, args.inception, settings_file)
     check_output("--record", args.record, *inputs, args.statistics)
     check_output("--statistics", args.statistics, *inputs)
-    drawn = read_settings(settings, args.samples)
+    settings = read_settings(settings_file, args.samples)
     network = load_extractor(args, "adm", device)
     notes = []
     fake_pictures = open_pictures(args.samples, notes)
@@ -974,9 +969,9 @@ def samples(args, rank, world, device):
     # ADM's statistics are of more images than the pictures beside them
     result = compare(fake, real, adm_statistics or real, network, args, notes, device)
 
-    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=drawn)
+    about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=settings)
     if args.record:
-        # The samples come last: if both have the same name in the record, it keeps their hash
+        # The samples come last, so that of two files of one name theirs is the hash in the record
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     if origin:

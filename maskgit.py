@@ -21,7 +21,8 @@ maskgit/ (pictures). The same command again goes on where it was stopped, in cac
 The last line draws 50,000 pictures into maskgit.npz. EQ-VAE's paper reports an FID of 5.9 and an IS
 of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own (Tables 3 and 11).
 
-A run does not depend on the number of processes or on --micro-batch, except through dropout, which
+Lines of train() that are marked "# MaskGIT" are the method's own. A run does not depend on the
+number of processes or on --micro-batch, except through dropout, which
 every forward pass of every process draws for itself.
 
 From Python:
@@ -36,7 +37,6 @@ import itertools
 import math
 import os
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -70,6 +70,8 @@ PRESETS = {
 }
 LABEL_DROP = 0.1  # share of the labels that training replaces by the null class
 LABEL_SMOOTHING = 0.1
+# What a checkpoint holds besides network and optimiser
+ENTRIES = ("step", "args", "vqgan", "classes")
 
 
 # ==================================================================================================
@@ -183,6 +185,30 @@ class MaskGIT(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(tokens + 1, rows))  # forward() reads a part
 
+    ANCHOR = "tok_emb.weight"  # vae.find_weights() knows its files by this weight
+
+    @classmethod
+    def config_of(cls, weights, codes):
+        """The constructor's arguments, from the shapes in a file of Maskgit-pytorch v1.0's and the
+        size of the codebook. KeyError or ValueError for another file."""
+        if codes is None:
+            raise ValueError("give `codes`, the size of the codebook: the file does not tell it")
+        places, rows = weights["bias"].shape
+        width = weights["tok_emb.weight"].shape[1]
+        layers = {name.split(".")[2] for name in weights if name.startswith("transformer.layers.")}
+        for size in CONFIGS.values():
+            if (size["hidden_dim"], size["depth"]) == (width, len(layers)) and rows >= codes + 2:
+                return dict(
+                    size,
+                    input_size=math.isqrt(places - 1),
+                    codebook_size=codes,
+                    num_classes=rows - codes - 2,
+                )
+        raise ValueError(
+            f"{len(layers)} blocks of width {width} and {rows} rows: matches no --model "
+            f"({', '.join(CONFIGS)}), or is for another codebook than one of {codes} codes"
+        )
+
     @property
     def blocks(self):
         """What torch.compile gets: attention and MLP apart, so that all layers use two graphs."""
@@ -241,14 +267,17 @@ def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
 
 
 def decoding_schedule(steps, tokens, kind="arccos"):
-    """Counts and ramps: how many tokens each step decides, adding up to `tokens`, and each step's
-    progress, up to 1 in the last one, by which guidance grows and noise fades.
+    """-> counts, how many tokens each step decides, of `tokens` in all; and ramps, each step's
+    progress, 1 in the last one. As it rises, guidance grows and noise fades. ValueError for more
+    steps than tokens.
 
     arccos  v1.0's: step i decides a number in proportion to arccos(1 - i / (steps - 1)), rounded,
             but at least 1; the last step decides the rest
     cosine  the original's: floor(tokens cos(pi / 2 (i + 1) / steps)) stay masked after step i, but
             each step decides at least 1. (v1.0 calls another schedule cosine.)
     """
+    if not 1 <= steps <= tokens:
+        raise ValueError(f"{steps} steps: give 1 to {tokens}, the number of tokens")
     if kind == "cosine":
         ramps = [(i + 1) / steps for i in range(steps)]
         return cosine_counts(ramps, tokens), ramps
@@ -295,8 +324,8 @@ def parallel_decoding(
     uniform             (B, steps, 2, N) in [0, 1), the only source of randomness: in each step [0]
                         draws the tokens, [1] the noise on their choice
     counts, ramps       of decoding_schedule()
-    cfg_scale           guidance: the logits u + s (c - u), of the outputs c with the class and u
-                        without, with s = 1 + (cfg_scale - 1) ramp; 1: none
+    cfg_scale           guidance: the logits are u + s (c - u), where c is the output with the
+                        class, u without, and s = 1 + (cfg_scale - 1) ramp. cfg_scale 1: none
     choice_temperature  the Gumbel noise on the log-probabilities is this times (1 - ramp)
     softmax_scale       multiplies the logits, so more is sharper (v1.0 calls it a temperature)
     """
@@ -336,8 +365,9 @@ def guided_logits(model, tokens, labels, scale):
 
 
 def train(args, rank, world, device):
-    # The tokenizer, and the run to go on with, if there is one
-    resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=("vqgan", "classes"))
+    # The run to go on with, if there is one. (args get its values for flags that were not given.)
+    # Then the tokenizer, with its file and hash, and the images
+    resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=ENTRIES)
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args, resumed, device)
     images = dit.open_images(args, tokenizer)
@@ -361,7 +391,7 @@ def train(args, rank, world, device):
     mask_ratio, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source)
+    vae.check_same_start(step, model, images, source)  # of all processes
     blank = torch.zeros(1, side**2, dtype=torch.long, device=device)
     vae.say_duration(args, step, device, lambda: model(blank, blank[:, 0]))
     data = token_data(args, rank, world, device, tokenizer, source, images)
@@ -378,7 +408,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share. Dropout is a function of (seed, step, pass, process)
-        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
         tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
@@ -386,7 +416,7 @@ def train(args, rank, world, device):
         tokens = tokens.to(device, non_blocking=True).long()
         mask = mask_draw < mask_ratio(ratio_draw)  # MaskGIT: (B / world, N)
         y = torch.where(drop_draw[:, 0] < LABEL_DROP, null, labels.to(device, non_blocking=True))
-        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))  # v1.0's warm-up
         optimizer.param_groups[0]["lr"] = lr
 
         passes = len(tokens) // micro_batch
@@ -407,7 +437,7 @@ def train(args, rank, world, device):
         # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
         # wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0 clips, too
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
         optimizer.step()
@@ -415,7 +445,7 @@ def train(args, rank, world, device):
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, lr)
-        if vae.is_due(step, args.sample_every, args.steps):
+        if vae.is_due(step, args.sample_every, last=args.steps):
             preview(args, step, log, model, tokenizer, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, vqgan=source)
@@ -491,15 +521,7 @@ def token_data(args, rank, world, device, tokenizer, source, images):
     folder = dit.cache_folder(args, args.vqgan, "tokens")
     shape = (math.prod(tokenizer.grid(images.size)),)
     made_of = dict(vqgan=source["sha256"])
-    data = dit.cached(args, rank, world, folder, images, encode, shape, "int16", made_of)
-    tokens = np.load(data.path, mmap_mode="r")
-    codes = tokenizer.config["n_embed"]
-    if tokens.min() < 0 or tokens.max() >= codes:
-        raise vae.InputError(
-            f"{folder}: holds tokens {tokens.min()} to {tokens.max()}, but the codebook of "
-            f"{args.vqgan} has {codes} codes; delete the folder"
-        )
-    return data
+    return dit.cached(args, rank, world, folder, images, encode, shape, "int16", made_of)
 
 
 # ==================================================================================================
@@ -507,59 +529,18 @@ def token_data(args, rank, world, device, tokenizer, source, images):
 
 
 def load_generator(file, codes=None):
-    """The generator in a file, for inference, on the CPU -> (model, entries of our checkpoint or
-    {}). "classes" are the names of its classes, "vqgan" file and hash of its VQ-GAN.
+    """dit.load_generator() for MaskGIT's files. The entry "vqgan" is file and hash of its VQ-GAN.
 
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
-
-    The weights keep requires_grad: autocast caches the bf16 copies only of such weights, and would
-    cast frozen ones anew in every call.
     """
-    path = dit.find_generator(file)
-    contents = vae.read_file(path)
-    checkpoint = {}
-    if vae.is_ours(contents):
-        if contents["arch"] != "MaskGIT":
-            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a MaskGIT")
-        names = ("step", "args", "vqgan", "classes")
-        vae.check_entries(path, contents, ("model", *names))
-        config = contents["config"]
-        weights = contents["model"]
-        checkpoint = {name: contents[name] for name in names}
-    else:
-        weights = vae.find_weights(contents, "tok_emb.weight")
-        if weights is None or "bias" not in weights or codes is None:
-            raise vae.InputError(
-                f"{path}: no MaskGIT checkpoint, neither ours nor one of Maskgit-pytorch v1.0"
-            )
-        config = official_config(path, weights, codes)
-    if codes not in (None, config.get("codebook_size")):
+    model, checkpoint = dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
+    codebook_size = model.config["codebook_size"]
+    if codes not in (None, codebook_size):
         raise vae.InputError(
-            f"{path}: made for a codebook of {config.get('codebook_size')} codes, not of {codes}"
+            f"{file}: made for a codebook of {codebook_size} codes, not of {codes}"
         )
-    model = vae.build(MaskGIT, vae.Stored(path, config, weights)).eval()
-    model.checkpoint = checkpoint
     return model, checkpoint
-
-
-def official_config(path, weights, codes):
-    """MaskGIT's arguments from the shapes in a file of Maskgit-pytorch's."""
-    places, rows = weights["bias"].shape
-    width = weights["tok_emb.weight"].shape[1]
-    depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})
-    for size in CONFIGS.values():
-        if (size["hidden_dim"], size["depth"]) == (width, depth) and rows >= codes + 2:
-            return dict(
-                size,
-                input_size=math.isqrt(places - 1),
-                codebook_size=codes,
-                num_classes=rows - codes - 2,
-            )
-    raise vae.InputError(
-        f"{path}: {depth} blocks of width {width} and {rows} rows: matches no --model "
-        f"({', '.join(CONFIGS)}), or is for another codebook than one of {codes} codes"
-    )
 
 
 @torch.no_grad()
@@ -652,7 +633,7 @@ def main():
     add("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
     text = "steps in which the rate rises to --lr"
     add("--warmup", type=vae.count, default=2500, help=text)
-    add("--dropout", type=vae.probability, default=0.1)
+    add("--dropout", type=vae.probability, default=0.1, help="in training")
     text = "how mask ratios are drawn: v1.0's way, or the original's"
     add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=text)
     add("--masked-only", action="store_true", help="loss on masked tokens alone")

@@ -81,10 +81,9 @@ class REPA(SiT):
         self.initialize()  # SiT's constructor did so before there were projectors
 
     @classmethod
-    def config_of(cls, weights):
-        """The arguments that the shapes in an official file tell. encoder_depth, which they do not
-        tell, is only needed in training."""
-        config = super().config_of(weights)
+    def config_of(cls, weights, **options):
+        """As DiT's. encoder_depth, which an official file does not tell, is for training alone."""
+        config = super().config_of(weights, **options)
         outputs = sorted(
             name for name in weights if name.startswith("projectors.") and name.endswith(".4.bias")
         )
@@ -287,7 +286,8 @@ def read_dino(path):
 def train(args, rank, world, device):
     if args.cache_features and args.no_cache:
         raise vae.InputError("--cache-features: cannot be combined with --no-cache")
-    # The latents, and the run to go on with, if there is one
+    # The run to go on with, if there is one. (args get its values for flags that were not given.)
+    # Then the autoencoder, with its file and hash, and the images
     resumed = vae.load_run(args, "REPA", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
@@ -315,9 +315,9 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source, encoder_id)
+    vae.check_same_start(step, model, images, source, encoder_id)  # of all processes
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, dit.one_image(model))
+    vae.say_duration(args, step, device, dit.one_forward_pass(model))
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA
@@ -334,7 +334,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
         moments, pictures, labels, _, readable = next(batches)  # REPA: pictures, or cached tokens
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -363,7 +363,7 @@ def train(args, rank, world, device):
                 cosine = alignment(projection, tokens)  # REPA
                 loss = mse - args.align_weight * cosine  # REPA
                 (loss / passes).backward()
-            log.add(mse=mse, alignment=cosine)
+            log.add(mse=mse, alignment=cosine)  # REPA
 
         # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
         # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
@@ -374,11 +374,11 @@ def train(args, rank, world, device):
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_ema(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)  # its decay is warmed up, unlike REPA's
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
-        if vae.is_due(step, args.sample_every, args.steps):
+        if vae.is_due(step, args.sample_every, last=args.steps):
             dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
@@ -441,7 +441,9 @@ class AlignedLatents(torch.utils.data.Dataset):
 
     def __init__(self, latents, images, features=None):
         self.latents = latents
-        self.images = images.centred()  # never mirrored: __getitem__ does it as the latents are
+        self.images = (
+            images.centred()
+        )  # not mirrored here: __getitem__ mirrors where the latents are
         self.features = features
 
     def __len__(self):

@@ -237,6 +237,7 @@ def dopri5(predict, noise, labels, rtol=1e-3, atol=1e-6):
     return torch.from_numpy(end).to(noise.device).view_as(noise)
 
 
+LAST = ("mean", "euler", "tweedie")  # the SDE's last step
 SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri5}
 
 
@@ -245,7 +246,8 @@ SAMPLERS = {"sde": euler_maruyama, "euler": euler, "heun": heun, "dopri5": dopri
 
 
 def train(args, rank, world, device):
-    # The latents, and the run to go on with, if there is one
+    # The run to go on with, if there is one. (args get its values for flags that were not given.)
+    # Then the autoencoder, with its file and hash, and the images
     resumed = vae.load_run(args, "SiT", CONFIGS, required=dit.ENTRIES)
     torch.manual_seed(args.seed)
     autoencoder, source = dit.load_latent_space(args, resumed, device)
@@ -266,9 +268,9 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source)
+    vae.check_same_start(step, model, images, source)  # of all processes
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, dit.one_image(model))
+    vae.say_duration(args, step, device, dit.one_forward_pass(model))
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -283,7 +285,7 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
-        _, rng = vae.step_rngs(args.seed, step, device)  # the host's is not needed
+        _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
         moments, labels, _, readable = next(batches)
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
@@ -307,7 +309,7 @@ def train(args, rank, world, device):
                     velocity = network(x, t[rows], y[rows])  # SiT: (b, C, h, w)
                 loss = (velocity - target).square().mean()  # SiT
                 (loss / passes).backward()
-            log.add(mse=loss)
+            log.add(mse=loss)  # SiT
 
         # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
         # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
@@ -317,11 +319,11 @@ def train(args, rank, world, device):
         optimizer.found_inf = skipped
         optimizer.step()
         optimizer.zero_grad()
-        vae.update_ema(ema, model, args.ema_decay, step)
+        vae.update_ema(ema, model, args.ema_decay, step)  # its decay is warmed up, unlike SiT's
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
-        if vae.is_due(step, args.sample_every, args.steps):
+        if vae.is_due(step, args.sample_every, last=args.steps):
             dit.preview(args, step, log, model, ema, draw_heun, autoencoder, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
@@ -361,10 +363,17 @@ def generate(
     **options,
 ):
     """dit.generate() by one of SAMPLERS. `diffusion` and `last` are for the SDE alone; dopri5
-    chooses its own steps. `convert` turns repa.py's predict(), of another time and sign, into one
-    of SiT's."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
+    chooses its own steps. `convert` is for repa.py: it turns a predict() with REPA's time and sign
+    into one with SiT's."""
+    for name, value, known in (
+        ("sampler", sampler, SAMPLERS),
+        ("diffusion", diffusion, DIFFUSIONS),
+        ("last", last, LAST),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: one of {', '.join(known)}")
+    if steps < 2:
+        raise ValueError(f"{steps} steps: give at least 2, which are the two ends")
 
     def draw(predict, noise, labels, noise_like):
         if convert is not None:
@@ -404,7 +413,7 @@ def arguments(description, models, out):
     add("--sampler", choices=SAMPLERS, default="sde", help="sde, or a solver of the ODE")
     add("--diffusion", choices=DIFFUSIONS, default="sigma", help="how much noise the SDE adds")
     text = "the SDE's last step"
-    add("--last", choices=("mean", "euler", "tweedie"), default="mean", help=text)
+    add("--last", choices=LAST, default="mean", help=text)
     return parser
 
 

@@ -59,6 +59,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its all_reduce has gradients
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.benchmark
 import torch.utils.checkpoint
 import torch.utils.flop_counter
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -67,7 +68,7 @@ from tqdm import tqdm
 import eqloss
 from eqloss import identity_transform, released_transform, sample_transform, scale_transform
 
-# What most published autoencoders share, and the small ones of the tests and results/
+# What most published autoencoders share (FULL), and the small ones of tests and results/ (SMALL)
 FULL = dict(ch=128, num_res_blocks=2, attn_levels=(), use_quant_conv=True, norm_groups=32)
 SMALL = dict(ch=16, num_res_blocks=1, attn_levels=(), use_quant_conv=True, norm_groups=8)
 SD3 = dict(FULL, ch_mult=(1, 2, 4, 4), z_channels=16, use_quant_conv=False)
@@ -461,8 +462,8 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
     """The gradient of L_rec + weight * L_gan at the reconstruction, and VQ-GAN's adaptive weight.
 
     The weight makes the GAN's gradient `gan_weight` times as long as that of the reconstruction
-    loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841). With
-    plain autograd this function and the backward pass that follows it are, once the GAN acts,
+    loss at the decoder's last layer W (VQ-GAN's Eq. 7, https://arxiv.org/abs/2012.09841). In
+    plain autograd this function and the caller's backward pass would be, once the GAN acts,
 
         rec_norm = torch.autograd.grad(rec_loss, W, retain_graph=True)[0].norm()
         gan_norm = torch.autograd.grad(g_loss, W, retain_graph=True)[0].norm()
@@ -568,7 +569,7 @@ def import_lpips():
 
 def load_perceptual(args, device):
     """The perceptual distance of the loss: images x, y (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1);
-    None without its loss.
+    None with --lpips-weight 0.
 
     --perceptual MODULE:FUNCTION names a function of (path, device) that returns such a distance;
     path is --vgg.
@@ -580,15 +581,8 @@ def load_perceptual(args, device):
     return call_function(args.perceptual, "--perceptual", args.vgg, device)
 
 
-def load_ssim(args):
-    """evaluate.py's ssim(), differentiable, of images in [-1, 1] -> (B,); None without its loss."""
-    if not args.ssim_weight:
-        return None
-    return importlib.import_module("evaluate").ssim
-
-
-def weighted_losses(args, target, reconstruction, perceptual, ssim):
-    """The losses beside L1, each a mean over images: -> (their weighted sum, dict for the log). A
+def weighted_losses(args, target, reconstruction, perceptual):
+    """The losses besides L1, each a mean over images: -> (their weighted sum, dict for the log). A
     loss of weight 0 is not computed."""
     total = 0
     losses = {}
@@ -599,6 +593,7 @@ def weighted_losses(args, target, reconstruction, perceptual, ssim):
         losses["l2"] = (target - reconstruction).square().mean()
         total = total + args.l2_weight * losses["l2"]
     if args.ssim_weight:
+        ssim = importlib.import_module("evaluate").ssim  # evaluate.py imports this file, too
         losses["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
         total = total + args.ssim_weight * (1 - losses["ssim"])
     return total, losses
@@ -609,6 +604,8 @@ def weighted_losses(args, target, reconstruction, perceptual, ssim):
 
 
 def train(args, rank, world, device):
+    if args.train == "decoder" and args.explicit_weight:
+        raise InputError("--explicit-weight: trains the encoder, which --train decoder keeps")
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
     resumed = load_run(
@@ -622,7 +619,6 @@ def train(args, rank, world, device):
     model = build(AutoencoderKL, stored)
     discriminator = make_discriminator(args, stored, step)
     perceptual = load_perceptual(args, device)
-    ssim = load_ssim(args)
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -647,7 +643,7 @@ def train(args, rank, world, device):
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    check_same_start(step, model, data)
+    check_same_start(step, model, data)  # of all processes
     say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
     log = Log(args, step, world, device)
@@ -688,7 +684,7 @@ def train(args, rank, world, device):
             # and sums over the image: hence `values`. An image that tau has shrunk weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
+            others, other_losses = weighted_losses(args, target, reconstruction, perceptual)
             rec_loss = (l1 + others) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
@@ -703,8 +699,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, **other_losses, rec_loss=rec_loss / values, kl=kl)
 
             # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
-            # it from the first step on. (In LDM it waits for disc_start, too, and the autoencoder
-            # runs a second time for this loss)
+            # the discriminator from the first step on. (In LDM this loss waits for disc_start as
+            # well, and the autoencoder runs a second time for it)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -745,7 +741,7 @@ def train(args, rank, world, device):
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
-        if is_due(step, args.sample_every, args.steps):
+        if is_due(step, args.sample_every, last=args.steps):
             preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
@@ -883,7 +879,7 @@ def final_scale(args, step, model, ema, data, device):
     text = f"latents: scale {latent['scale']:.5f}, shift {latent['shift']:.4f}, measured"
     if model.scaling_factor is not None:
         text += (
-            f"; networks that were trained with {model.scaling_factor} and {model.shift_factor} "
+            f"; generators that were trained with {model.scaling_factor} and {model.shift_factor} "
             "need those: give the same command with --latent-scale published"
         )
     say(text)
@@ -891,7 +887,8 @@ def final_scale(args, step, model, ema, data, device):
 
 
 def averaged_model(model, ema, device):
-    """The network that is used: with the average of the weights where there is one."""
+    """A copy of the network as load_autoencoder() would give it: with the average of the weights
+    where there is one."""
     used = type(model)(**model.config).to(device)
     used.load_state_dict(ema or model.state_dict())
     return used
@@ -1005,7 +1002,7 @@ def main():
     text = "of the autoencoder's convolutions (default: as its file tells, else zeros)"
     autoencoder.add_argument("--padding-mode", choices=("zeros", "reflect"), help=text)
     add = objective.add_argument
-    add("--kl-weight", type=non_negative, default=1e-6)
+    add("--kl-weight", type=non_negative, default=1e-6, help="of the KL term")
     text = "train Eq. 4 with this weight instead of Eq. 5 (Table 7: 0.1)"
     add("--explicit-weight", type=non_negative, default=0.0, help=text)
     text = "Eq. 4: take E(tau o x) as a fixed target"
@@ -1019,7 +1016,7 @@ def main():
     layouts = ("diffusers", "ldm")
     text = "of --export's folder. (A NAME that ends in .safetensors is one file in LDM's names.)"
     add("--layout", choices=layouts, default="diffusers", help=text)
-    launch(parser, run)
+    launch_trainer(parser, train, export)
 
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -1032,22 +1029,21 @@ NEEDS = (
 )
 
 
-def run(args, rank, world, device):
-    check_mode(args)
-    if args.export:
-        export(args)
-    else:
-        train(args, rank, world, device)
+def launch_trainer(parser, train, export):
+    """Runs the command line of vae.py or vqgan.py: train(), or with --export export()."""
 
+    def run(args, rank, world, device):
+        if args.export:
+            also = ("export", "init", "model", "layout", "half", "padding_mode")
+            check_flags(args, mode="with --export", groups=(), also=also)
+            export(args)
+        else:
+            groups = ("autoencoder", "objective", "run")
+            also = ("latent_scale",)
+            check_flags(args, mode="without --export", groups=groups, also=also, needs=NEEDS)
+            train(args, rank, world, device)
 
-def check_mode(args):
-    """InputError for flags that exporting, or training, does not read."""
-    if args.export:
-        also = ("export", "init", "model", "layout", "half", "padding_mode")
-        check_flags(args, "with --export", (), also)
-        return
-    groups = ("autoencoder", "objective", "run")
-    check_flags(args, "without --export", groups, ("latent_scale",), NEEDS)
+    launch(parser, run)
 
 
 # ==================================================================================================
@@ -1129,8 +1125,8 @@ def load_autoencoder(path, model=None, padding_mode=None, flag="--model"):
     path   our checkpoint (its average where it has one), an LDM .ckpt, a Stable Diffusion one, a
            file or folder of diffusers
     model  the preset of CONFIGS, for files that do not tell their configuration
-    padding_mode  of all convolutions, in place of what the file tells: "reflect" for a file that
-           does not tell that it needs it
+    padding_mode  of all convolutions, in place of what the file tells: give "reflect" for an
+           autoencoder that was trained so, if its file does not say it
     flag   what the command line calls `model`, for the message that asks for it
     """
     stored = read_autoencoder(path, model, padding_mode=padding_mode, flag=flag)
@@ -1226,7 +1222,10 @@ def read_foreign(path, checkpoint, preset, default, flag):
         if preset not in CONFIGS:
             raise InputError(f"{flag} {preset}: unknown; one of {', '.join(CONFIGS)}")
         config = CONFIGS[preset]
-        say_assumption(path, preset)
+        scale = config.get("scaling_factor", "unknown")
+        shift = config.get("shift_factor", 0.0)
+        text = f"{preset} is assumed, with latents of scale {scale}, shift {shift}"
+        say(f"{path}: has no configuration; {text}")
     return Stored(path, config, in_our_names(weights, config, path), disc or None)
 
 
@@ -1242,7 +1241,7 @@ def fits(weights, config):
 def in_our_names(weights, config, path="the configuration"):
     """The weights of LDM's or diffusers' file, renamed to LDM's names, which our modules have."""
     weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
-    if is_diffusers(weights):
+    if any(name.startswith("encoder.mid_block.") for name in weights):  # diffusers'
         names = {theirs: name for name, theirs in diffusers_names(config, path).items()}
         weights = {names.get(name, name): value for name, value in weights.items()}
     else:
@@ -1252,20 +1251,6 @@ def in_our_names(weights, config, path="the configuration"):
         if ".attn" in name and value.dim() == 2:  # a linear layer there, a 1x1 convolution here
             weights[name] = value[..., None, None]
     return weights
-
-
-def is_diffusers(weights):
-    return any(name.startswith("encoder.mid_block.") for name in weights)
-
-
-def say_assumption(path, preset):
-    """Says that scale and shift of the latents come from a preset, since the file has none."""
-    scale = CONFIGS[preset].get("scaling_factor", "unknown")
-    shift = CONFIGS[preset].get("shift_factor", 0.0)
-    say(
-        f"{path}: has no configuration; {preset} is assumed, with latents of scale {scale}, "
-        f"shift {shift}"
-    )
 
 
 def find_weights(checkpoint, anchor):
@@ -1286,35 +1271,35 @@ def find_weights(checkpoint, anchor):
     holders.sort(key=lambda pair: not is_average(pair[0]))
     networks = []  # (what the file calls it, tensors, prefix of its tensors)
     for name, holder in holders:
-        names = {}
+        tensors = {}
         for key, value in holder.items():
             if isinstance(key, str) and isinstance(value, torch.Tensor):
-                names[key.replace("_orig_mod.", "")] = value
-        prefixes = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
+                tensors[key.replace("_orig_mod.", "")] = value
+        prefixes = [key.removesuffix(anchor) for key in tensors if key.endswith(anchor)]
         prefixes.sort(key=lambda prefix: (not is_average(prefix), len(prefix)))
-        networks += [(f"{name}.{prefix}".strip("."), names, prefix) for prefix in prefixes]
+        networks += [(f"{name}.{prefix}".strip("."), tensors, prefix) for prefix in prefixes]
     if not networks:
         return None
-    taken, names, prefix = networks[0]
+    taken, tensors, prefix = networks[0]
     say_averages(checkpoint, taken)
     if len(networks) > 1 and not is_average(taken):
         others = shortened([other for other, _, _ in networks[1:]])
         say(f"several networks in one file: {taken or 'the first'} is taken, not {others}")
-    return take_average(names, prefix)
+    return take_average(tensors, prefix)
 
 
-def take_average(names, prefix):
-    """The weights under a prefix; in their place the average that LDM's LitEma keeps of them, as
-    model_ema.NAME without dots, if it is complete."""
-    weights = weights_under(names, prefix)
+def take_average(tensors, prefix):
+    """The weights under a prefix, or their average, if LDM's LitEma left a complete one. It has the
+    names model_ema.NAME, where NAME has lost its dots."""
+    weights = weights_under(tensors, prefix)
     weights = {key: value for key, value in weights.items() if not key.startswith("model_ema.")}
     averages = {}
     for name in weights:
         dotless = name.replace(".", "")
         whole = (prefix + name).replace(".", "")  # an average over more than this network
         for key in (f"{prefix}model_ema.{dotless}", f"model_ema.{whole}", f"model_ema.{dotless}"):
-            if key in names:
-                averages[name] = names[key]
+            if key in tensors:
+                averages[name] = tensors[key]
     if averages:
         missing = [key for key in weights if key not in averages and not key.startswith("loss.")]
         if missing:
@@ -1326,7 +1311,8 @@ def take_average(names, prefix):
 
 def is_average(name):
     """Whether a file's name for some weights says that they are an average."""
-    return bool(re.search("ema|shadow|average|swa|polyak", name.lower()))
+    found = re.search(r"(?<![a-z])(ema|swa)(?![a-z])|shadow|average|polyak", name.lower())
+    return found is not None
 
 
 def say_averages(checkpoint, taken):
@@ -1380,13 +1366,13 @@ DIFFUSERS = {
     ".v.": ".to_v.",
     ".proj_out.": ".to_out.0.",
 }
-OLD_DIFFUSERS = {
+OLD_DIFFUSERS = {  # names in diffusers' old files, and today's
     ".query.": ".to_q.",
     ".key.": ".to_k.",
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
 }
-ARGUMENTS = {
+DIFFUSERS_ARGUMENTS = {
     "num_res_blocks": "layers_per_block",
     "z_channels": "latent_channels",
     "norm_groups": "norm_num_groups",
@@ -1411,8 +1397,8 @@ NO_EFFECT |= {  # of an average that diffusers' EMAModel saved
 
 
 def rename(name, table):
-    for ours, theirs in table.items():
-        name = name.replace(ours, theirs)
+    for old, new in table.items():
+        name = name.replace(old, new)
     return name
 
 
@@ -1439,7 +1425,8 @@ def config_beside(path):
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 return our_config(json.loads(config))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # else LDM's own YAML
+        # Else it is LDM's own YAML, or another program's
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
     beside = Path(path).with_name("config.json")
     if not beside.is_file():
@@ -1472,13 +1459,15 @@ def diffusers_config(given):
     widths = given["block_out_channels"]
     kinds = given["down_block_types"]
     only = ONLY_VALUES | dict(use_post_quant_conv=given.get("use_quant_conv", True))
-    read = {*ARGUMENTS.values(), "block_out_channels", "down_block_types"}
+    read = {*DIFFUSERS_ARGUMENTS.values(), "block_out_channels", "down_block_types"}
     for key, value in given.items():
         if key in only and value != only[key]:
             raise ValueError(f"{key} = {str(value)[:60]}, where only {only[key]} is known here")
         if key not in {*only, *NO_EFFECT, *read} and not key.startswith("_"):
             raise ValueError(f"{key} is unknown here")
-    config = {name: given[theirs] for name, theirs in ARGUMENTS.items() if theirs in given}
+    config = {
+        name: given[theirs] for name, theirs in DIFFUSERS_ARGUMENTS.items() if theirs in given
+    }
     config["scaling_factor"] = scale
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scaling_factor = {scale}")
@@ -1505,7 +1494,7 @@ def export(args):
     if args.half:
         model.to(HALVES[args.half])
     if config["padding_mode"] != "zeros":
-        say("its convolutions pad by reflection: programs other than these have to be told")
+        say("its convolutions pad by reflection: other programs than ours have to be told")
     layout = args.layout
     if args.export.endswith(".safetensors"):
         layout = "one file in LDM's"
@@ -1552,7 +1541,7 @@ def write_diffusers(folder, model, stored):
         use_post_quant_conv=config["use_quant_conv"],
         sample_size=max(stored.image_size or (256, 256)),  # diffusers tiles by it
     )
-    for name, theirs in ARGUMENTS.items():
+    for name, theirs in DIFFUSERS_ARGUMENTS.items():
         description[theirs] = config[name]
     description["shift_factor"] = config["shift_factor"] or None
     write_json(folder / "config.json", description)
@@ -1654,8 +1643,8 @@ def read_file(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         hint = ""
-        is_file = path.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))
-        if is_file:
+        looks_like_file = path.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))
+        if looks_like_file:
             hint = "; make it, download it (--help says where from), or name another"
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(os.path.dirname(path)):
             hint = f"; if it is on the hub: hf download {path} --local-dir {os.path.basename(path)}"
@@ -1785,7 +1774,8 @@ def check_fit(module, weights, path):
 
 
 def download(url, why, hint):
-    """The file of a URL in torch hub's cache, fetched if it is not there; its name holds its hash.
+    """The file of a URL in torch hub's cache. If it is not there, it is fetched, and compared with
+    the hash in its name, where that has one.
 
     InputError if it cannot be had: it says which file to put where.
     """
@@ -1804,7 +1794,8 @@ def download(url, why, hint):
 
 
 def call_function(name, flag, *values):
-    """Calls MODULE:FUNCTION of the command line, of a package or of the current folder."""
+    """Calls MODULE:FUNCTION of the command line, which is in a package or in the current folder.
+    -> the function that it returns"""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -1872,11 +1863,6 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and shows the default of every flag that has one."""
 
-    def _format_action(self, action):
-        if not action.help and action.default is not None:
-            action.help = "(default: %(default)s)"
-        return super()._format_action(action)
-
     def _get_help_string(self, action):
         if action.default is None:
             return action.help
@@ -1931,7 +1917,7 @@ def add_run_arguments(parser, **defaults):
     text = "images per forward pass (default: all of a process's)"
     add("--micro-batch", type=positive_int, help=text)
     add("--lr", type=positive_number, help="not scaled by batch or processes")
-    add("--seed", type=seed_number, default=0)
+    add("--seed", type=seed_number, default=0, help="of all that is random")
     precisions = ("auto", "bf16", "fp32")
     add("--precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
     workers = 8 if torch.cuda.is_available() else 0
@@ -1963,9 +1949,9 @@ def parse(parser):
 def check_flags(args, mode, groups, also=(), needs=()):
     """InputError for a flag on the command line that is not read.
 
-    mode    when it is not, for the message
-    groups  titles of the groups whose flags are read, and
-    also    more flags that are
+    mode    when it is not read, for the message
+    groups  titles of the groups whose flags are read
+    also    other flags that are read
     needs   pairs: the first flag is not read unless the second one is given, or not 0
     """
     read = set(also)
@@ -2004,7 +1990,7 @@ def launch(parser, run):
     """
     world = 1
     code = 0
-    with own_process():
+    with restored_process():
         args = parse(parser)
         try:
             rank, world, device = start_process(args)
@@ -2026,7 +2012,7 @@ def launch(parser, run):
             elif world == 1:
                 raise
             else:
-                if is_first_to_tell():  # else it comes of the end of another
+                if is_first_to_tell():  # else another process's end is the cause
                     traceback.print_exc()
                 code = 1
         if world > 1:
@@ -2036,7 +2022,7 @@ def launch(parser, run):
 
 
 @contextlib.contextmanager
-def own_process():
+def restored_process():
     """What a run changes in its process is put back afterwards, however it ends: streams, handlers
     of signals, locks, data loaders. So a notebook can call main() twice."""
     streams = (sys.stdout, sys.stderr)
@@ -2048,7 +2034,7 @@ def own_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.end()
+        BENCH.end()  # of --bench, below
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2166,8 +2152,8 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    # srun's own numbers: a shell of salloc has one task, whatever SLURM_NTASKS says. Where srun's
-    # count is missing, a number above 0 tells that there are several
+    # srun's own variables, because a shell of salloc, one task, has SLURM_NTASKS as well. Where the
+    # first is missing, a SLURM_PROCID above 0 tells that there are several
     tasks = environment_number("SLURM_STEP_NUM_TASKS", environment_number("SLURM_PROCID", 0) + 1)
     is_one_of_slurms = world == 1 and tasks > 1
     if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
@@ -2218,7 +2204,8 @@ def full_precision():
 
 
 def remember_signal(number, frame):
-    """Only remembers it, for stop_signal(). A second signal ends the process at once."""
+    """Remembers it, for stop_signal(). A second signal ends the process at once. A signal during a
+    write to stdout or stderr, which may never return, gives the stream up."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
@@ -2466,7 +2453,7 @@ def walk(root, others):
 
 
 def is_service_name(name):
-    """Of hidden files, and of what systems and NAS put into every folder."""
+    """Whether it is the name of something hidden, or of what systems and NAS put into folders."""
     others = ("__MACOSX", "lost+found", "System Volume Information")
     return name.startswith((".", "@", "#", "$")) or name in others
 
@@ -2613,14 +2600,18 @@ def endless_batches(data, args, step, rank, world):
 
     if args.workers:
         check_shared_memory(data, args, world)
-    loader = torch.utils.data.DataLoader(
+    return iter(data_loader(data, args.workers, batch_sampler=items()))
+
+
+def data_loader(data, workers, **options):
+    """torch's DataLoader, whose processes leave signals to this one."""
+    return torch.utils.data.DataLoader(
         data,
-        batch_sampler=items(),
-        num_workers=args.workers,
+        num_workers=workers,
         worker_init_fn=leave_signals,
         pin_memory=torch.cuda.is_available(),
+        **options,
     )
-    return iter(loader)
 
 
 def check_shared_memory(data, args, world):
@@ -2983,7 +2974,9 @@ def say_duration(args, step, device, forward):
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         passes = []
         while len(passes) < 3 and sum(passes) < 10:  # the first one also sets things up
-            passes.append(seconds_of(forward))
+            started = time.monotonic()
+            forward()
+            passes.append(time.monotonic() - started)
     hours = 3 * min(passes) * images / 3600
     if hours > 1:
         taken = f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
@@ -2991,12 +2984,6 @@ def say_duration(args, step, device, forward):
             f"on this CPU {images:,} images will take about {taken}; fewer --steps, a smaller "
             "--batch-size, --image-size or --model make it short (--help has commands for a CPU)"
         )
-
-
-def seconds_of(function):
-    started = time.monotonic()
-    function()
-    return time.monotonic() - started
 
 
 def shortened(names):
@@ -3105,10 +3092,10 @@ class Log:
         losses = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden)
         speed = record["images_per_second"]
         if sys.stderr.isatty():
-            self.bar.note(f"{losses}, {speed:.3g} images/s")
+            self.bar.set_postfix_str(f"{losses}, {speed:.3g} images/s")
             return
-        left = (self.args.steps - step) * self.args.batch_size / speed
-        say(f"step {step}/{self.args.steps}: {losses}, {speed:.3g} images/s, {duration(left)} left")
+        left = tqdm.format_interval((self.args.steps - step) * self.args.batch_size / speed)
+        say(f"step {step}/{self.args.steps}: {losses}, {speed:.3g} images/s, {left} left")
 
     def picture(self, step, image):
         """Writes OUT/0001000.png."""
@@ -3131,13 +3118,7 @@ class Log:
         leave_if_stopped("run the same command to go on")
 
 
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class Progress:
+class Progress(tqdm):
     """A bar on a terminal; where stderr is a file, a line of text every minute.
 
     With lines=False a file gets nothing: the log has lines of its own.
@@ -3146,27 +3127,19 @@ class Progress:
     def __init__(self, total, initial, label, unit="step", lines=True):
         on_terminal = sys.stderr.isatty()
         hidden = not (MAIN and total and on_terminal)
-        self.bar = tqdm(
-            total=total, initial=initial, desc=label, unit=unit, disable=hidden, dynamic_ncols=True
-        )
+        options = dict(total=total, initial=initial, desc=label, unit=unit)
+        super().__init__(**options, disable=hidden, dynamic_ncols=True)
         self.lines = lines and not on_terminal
-        self.label = f"{label}, {unit}"
-        self.total = total
+        self.text = f"{label}, {unit} {{:,}} of {total:,}"
         self.done = initial
         self.last_line = time.monotonic()
 
     def update(self, n=1):
-        self.bar.update(n)
+        super().update(n)
         self.done += n
         if self.lines and time.monotonic() - self.last_line > 60:
-            say(f"{self.label} {self.done:,} of {self.total:,}")
+            say(self.text.format(self.done))
             self.last_line = time.monotonic()
-
-    def note(self, text):
-        self.bar.set_postfix_str(text)
-
-    def close(self):
-        self.bar.close()
 
 
 def open_run(args, step):
@@ -3276,9 +3249,9 @@ def benchmark(args, rank, world, device, run):
     """--bench: prints a line of JSON with the speed of twenty steps. Nothing else is written, apart
     from caches of latents or tokens.
 
-    tflops counts what the networks' matrix products and convolutions take. mfu, the model FLOPs
-    utilisation, is its part of the ceiling, the speed of one large matrix product on the same
-    device, in the same precision.
+    tflops counts what the networks' matrix products and convolutions take. The ceiling is the speed
+    of one large matrix product on the same device, in the same precision. mfu, the model FLOPs
+    utilisation, is tflops / ceiling_tflops.
     """
     args.sample_every = 0
     args.save_every = 2**31
@@ -3313,23 +3286,13 @@ def benchmark(args, rank, world, device, run):
 
 
 def matmul_speed(device, precision):
-    """FLOP/s of a process's device at a large square matrix product; the best of ten."""
+    """FLOP/s of a process's device at a large square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(10):
-        wait_for(device)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        wait_for(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    threads = torch.get_num_threads()
+    timer = torch.utils.benchmark.Timer("a @ a", globals=dict(a=a), num_threads=threads)
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
 
 
 def device_name(device):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import vae
 from vae import Decoder, Encoder, InputError, constructor_arguments
 
-# What taming's ImageNet VQ-GANs share, and the small ones of the tests and results/
+# What taming's ImageNet VQ-GANs share (FULL), and the small ones of tests and results/ (SMALL)
 FULL = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), norm_groups=32)
 FULL |= dict(z_channels=256, embed_dim=256)
 SMALL = dict(ch=16, num_res_blocks=1, attn_levels=(), norm_groups=8)
@@ -38,7 +38,7 @@ SMALL |= dict(z_channels=16, embed_dim=4, n_embed=256)
 
 # name -> arguments of VQGAN
 CONFIGS = {
-    # vqgan_imagenet_f16_1024: the paper's, and MaskGIT v1.0's
+    # vqgan_imagenet_f16_1024: the paper's, and Maskgit-pytorch v1.0's
     "f16-1024": dict(FULL, n_embed=1024),
     # vqgan_imagenet_f16_16384
     "f16-16384": dict(FULL, n_embed=16384),
@@ -238,7 +238,6 @@ def train(args, rank, world, device):
     model = vae.build(VQGAN, stored)
     discriminator = vae.make_discriminator(args, stored, step)
     perceptual = vae.load_perceptual(args, device)
-    ssim = vae.load_ssim(args)
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -263,7 +262,7 @@ def train(args, rank, world, device):
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    vae.check_same_start(step, model, data)
+    vae.check_same_start(step, model, data)  # of all processes
     vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -301,17 +300,15 @@ def train(args, rank, world, device):
 
             # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = vae.weighted_losses(
-                args, target, reconstruction, perceptual, ssim
-            )
-            rec_loss = l1 + others  # in taming LPIPS alone is beside L1
+            others, other_losses = vae.weighted_losses(args, target, reconstruction, perceptual)
+            rec_loss = l1 + others  # in taming `others` is LPIPS
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
             log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
-            log.add(usage=usage, perplexity=perplexity)  # of this pass; preview() logs many images'
+            log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
             # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
-            # it from the first step on. (In taming it waits for disc_start, too)
+            # the discriminator from the first step on. (In taming this loss waits for disc_start)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -352,7 +349,7 @@ def train(args, rank, world, device):
         step += 1
         # ------------------------------------------------------------------------------------------
         log.step(step, skipped, grad_norm, args.lr)
-        if vae.is_due(step, args.sample_every, args.steps):
+        if vae.is_due(step, args.sample_every, last=args.steps):
             preview(args, step, log, model, ema, data, shown, grid, autocast)
         if vae.is_due(step, args.save_every) and step < args.steps:
             vae.save_autoencoder(args, step, networks, optimizers, ema)
@@ -371,8 +368,8 @@ def count_codes(tokens, n_embed):
 
 
 def preview(args, step, log, model, ema, data, shown, grid, autocast):
-    """vae.preview()'s picture and errors, of the current weights, and a line of the log with the
-    codebook's use, of their average where there is one, as in the checkpoint."""
+    """vae.preview(), with the current weights; then a line of the log with the codebook's use over
+    1,024 images. It is measured as for the checkpoint: with the average of the weights, if any."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
     if vae.MAIN and not args.bench and args.sample_every:
         used = vae.averaged_model(model, ema, shown.device)
@@ -491,7 +488,8 @@ def write_taming(folder, model, stored):
 def main():
     init = "data/vqgan_imagenet_f16_1024.ckpt"
     parser, _, group = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
-    group.add_argument("--codebook-weight", type=vae.non_negative, default=1.0)
+    text = "of the codebook's loss"
+    group.add_argument("--codebook-weight", type=vae.non_negative, default=1.0, help=text)
     group.add_argument(
         "--legacy-beta",
         action=argparse.BooleanOptionalAction,
@@ -499,15 +497,7 @@ def main():
         "(default: as --init has it; from scratch, legacy)",
     )
     parser.set_defaults(gan_weight=0.8)  # of taming's imagenet_vqgan.yaml
-    vae.launch(parser, run)
-
-
-def run(args, rank, world, device):
-    vae.check_mode(args)
-    if args.export:
-        export(args)
-    else:
-        train(args, rank, world, device)
+    vae.launch_trainer(parser, train, export)
 
 
 if __name__ == "__main__":

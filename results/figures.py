@@ -13,7 +13,6 @@ transforms (Fig. 3, recon --transforms); fig4-samples.png (Fig. 4); fig5-fine-tu
 autoencoder's steps (Fig. 5).
 """
 
-import argparse
 import json
 import math
 import sys
@@ -453,19 +452,17 @@ def save(write, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = vae.make_parser(__doc__)
     words = "for Fig. 1, 2 and 6; or RUN.jsonl, the log of a run, for its curves"
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help=words)
-    parser.add_argument("--records", nargs="*", default=[], help="for Fig. 1, 3, 4 and 5")
+    parser.add_argument("--records", nargs="*", default=(), help="for Fig. 1, 3, 4 and 5")
     parser.add_argument("--data", help="folder of the images to show, with checkpoints")
-    parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="(256)")
+    parser.add_argument("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
     parser.add_argument("--model", help="preset, for checkpoints without configuration")
-    words = "of their convolutions, where their files do not tell"
+    words = "of their convolutions (default: as their files tell, else zeros)"
     parser.add_argument("--padding-mode", choices=("zeros", "reflect"), help=words)
-    parser.add_argument("--num-images", type=vae.positive_int, default=8, help="to show (8)")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (figures)")
+    parser.add_argument("--num-images", type=vae.positive_int, default=8, help="to show")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logs = [path for path in args.checkpoints if path.endswith(".jsonl")]
@@ -487,8 +484,7 @@ def main():
         if not made:
             raise vae.InputError("nothing to draw in these records")
     except (vae.InputError, OSError) as error:
-        print(f"figures.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(error)
     print(f"{args.out}: {', '.join(made)}")
 
 

@@ -9,7 +9,6 @@ one row only if the arguments that made them differ in `seed` alone. All others 
 their own.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -416,12 +415,10 @@ FIGURES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = vae.make_parser(__doc__)
     parser.add_argument("records", nargs="+", metavar="RECORD", help="JSON, or JSON-lines")
     parser.add_argument("--figures", help="folder of results/figures.py, to show them on the page")
-    parser.add_argument("--out", default="report.md", help="file to write (default: report.md)")
+    parser.add_argument("--out", default="report.md", help="file to write")
     args = parser.parse_args()
     try:
         arms, runs = read_records(args.records)
@@ -437,8 +434,7 @@ def main():
         text = "\n".join(lines) + "\n"
         vae.write_file(args.out, lambda path: path.write_text(text))
     except vae.InputError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(error)
     print(args.out)
 
 
