@@ -31,9 +31,10 @@ From Python:
     pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
 
 From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
-repa.py share all but diffusion, training loop and samplers; maskgit.py shares the caches and the
-writing of samples. Besides names, only the lines of train() that are marked "# DiT" differ in
-sit.py and repa.py.
+repa.py import all but diffusion, training and samplers; maskgit.py imports the caches and the
+writing of samples. sit.py and repa.py have train() functions of their own, which are copies of the
+one here. There, lines that are marked "# SiT" and "# REPA" replace those that are marked "# DiT";
+repa.py adds some more.
 """
 
 import argparse
@@ -149,7 +150,7 @@ def timestep_features(t):
 
 
 class DiT(nn.Module):
-    """DiT of any size. CONFIGS has the published ones.
+    """DiT of any size. CONFIGS has the published ones, and smaller ones of ours.
 
     input_size   side of the latents (B, in_channels, input_size, input_size)
     patch_size   p
@@ -441,11 +442,11 @@ def train(args, rank, world, device):
     micro_batch = vae.images_per_pass(args, world)
 
     # The network, its optimiser and the average of its weights
-    config = network_config(args, CONFIGS[args.model], autoencoder, images)
+    config = network_config(args, CONFIGS[args.model], autoencoder, images)  # DiT
     model = start_network(DiT, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
-    vae.restore_optimizers([optimizer], resumed, args.lr)
+    vae.restore_optimizers([optimizer], resumed)
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     compile_blocks(args, model.blocks)
     network = distribute(model, device, world)
@@ -453,9 +454,9 @@ def train(args, rank, world, device):
     diffusion = GaussianDiffusion(device=device)  # DiT: 1,000 steps of noise
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source)  # of all processes
+    vae.check_same_start(step, model, images, source)  # compares processes
     latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, one_forward_pass(model))
+    vae.say_duration(args, step, device, forward_pass_of(model))  # of a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -476,7 +477,7 @@ def train(args, rank, world, device):
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
-        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)
+        time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # DiT
         t = (1000 * time_draw).long()  # DiT: 0 .. 999, of which 0 is next to the data
         y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
         log.count(unreadable=(~readable).sum())  # another picture took its place
@@ -586,7 +587,7 @@ def open_images(args, autoencoder):
     return vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
 
 
-def one_forward_pass(model):
+def forward_pass_of(model):
     """A function that passes one latent through the network, for vae.say_duration()."""
     side = model.config["input_size"]
     device = next(model.parameters()).device
@@ -768,12 +769,12 @@ def mean_and_std(batch, autoencoder, device):
 # Caches: of latents, of REPA's features, of MaskGIT's tokens
 
 
-def cache_folder(args, autoencoder, what):
+def cache_folder(args, autoencoder_file, what):
     """--cache, else NAME-latents or NAME-tokens beside the autoencoder NAME.pt or NAME/."""
     if args.cache:
         return args.cache
-    stem = os.path.normpath(autoencoder)
-    if os.path.isfile(autoencoder):
+    stem = os.path.normpath(autoencoder_file)
+    if os.path.isfile(autoencoder_file):
         stem = os.path.splitext(stem)[0]
     return f"{stem}-{what}"
 
@@ -823,7 +824,9 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     loader = vae.data_loader(images.centred(), args.workers, batch_sampler=batch_sampler)
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        if vae.signal_heard():  # not stop_signal(): processes differ in their numbers of batches
+        if (
+            vae.signal_heard()
+        ):  # which waits for no other process: each has its own number of batches
             break
         if readable.any():
             rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
@@ -831,8 +834,9 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         progress.update(len(batch))
     progress.close()
     vae.leave_if_stopped(f"{folder}: stopped; the same command goes on")
-    there = rows.wait_until_finished()
-    return CachedViews(rows.path, there, images.labels[there], args.seed, mirror and args.mirror)
+    found = rows.wait_until_finished()  # indices
+    labels = images.labels[found]
+    return CachedViews(rows.path, found, labels, args.seed, mirror and args.mirror)
 
 
 class CachedViews(torch.utils.data.Dataset):
@@ -953,6 +957,7 @@ class Rows:
                 reason = error.strerror or error
                 raise vae.InputError(f"{flag} {folder}: cannot be used ({reason})") from None
         vae.barrier()
+        # On machines that do not share this disk the file is another one, or none
         seen = self.status_path.read_bytes() if self.status_path.exists() else None
         vae.check_agreement(seen)
         self.status = self.read_status()
@@ -1174,6 +1179,8 @@ def check_labels(labels, model, precision):
     null = model.config["num_classes"]  # the label that stands for no class; it may be given, too
     if isinstance(labels, str):
         labels = [labels]
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
     if isinstance(labels, (list, tuple)):
         labels = numbers_of("labels", labels, max(1, null), model.checkpoint.get("classes", []))
     labels = torch.as_tensor(labels)
@@ -1351,7 +1358,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     def before_call(module, inputs):
         progress.update()
-        if vae.SIGNALS:  # this process's own; signal_heard() also asks the others
+        if vae.SIGNALS:  # only this process's; signal_heard() also sees the others'
             raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)

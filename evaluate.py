@@ -807,7 +807,7 @@ def recon(args, rank, world, device):
     indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, indices)
     models, entries = load_models(args, device)
-    vae.check_agreement(data.dataset.files.data.tobytes(), entries)  # of all processes
+    vae.check_agreement(data.dataset.files.joined.tobytes(), entries)  # of all processes
     extractor = load_extractor(args, "pytorch-fid", device)
     distance_name = f"r{extractor.DISTANCE}"
     perceptual = {}

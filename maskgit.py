@@ -384,14 +384,14 @@ def train(args, rank, world, device):
     model = dit.start_network(MaskGIT, config, args, resumed, images).to(device).train()
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.96), weight_decay=1e-5, fused=True)
-    vae.restore_optimizers([optimizer], resumed, args.lr)
+    vae.restore_optimizers([optimizer], resumed)
     dit.compile_blocks(args, model.blocks)
     network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     mask_ratio, mean_ratio = MASK_SCHEDULES[args.mask_schedule]  # MaskGIT
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source)  # of all processes
+    vae.check_same_start(step, model, images, source)  # compares processes
     blank = torch.zeros(1, side**2, dtype=torch.long, device=device)
     vae.say_duration(args, step, device, lambda: model(blank, blank[:, 0]))
     data = token_data(args, rank, world, device, tokenizer, source, images)

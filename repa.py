@@ -308,16 +308,16 @@ def train(args, rank, world, device):
     model = dit.start_network(REPA, config, args, resumed, images).to(device)
     parameters = vae.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
-    vae.restore_optimizers([optimizer], resumed, args.lr)
+    vae.restore_optimizers([optimizer], resumed)
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     dit.compile_blocks(args, model.blocks)
     network = dit.distribute(model, device, world)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source, encoder_id)  # of all processes
+    vae.check_same_start(step, model, images, source, encoder_id)  # compares processes
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, dit.one_forward_pass(model))
+    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # of a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA

@@ -3557,6 +3557,22 @@ def test_a_new_discriminator_has_a_thousand_steps_of_its_own(tmp_path, photos):
         late, log = train(tmp_path / "late.pt", *words, steps)
         assert late["args"]["disc_start"] == 1002, "a run that has begun without"
     assert late["disc"] and [line["step"] for line in log if "d_loss" in line] == [3, 4]
+    train(tmp_path / "new.pt", "--data", photos, "--gan-weight", 0, "--steps", 1)
+    again, _ = train(tmp_path / "new.pt", *words, 2)
+    assert again["args"]["disc_start"] == 1001, "a run that lost its discriminator"
+
+
+def test_a_signal_after_the_last_step_leaves_a_finished_run(capsys, monkeypatch, tmp_path, photos):
+    measure = vae.final_scale
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    monkeypatch.setattr(vae, "final_scale", signalled)
+    checkpoint, _ = train(tmp_path / "a.pt", "--data", photos, "--steps", 2)
+    assert checkpoint["step"] == 2 and checkpoint["latent"]
+    assert "finished at step 2 of 2" in capsys.readouterr().err
 
 
 def test_the_published_scale_can_be_kept(tmp_path, photos):

@@ -506,8 +506,8 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 
 def backward_from(reconstruction, gradient, regularizer, share):
     """The backward pass through the autoencoder, from the gradient at its reconstruction and from
-    the regulariser, a scalar: the KL term, or the codebook's loss. Both are multiplied by `share`,
-    this micro-batch's part of the batch."""
+    the regulariser, a scalar: the KL term, and Eq. 4 with --explicit-weight; in vqgan.py the
+    codebook's loss. Both are multiplied by `share`, this micro-batch's part of the batch."""
     ends = [reconstruction]
     gradients = [gradient * share]
     if regularizer.requires_grad:  # it does not with --train decoder
@@ -637,7 +637,7 @@ def train(args, rank, world, device):
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
         for network in networks
     ]
-    restore_optimizers(optimizers, resumed, args.lr)
+    restore_optimizers(optimizers, resumed)
     parameters = trainable_parameters(*networks)
     buffers = list(discriminator.buffers()) if discriminator is not None else []
     ema = start_ema(model, args.ema_decay, resumed, device)
@@ -665,7 +665,7 @@ def train(args, rank, world, device):
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *shrink.size)
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # in latent cells
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
         buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
@@ -813,15 +813,17 @@ def make_discriminator(args, stored, step):
     """The discriminator, with the weights that came with the autoencoder, if any; None without GAN.
 
     Also sets args.disc_start where it was not given: a discriminator with weights enters the loss
-    at once, a new one is trained for 1,000 steps first.
+    at once, a new one is trained for 1,000 steps first. A run that goes on has the value from its
+    checkpoint.
     """
     if not args.gan_weight:
         return None
     discriminator = PatchDiscriminator()
     if stored.disc:
         load_weights(discriminator, stored.disc, stored.path)
-    if args.disc_start is None:
-        args.disc_start = 0 if stored.disc else step + 1000
+    is_new = not stored.disc
+    if args.disc_start is None or (is_new and "disc_start" not in args.given):
+        args.disc_start = step + 1000 if is_new else 0
     return discriminator
 
 
@@ -895,7 +897,7 @@ def averaged_model(model, ema, device):
 
 
 @torch.no_grad()
-def measure_latents(model, images, n=1024):
+def measure_latents(model, data, n=1024):
     """Scale and shift of an autoencoder's latents, over n evenly spaced images of an ImageFolder.
 
     -> dict of
@@ -906,7 +908,7 @@ def measure_latents(model, images, n=1024):
     """
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    samples = [model.encode(x).sample(generator).cpu() for x in evenly(images, n, device)]
+    samples = [model.encode(x).sample(generator).cpu() for x in evenly(data, n, device)]
     z = torch.cat(samples).double()  # (N, c, h, w)
     channels = z.transpose(0, 1).flatten(1)  # (c, N h w)
     return dict(
@@ -1854,10 +1856,10 @@ class InputError(ValueError):
 class Parser(argparse.ArgumentParser):
     """Tells errors in one line, without the usage; under torchrun one process tells it for all."""
 
-    words_from = ""  # where the words come from, if they are not the command line's
+    source = ""  # put before an error: where the arguments are from, if not the command line
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {self.words_from}{message}\n" if MAIN else None)
+        self.exit(2, f"{self.prog}: {self.source}{message}\n" if MAIN else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1931,7 +1933,7 @@ def add_run_arguments(parser, **defaults):
 
 def parse(parser):
     """The command line's arguments. args.given names the flags that stand on it, args.parser is the
-    parser, through which a checkpoint's arguments go, too."""
+    parser, with which restored_arguments() reads a checkpoint's."""
     if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
         parser.error("--local-rank: start this with torchrun, which tells it otherwise")
     args = parser.parse_args()
@@ -2152,8 +2154,8 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    # srun's own variables, because a shell of salloc, one task, has SLURM_NTASKS as well. Where the
-    # first is missing, a SLURM_PROCID above 0 tells that there are several
+    # Variables that srun alone sets. (SLURM_NTASKS is also set in salloc's shell, a single task.)
+    # Without SLURM_STEP_NUM_TASKS a SLURM_PROCID above 0 shows that there are several
     tasks = environment_number("SLURM_STEP_NUM_TASKS", environment_number("SLURM_PROCID", 0) + 1)
     is_one_of_slurms = world == 1 and tasks > 1
     if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
@@ -2261,12 +2263,12 @@ def gather_objects(value):
     return values or []
 
 
-def check_same_start(step, model, images, *others):
+def check_same_start(step, model, data, *others):
     """InputError, on all processes, if they do not begin with the same step, weights, pictures and
     `others`: on several machines each may see a disk of its own."""
     if dist.is_initialized():
         sums = [value.double().sum().item() for value in model.state_dict().values()]
-        files = hashlib.sha256(images.files.data.tobytes()).hexdigest()
+        files = hashlib.sha256(data.files.joined.tobytes()).hexdigest()
         check_agreement(step, sums, files, *others)
 
 
@@ -2384,8 +2386,9 @@ def to_rgb(image):
 def find_images(root, flag="--data"):
     """-> (files, labels, classes).
 
-    Sub-folders of `root` that hold images, at any depth, are the classes, sorted by name as
-    torchvision sorts them ("10" before "2"). Without any, all labels are 0 and classes is [].
+    The folders in `root` are the classes, if there are images in them, at whatever depth. They are
+    sorted by name as torchvision sorts them ("10" before "2"). Without any, all labels are 0 and
+    classes is [].
     InputError if there are no images, or some beside the class folders.
     """
     if not os.path.isdir(root):
@@ -2465,14 +2468,14 @@ class Paths:
     def __init__(self, paths):
         encoded = [os.fsencode(path) for path in paths]
         self.ends = np.cumsum([0, *map(len, encoded)])
-        self.data = np.frombuffer(b"".join(encoded), np.uint8)
+        self.joined = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # IndexError at the end, for loops
-        return os.fsdecode(self.data[self.ends[index] : self.ends[index + 1]].tobytes())
+        return os.fsdecode(self.joined[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -2483,11 +2486,12 @@ class ImageFolder(torch.utils.data.Dataset):
     mirror  half of the items are mirrored
     flag    what the command line calls `root`, for messages
 
-    Items are (image, label, index, readable): uint8 (3, H, W), a number, the number that was asked
-    for, and whether that file could be read. A file that cannot is reported once per process, and
-    the next one takes its place. An item is asked for as `index` or as (epoch, index), because crop
-    and mirror image are a function of (seed, epoch, index). The object holds paths and numbers
-    alone, so it can be sent to data loaders however they are started.
+    Items are (image, label, index, readable): uint8 (3, H, W), the number of its class, the index
+    that was asked for, and whether the file at that index could be read. A file that cannot is
+    reported once per process, and the next one takes its place. Training asks for an item as
+    (epoch, index), all else as `index`: crop and mirror image are a function of (seed, epoch,
+    index). The object holds paths and numbers alone, so it can be sent to data loaders however they
+    are started.
     """
 
     def __init__(self, root, size, crop="center", seed=0, mirror=False, flag="--data"):
@@ -2657,11 +2661,11 @@ def images_per_pass(args, world):
     return micro_batch
 
 
-def evenly(images, n, device, batch_size=16):
+def evenly(data, n, device, batch_size=16):
     """Yields n evenly spaced images of an ImageFolder, in batches (B, 3, H, W), in [-1, 1]."""
-    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+    picked = np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
     for start in range(0, len(picked), batch_size):
-        items = [images[int(i)] for i in picked[start : start + batch_size]]
+        items = [data[int(i)] for i in picked[start : start + batch_size]]
         yield to_float(torch.stack([item[0] for item in items]), device)
 
 
@@ -2740,21 +2744,21 @@ def restore_where(skipped, buffers, before):
         buffer.copy_(torch.where(skipped > 0, old, buffer))
 
 
-def restore_optimizers(optimizers, resumed, lr):
+def restore_optimizers(optimizers, resumed):
     """Loads the states of a checkpoint (opt, opt_disc), where there is one that has them."""
     for optimizer, key in zip(optimizers, ("opt", "opt_disc")):
         if resumed is None or not resumed[key]:
             continue
         try:
-            load_optimizer(optimizer, resumed[key], lr)
+            load_optimizer(optimizer, resumed[key])
         except Exception as error:  # whatever somebody's file makes of it
             raise InputError(f"--out: the optimiser's state in it does not fit ({error})") from None
 
 
-def load_optimizer(optimizer, state, lr):
+def load_optimizer(optimizer, state):
     """Adam's averages and count of steps; its settings are the command's. A fused step wants the
     averages in the layout of their weights."""
-    settings = [dict(group, lr=lr) for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
@@ -2824,14 +2828,14 @@ def load_run(args, arch, configs, required=()):
         check_same_run(args, earlier)
     changes = []
     for name, value in earlier.items():
-        given = getattr(args, name)
+        wanted = getattr(args, name)
         if name not in args.given or name == "init":
             setattr(args, name, value)
-        if name in args.given and given != value:
+        if name in args.given and wanted != value:
             note = f"was {value}"
             if name == "init":
                 note = "is not read, since the run has begun"
-            changes.append(f"--{name.replace('_', '-')} {given} {note}")
+            changes.append(f"--{name.replace('_', '-')} {wanted} {note}")
     say("; ".join([f"going on from {args.out}, step {checkpoint['step']}", *changes]))
     return checkpoint
 
@@ -2841,14 +2845,14 @@ def check_same_run(args, earlier):
     args.out was trained with."""
     for name in ("data", "image_size", "batch_size"):
         value = earlier.get(name)
-        given = getattr(args, name, None)
-        is_same = given == value
+        wanted = getattr(args, name, None)
+        is_same = wanted == value
         if name == "data" and value is not None:
-            is_same = os.path.realpath(given) == os.path.realpath(value)
+            is_same = os.path.realpath(wanted) == os.path.realpath(value)
         if name in args.given and not is_same:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
-                f"{args.out}: was made with {flag} {in_words(value)}, not {in_words(given)}; give "
+                f"{args.out}: was made with {flag} {in_words(value)}, not {in_words(wanted)}; give "
                 "another --out, or --change to go on with it all the same"
             )
 
@@ -2934,9 +2938,9 @@ def restored_arguments(args, stored):
             words += action.option_strings[1:]  # its --no- form, where it has one
         elif value is not None:
             words.append(f"{flag}={value}")
-    args.parser.words_from = f"{args.out}: its stored arguments: "
+    args.parser.source = f"{args.out}: its stored arguments: "
     parsed = vars(args.parser.parse_args(words))
-    args.parser.words_from = ""
+    args.parser.source = ""
     return {name: parsed[name] for name in actions}
 
 
@@ -3104,18 +3108,20 @@ class Log:
             write_file(folder / f"{step:07d}.png", lambda path: image.save(path, "PNG"))
 
     def end(self, step):
-        """Says how the run ended and where its results are; after a signal, leaves with its code.
-        The other processes wait here until all is saved."""
+        """Says how the run ended and where its results are. One that a signal stopped leaves with
+        the signal's code. The other processes wait here until all is saved."""
         self.bar.close()
         BENCH.end()
-        stopped = stop_signal()
+        barrier()
+        is_complete = step >= self.args.steps
         if not self.args.bench:
             stem = Path(self.args.out).with_suffix("")
             say(
-                f"{'stopped' if stopped else 'finished'} at step {step} of {self.args.steps}: "
+                f"{'finished' if is_complete else 'stopped'} at step {step} of {self.args.steps}: "
                 f"{self.args.out}, losses in {stem}.jsonl, pictures in {stem}/"
             )
-        leave_if_stopped("run the same command to go on")
+        if not is_complete:
+            leave_if_stopped("run the same command to go on")
 
 
 class Progress(tqdm):
@@ -3249,9 +3255,9 @@ def benchmark(args, rank, world, device, run):
     """--bench: prints a line of JSON with the speed of twenty steps. Nothing else is written, apart
     from caches of latents or tokens.
 
-    tflops counts what the networks' matrix products and convolutions take. The ceiling is the speed
-    of one large matrix product on the same device, in the same precision. mfu, the model FLOPs
-    utilisation, is tflops / ceiling_tflops.
+    tflops is one process's speed at the networks' matrix products and convolutions. The ceiling is
+    the speed of one large matrix product on the same device, in the same precision. mfu, the model
+    FLOPs utilisation, is tflops / ceiling_tflops.
     """
     args.sample_every = 0
     args.save_every = 2**31

@@ -208,11 +208,11 @@ def codebook_statistics(counts):
 
 
 @torch.no_grad()
-def codebook_use(model, images, n=1024):
+def codebook_use(model, data, n=1024):
     """The codebook's use over n evenly spaced images of a vae.ImageFolder: dict(usage, perplexity,
     dead, images). dead is the number of codes that none of the images takes."""
     device = next(model.parameters()).device
-    tokens = torch.cat([model.encode(x) for x in vae.evenly(images, n, device)])
+    tokens = torch.cat([model.encode(x) for x in vae.evenly(data, n, device)])
     counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
     usage, perplexity = codebook_statistics(counts)
     return dict(
@@ -256,13 +256,13 @@ def train(args, rank, world, device):
         torch.optim.Adam(network.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
         for network in networks
     ]
-    vae.restore_optimizers(optimizers, resumed, args.lr)
+    vae.restore_optimizers(optimizers, resumed)
     parameters = vae.trainable_parameters(*networks)
     buffers = list(discriminator.buffers()) if discriminator is not None else []
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    vae.check_same_start(step, model, data)  # of all processes
+    vae.check_same_start(step, model, data)  # compares processes
     vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
