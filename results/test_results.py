@@ -756,8 +756,8 @@ def understood(monkeypatch, capsys):
             raise Understood
         return args
 
-    def check(*words):
-        check_flags(*words)
+    def check(*values, **options):
+        check_flags(*values, **options)
         raise Understood
 
     def call(main, words):
