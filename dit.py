@@ -456,7 +456,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, forward_pass_of(model))  # of a CPU
+    vae.say_duration(args, step, device, forward_pass_of(model))  # on a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -824,9 +824,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     loader = vae.data_loader(images.centred(), args.workers, batch_sampler=batch_sampler)
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        if (
-            vae.signal_heard()
-        ):  # which waits for no other process: each has its own number of batches
+        # It waits for no other process, since each has its own number of batches
+        if vae.signal_heard():
             break
         if readable.any():
             rows.write(indices[readable].numpy(), encode_views(batch[readable]).cpu().numpy())
@@ -1461,12 +1460,8 @@ def latent_arguments(description, models, out):
     text = "of the autoencoder's convolutions (default: as its file tells, else zeros)"
     add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--no-cache", action="store_true", help="encode every image in every step")
-    add(
-        "--ema-decay",
-        type=vae.probability,
-        default=0.9999,
-        help="of the weights' average, after a warm-up",
-    )
+    text = "of the weights' average, after a warm-up"
+    add("--ema-decay", type=vae.probability, default=0.9999, help=text)
     add = sampling.add_argument
     add("--sampling-steps", type=vae.positive_int, default=250, help="of the sampler")
     add("--cfg-scale", type=vae.non_negative, default=1.0, help="1: no guidance")

@@ -22,8 +22,8 @@ The last line draws 50,000 pictures into maskgit.npz. EQ-VAE's paper reports an 
 of 229 on EQ-VAE's tokens, 6.8 and 214 on the VQ-GAN's own (Tables 3 and 11).
 
 Lines of train() that are marked "# MaskGIT" are the method's own. A run does not depend on the
-number of processes or on --micro-batch, except through dropout, which
-every forward pass of every process draws for itself.
+number of processes or on --micro-batch, except through dropout, which every forward pass of every
+process draws for itself.
 
 From Python:
 

@@ -317,7 +317,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source, encoder_id)  # compares processes
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # of a CPU
+    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # on a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA
@@ -441,9 +441,7 @@ class AlignedLatents(torch.utils.data.Dataset):
 
     def __init__(self, latents, images, features=None):
         self.latents = latents
-        self.images = (
-            images.centred()
-        )  # not mirrored here: __getitem__ mirrors where the latents are
+        self.images = images.centred()  # __getitem__ mirrors those whose latents are mirrored
         self.features = features
 
     def __len__(self):

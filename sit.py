@@ -270,7 +270,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     latent = dit.measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
-    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # of a CPU
+    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # on a CPU
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)

@@ -643,7 +643,7 @@ def train(args, rank, world, device):
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    check_same_start(step, model, data)  # of all processes
+    check_same_start(step, model, data)  # compares processes
     say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
     log = Log(args, step, world, device)
