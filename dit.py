@@ -276,7 +276,7 @@ class DiT(nn.Module):
 
 
 class GaussianDiffusion:
-    """The linear schedule of 1,000 steps, or for sampling `steps` of them, evenly spaced.
+    """The linear schedule of 1,000 steps, or for sampling `steps` of them (from 2), evenly spaced.
 
     i is an index into the steps that are kept. The network is always given the step of the 1,000,
     timesteps[i]. Tables are made in float64 and kept in float32 on the device, (steps, 1, 1, 1).
@@ -455,7 +455,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
-    latent = measure_scale(autoencoder, images)  # scale and shift, which the checkpoint keeps
+    latent = measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
     vae.say_duration(args, step, device, forward_pass_of(model))  # on a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -729,9 +729,9 @@ def save(args, step, model, optimizer, images, **entries):
 
 
 def measure_scale(autoencoder, images):
-    """Scale and shift of the latents, for the checkpoint. They are measured where the autoencoder's
-    file has none; LDM's kl-f16 has none. All processes measure the same images, and take the mean
-    of their results, which may differ by rounding."""
+    """Scale and shift of the latents, for the checkpoint. Where the autoencoder's file has none, as
+    that of LDM's kl-f16, they are measured and set. All processes measure the same images, and take
+    the mean of their results, which may differ by rounding."""
     if autoencoder.scaling_factor is None:
         measured = vae.measure_latents(autoencoder, images.centred())  # never mirrored
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
@@ -807,7 +807,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         return encoded
 
     if not os.path.exists(folder):
-        # Tries one image, so that an error comes before anything is written
+        # Tries one image, so that an error comes before anything is written. images.centred() are
+        # the same pictures, never mirrored
         encode_views(images.centred()[0][0][None])
     memo = Path(folder, "images.json")
     digest, remembered = images_hash(images, memo)
@@ -824,7 +825,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     loader = vae.data_loader(images.centred(), args.workers, batch_sampler=batch_sampler)
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
     for batch, _, indices, readable in loader if batches else ():
-        # It waits for no other process, since each has its own number of batches
+        # A signal to any process. stop_signal() would wait for the others, and each has a number of
+        # batches of its own
         if vae.signal_heard():
             break
         if readable.any():
@@ -1123,8 +1125,8 @@ def generate(
     """Draws a picture for each of the labels, N numbers or names of classes: uint8 (N, H, W, 3).
 
     model        of load_generator(), on any device
-    autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training,
-                 else InputError, a ValueError, unless model.checkpoint is {}
+    autoencoder  vae.load_autoencoder()'s, on the same device: the one of the generator's training.
+                 Another is an InputError, a ValueError. (Official files do not tell theirs)
     indices      numbers of the pictures (default: 0 .. N - 1). A picture is a function of (seed,
                  its number, its label) and of the sampler
     sampler      "ddpm" or "ddim", in `steps` steps
@@ -1183,8 +1185,9 @@ def check_labels(labels, model, precision):
     if isinstance(labels, (list, tuple)):
         labels = numbers_of("labels", labels, max(1, null), model.checkpoint.get("classes", []))
     labels = torch.as_tensor(labels)
-    if labels.dim() != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= null:
-        raise ValueError(f"labels: give a list of numbers from 0 to {null}")
+    is_list = labels.dim() == 1 and len(labels) > 0 and not labels.is_floating_point()
+    if not is_list or not 0 <= labels.min() <= labels.max() <= null:
+        raise ValueError(f"labels: give a list of whole numbers from 0 to {null}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r}: fp32 or bf16")
     return labels
@@ -1357,7 +1360,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     def before_call(module, inputs):
         progress.update()
-        if vae.SIGNALS:  # only this process's; signal_heard() also sees the others'
+        if vae.SIGNALS:  # to this process; a look at the others' would take time
             raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)

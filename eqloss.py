@@ -131,10 +131,11 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     low        lowest scale. A side of n cells becomes uniform over the integers from ceil(low n),
                but at least `smallest`, to n - 1. So a scale that is drawn is never 1. (Where both
                sides have one scale, the shorter side is drawn, and the longer one follows)
-    smallest   least cells of each side of the result, for networks in the loss that need room
+    smallest   least cells of each side that is scaled, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
-    ValueError if `kind` is unknown, `grid` is no pair, or no smaller size is left to draw.
+    ValueError if `kind` is unknown, `grid` is no pair, or no smaller size is left where a scale is
+    to be drawn.
     """
     grid = check_grid(grid)
     turns, scaled_sides = check_kind(kind)
@@ -265,8 +266,8 @@ def eq_loss(criterion, decode, x, z, tau):
 
 
 def explicit_loss(encode, x, tau, stop_gradient=False):
-    """Eq. 4 for `encode`: (B, 3, H, W) -> (B, c, h, w); summed over latents, mean
-    over the batch.
+    """Eq. 4 for `encode`: (B, 3, H, W) -> (B, c, h, w); summed over the values of
+    a latent, mean over the batch.
 
     Latents that are constant make this loss 0. Therefore it collapses when it acts
     alone, and the paper prefers Eq. 5. With stop_gradient=True E(tau o x) is a

@@ -558,8 +558,8 @@ def generate(
     """Draws a picture for each of the labels, N numbers or names of classes: uint8 (N, H, W, 3).
 
     model      of load_generator(), on any device
-    tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training, else
-               InputError, a ValueError, unless model.checkpoint is {}
+    tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training.
+               Another is an InputError, a ValueError. (Official files do not tell theirs)
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()

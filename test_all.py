@@ -4769,6 +4769,7 @@ SILENT = {
         lambda x, t, y, level: x, LATENT, torch.zeros(2).long()
     ),
     "no labels": lambda: dit.check_labels([], SimpleModel, "fp32"),
+    "labels that are no whole numbers": lambda: dit.check_labels([0.5], SimpleModel, "fp32"),
     "a label of no class": lambda: dit.check_labels([4], SimpleModel, "fp32"),
     "a label and no list": lambda: dit.check_labels(2, SimpleModel, "fp32"),
     "a name of no class": lambda: dit.check_labels(["cow"], SimpleModel, "fp32"),
@@ -4830,6 +4831,36 @@ def test_processes_that_see_different_files_are_told_on_each(tmp_path):
     for process in processes:
         process.join(60)
     assert all("different files" in text for text in told)
+
+
+def one_of_two_that_leave(rank, port, queue):
+    """The first one gets a signal, and leaves; the other is busy, until it hears of it."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    vae.PARENT = os.getppid()
+    batches = 0
+    if rank == 0:
+        vae.SIGNALS.append(signal.SIGTERM)
+    else:
+        while batches < 1000 and not vae.signal_heard():
+            time.sleep(0.01)
+            batches += 1
+    try:
+        vae.leave_if_stopped("stopped")
+    except SystemExit as end:
+        queue.put((batches < 1000, end.code))
+    torch.distributed.destroy_process_group()
+
+
+@needs_two_processes
+def test_a_signal_to_one_process_reaches_those_that_are_busy():
+    port = free_port()
+    context = forked()
+    queue = context.Queue()
+    for rank in range(2):
+        context.Process(target=one_of_two_that_leave, args=(rank, port, queue)).start()
+    code = 128 + signal.SIGTERM
+    assert [queue.get(timeout=60) for _ in range(2)] == [(True, code)] * 2
 
 
 @needs_two_processes

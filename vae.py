@@ -2241,6 +2241,7 @@ def signal_heard():
 
 def leave_if_stopped(text):
     """After a signal to any of the processes: says so, and ends all of them with its code."""
+    signal_heard()  # tells the others, which may still be busy
     stopped = stop_signal()
     if stopped:
         say(text)
