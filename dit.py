@@ -1260,7 +1260,7 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
 
 def sampling_record(args, model, source, configs):
     """What every generator's samples depend on: for the record beside them."""
-    names = vae.presets(model.config, configs)
+    names = vae.matching_presets(model.config, configs)
     return dict(
         model=names[0] if names else Path(args.sample_from).stem,
         generator=vae.weights_hash(model),

@@ -1212,7 +1212,7 @@ def test_a_preset_has_the_published_numbers(name):
         attention = {key.partition(".q.")[0] for key in state if ".q." in key and "mid" not in key}
         in_encoder = {f"encoder.down.4.attn.{j}" for j in range(2)}
         assert attention == in_encoder | {f"decoder.up.4.attn.{j}" for j in range(3)}
-    same_scale_first = vae.presets(model.config)
+    same_scale_first = vae.matching_presets(model.config)
     assert same_scale_first[0] == name, "a preset is recognised by its configuration"
 
 
@@ -3562,6 +3562,17 @@ def test_a_new_discriminator_has_a_thousand_steps_of_its_own(tmp_path, photos):
     assert again["args"]["disc_start"] == 1001, "a run that lost its discriminator"
 
 
+@pytest.mark.parametrize("main, base", [(vae.main, VAE), (vqgan.main, VQ)], ids=["vae", "vqgan"])
+def test_a_flag_of_a_loss_is_read_where_the_run_has_this_loss(capsys, tmp_path, photos, main, base):
+    """The run that goes on may have its weight."""
+    words = ("--data", photos, "--out", tmp_path / "a.pt", "--steps")
+    run(main, *base, *words, 1, "--gan-weight", 0.5)
+    run(main, *words, 2, "--disc-start", 5)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["args"]["disc_start"] == 5
+    run(main, *words, 3, "--gan-weight", 0)
+    assert "is not read without --gan-weight" in refusal(capsys, main, *words, 4, "--disc-start", 6)
+
+
 def test_a_signal_after_the_last_step_leaves_a_finished_run(capsys, monkeypatch, tmp_path, photos):
     measure = vae.final_scale
 
@@ -3692,7 +3703,7 @@ def taming(request, tmp_path_factory):
 def test_tamings_files_are_told_apart_by_their_codebook(taming):
     name, state, file = taming
     model = vqgan.load_vqgan(file)
-    assert vae.presets(model.config, vqgan.CONFIGS) == [name]
+    assert vae.matching_presets(model.config, vqgan.CONFIGS) == [name]
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
 

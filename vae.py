@@ -600,7 +600,7 @@ def weighted_losses(args, target, reconstruction, perceptual):
 
 
 # ==================================================================================================
-# Training: Eq. 1 with probability p_alpha, else Eq. 5                                       (Eq. 7)
+# Training, Eq. 7: Eq. 1 with probability p_alpha, else Eq. 5
 
 
 def train(args, rank, world, device):
@@ -611,6 +611,7 @@ def train(args, rank, world, device):
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
+    check_needs(args)
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
     stored = starting_point(args, resumed, CONFIGS, read)
@@ -665,7 +666,7 @@ def train(args, rank, world, device):
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # in latent cells
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # a latent's size
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
         buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
@@ -784,13 +785,13 @@ def draw_transforms(args, grid, smallest, generator):
         shrink, tau = identity_transform(grid), sample_transform(grid, **options)
     if tau.is_identity or not getattr(args, "explicit_weight", 0):  # vqgan.py has no such flag
         return shrink, tau, None
-    return shrink, identity_transform(tau.grid), tau
+    return shrink, identity_transform(tau.grid), tau  # tau.grid: the latent's size before tau
 
 
 def smallest_cells(args, grid, factor):
-    """The smallest side, in latent cells, to which tau may shrink: SSIM needs images of 6 pixels,
-    LPIPS of 16, the discriminator of 24. InputError if images of this size leave tau nothing to
-    draw from."""
+    """The smallest side, in latent cells, to which images may be shrunk by tau, or by the released
+    code's draw: SSIM needs images of 6 pixels, LPIPS of 16, the discriminator of 24. InputError if
+    images of this size leave nothing to draw from."""
     pixels = 1
     if args.ssim_weight:
         pixels = 6
@@ -799,11 +800,12 @@ def smallest_cells(args, grid, factor):
     if args.gan_weight:
         pixels = PatchDiscriminator.min_pixels
     cells = math.ceil(pixels / factor)
-    tau_scales = args.tau != "r" and (args.p_alpha < 1 or args.recipe == "release")
-    needed = cells + 1 if tau_scales else cells
+    # The released code also shrinks images where tau is the identity
+    are_shrunk = args.tau != "r" and (args.p_alpha < 1 or args.recipe == "release")
+    needed = cells + 1 if are_shrunk else cells
     if min(grid) < needed:
         text = f"--image-size: give at least {needed * factor} pixels a side"
-        if tau_scales:
+        if are_shrunk:
             text += ", since tau shrinks the images; or take --tau r, which only turns them"
         raise InputError(f"{text}. The losses need {pixels}")
     return cells
@@ -867,8 +869,8 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    Where they are measured, the first process does it; the others get None, as all do with --bench.
-    """
+    Published ones are returned in all processes. Others are measured in the first process; the rest
+    get None, and with --bench all do."""
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -1022,13 +1024,20 @@ def main():
 
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Flags that have no use unless another is given, or not 0
-NEEDS = (
-    ("perceptual", "lpips_weight"),
-    ("vgg", "lpips_weight"),
-    ("disc_start", "gan_weight"),
-    ("stop_gradient", "explicit_weight"),
-)
+
+
+def check_needs(args):
+    """InputError for a flag on the command line that belongs to a loss of weight 0."""
+    needs = {
+        "--perceptual": "--lpips-weight",
+        "--vgg": "--lpips-weight",
+        "--disc-start": "--gan-weight",
+        "--stop-gradient": "--explicit-weight",
+    }
+    for flag, weight in needs.items():
+        is_given = flag[2:].replace("-", "_") in args.given
+        if is_given and not getattr(args, weight[2:].replace("-", "_")):
+            raise InputError(f"{flag}: is not read without {weight}")
 
 
 def launch_trainer(parser, train, export):
@@ -1041,8 +1050,7 @@ def launch_trainer(parser, train, export):
             export(args)
         else:
             groups = ("autoencoder", "objective", "run")
-            also = ("latent_scale",)
-            check_flags(args, mode="without --export", groups=groups, also=also, needs=NEEDS)
+            check_flags(args, mode="without --export", groups=groups, also=("latent_scale",))
             train(args, rank, world, device)
 
     launch(parser, run)
@@ -1072,7 +1080,7 @@ def starting_point(args, resumed, configs, read):
     else:
         stored = read(args.init, args.model)
     if args.model is None:
-        args.model = next(iter(presets(stored.config, configs)), None)
+        args.model = next(iter(matching_presets(stored.config, configs)), None)
     return stored
 
 
@@ -1151,7 +1159,7 @@ def read_autoencoder(path, model=None, default=None, padding_mode=None, flag="--
         stored = read_foreign(file, checkpoint, model, default, flag)
     if padding_mode is not None:
         stored.config = dict(stored.config, padding_mode=padding_mode)
-    fitting = presets(stored.config)
+    fitting = matching_presets(stored.config)
     if model and model not in fitting:
         names = " or ".join(fitting) or "none of the presets"
         raise InputError(f"{path}: does not match {flag} {model}; it matches {names}")
@@ -1240,7 +1248,7 @@ def fits(weights, config):
     return shapes == {name: value.shape for name, value in wanted.items()}
 
 
-def in_our_names(weights, config, path="the configuration"):
+def in_our_names(weights, config, path="these weights"):
     """The weights of LDM's or diffusers' file, renamed to LDM's names, which our modules have."""
     weights = {rename(name, OLD_DIFFUSERS): value for name, value in weights.items()}
     if any(name.startswith("encoder.mid_block.") for name in weights):  # diffusers'
@@ -1334,7 +1342,7 @@ def weights_under(weights, prefix):
     }
 
 
-def presets(config, configs=CONFIGS):
+def matching_presets(config, configs=CONFIGS):
     """Names in configs that describe this network; those of equal scale come first. Only what a
     preset lists is compared, without scale and shift."""
 
@@ -1404,8 +1412,8 @@ def rename(name, table):
     return name
 
 
-def diffusers_names(config, path="the configuration"):
-    """Each tensor's name in LDM -> in diffusers."""
+def diffusers_names(config, path="these weights"):
+    """Each tensor's name in LDM -> in diffusers. `path` is for messages."""
     levels = len(config["ch_mult"])
     table = dict(DIFFUSERS)
     for i in range(levels):
@@ -1841,7 +1849,7 @@ def weights_hash(module):
 
 # ==================================================================================================
 # The run kit: what every script here needs besides its paper. The generators' scripts and
-# evaluate.py import it only if it is there, so that one can copy their networks alone.
+# evaluate.py import vae.py only if it is there, so that their networks can be copied without it.
 
 
 class InputError(ValueError):
@@ -1948,13 +1956,12 @@ def parse(parser):
     return args
 
 
-def check_flags(args, mode, groups, also=(), needs=()):
+def check_flags(args, mode, groups, also=()):
     """InputError for a flag on the command line that is not read.
 
     mode    when it is not read, for the message
     groups  titles of the groups whose flags are read
     also    other flags that are read
-    needs   pairs: the first flag is not read unless the second one is given, or not 0
     """
     read = set(also)
     for group in args.parser._action_groups:
@@ -1964,9 +1971,6 @@ def check_flags(args, mode, groups, also=(), needs=()):
         flag = f"--{name.replace('_', '-')}"
         if name not in read:
             raise InputError(f"{flag}: is not read {mode}; leave it out")
-        for one, other in needs:
-            if name == one and not getattr(args, other):
-                raise InputError(f"{flag}: is not read without --{other.replace('_', '-')}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2820,7 +2824,7 @@ def load_run(args, arch, configs, required=()):
         held = checkpoint.get("arch", "something else")
         raise InputError(f"{args.out}: holds {held}, not a {arch}; give another --out")
     check_entries(args.out, checkpoint, ("model", "opt", "step", "args", *required))
-    if "model" in args.given and args.model not in presets(checkpoint["config"], configs):
+    if "model" in args.given and args.model not in matching_presets(checkpoint["config"], configs):
         raise InputError(
             f"{args.out}: holds another model than --model {args.model}; give another --out"
         )
@@ -3008,7 +3012,7 @@ class Log:
     On a terminal that is a progress bar. In a file it is a line of text for each line of OUT.jsonl;
     the first comes ten steps after the start. Values that are added are logged as means over the
     steps since the last line and over processes, those that are counted as sums. The host waits for
-    a GPU only when a line is written. begin() starts the clock, before the first step.
+    a GPU only when a line is written.
     """
 
     def __init__(self, args, step, world, device):
@@ -3025,7 +3029,7 @@ class Log:
         self.bar = Progress(args.steps, step, Path(args.out).stem, lines=False)
 
     def begin(self, step):
-        """After all that comes before the first step, and after each line."""
+        """Starts the clock and empties the averages: before the first step, and after each line."""
         if step == self.first:
             BENCH.begin(self.device)
         self.since = step

@@ -224,12 +224,13 @@ def codebook_use(model, data, n=1024):
 
 
 # ==================================================================================================
-# Training: Eq. 1 with probability p_alpha, else Eq. 5                                       (Eq. 7)
+# Training, Eq. 7: Eq. 1 with probability p_alpha, else Eq. 5
 
 
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
+    vae.check_needs(args)
     torch.manual_seed(args.seed)
     stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
@@ -413,7 +414,7 @@ def read_vqgan(path, model=None):
         stored = vae.read_ours(file, checkpoint, "VQGAN")
     else:
         stored = read_taming(file, checkpoint, model)
-    if model and model not in vae.presets(stored.config, CONFIGS):
+    if model and model not in vae.matching_presets(stored.config, CONFIGS):
         codes = stored.config.get("n_embed")
         raise InputError(
             f"{path}: its codebook of {codes} codes, or its network, is not that of --model {model}"
