@@ -611,7 +611,7 @@ def train(args, rank, world, device):
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
-    check_needs(args)
+    check_needs(args)  # no flag may belong to a loss of weight 0
     torch.manual_seed(args.seed)
     read = functools.partial(read_autoencoder, default="sd")
     stored = starting_point(args, resumed, CONFIGS, read)
@@ -626,7 +626,7 @@ def train(args, rank, world, device):
     smallest = smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every preview
+    shown = next(evenly(data.centred(), 8, device))  # 8 evenly spaced, the same in every preview
 
     # The optimisers, and the average of the weights
     networks = [network for network in (model, discriminator) if network is not None]
@@ -711,7 +711,8 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # If d_loss is NaN, rec_loss becomes NaN, too, and the step is a skipped one
+                # The hinge's gradient is 0 where a logit is NaN, which would hide it. With d_loss
+                # added rec_loss is NaN, too, and the step is skipped
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
@@ -765,7 +766,8 @@ def set_padding_mode(args, resumed, stored):
     if args.train == "decoder" and stored.weights is not None:
         raise InputError(
             f"--padding-mode {args.padding_mode}: changes the encoder that --train decoder keeps; "
-            "leave one out. If --init was trained so, --export it with --padding-mode first"
+            "leave one of the two out. If --init was trained with it, but its file does not say, "
+            "write a file that does: --export NAME with --padding-mode"
         )
     stored.config = dict(stored.config, padding_mode=args.padding_mode)
 
@@ -816,7 +818,7 @@ def make_discriminator(args, stored, step):
 
     Also sets args.disc_start where it was not given: a discriminator with weights enters the loss
     at once, a new one is trained for 1,000 steps first. A run that goes on has the value from its
-    checkpoint.
+    checkpoint, unless its discriminator is new.
     """
     if not args.gan_weight:
         return None
@@ -869,8 +871,8 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    Published ones are returned in all processes. Others are measured in the first process; the rest
-    get None, and with --bench all do."""
+    Published ones are returned in all processes. Others are measured in the first process; the
+    other processes get None, and with --bench every process."""
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -1357,7 +1359,8 @@ def matching_presets(config, configs=CONFIGS):
 
 
 # --------------------------------------------------------------------------------------------------
-# diffusers' names for LDM's, in weights and in arguments. Decoder levels count from the coarsest.
+# diffusers' names for LDM's, in weights and in arguments. In diffusers the decoder's levels count
+# from the coarsest, in LDM from the finest
 
 DIFFUSERS = {
     "encoder.down.": "encoder.down_blocks.",
@@ -1435,7 +1438,7 @@ def config_beside(path):
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 return our_config(json.loads(config))
     if Path(path).name == "model.ckpt" and Path(path).with_name("config.yaml").is_file():
-        # Else it is LDM's own YAML, or another program's
+        # --export writes JSON, which is YAML. What is no JSON is LDM's own, or another program's
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             return our_config(read_json(Path(path).with_name("config.yaml"))["eqvae"])
     beside = Path(path).with_name("config.json")
@@ -1514,6 +1517,8 @@ def export(args):
     else:
         if config["norm_groups"] != 32:
             say(f"its norms have {config['norm_groups']} groups; LDM's own code builds 32")
+        if not config["use_quant_conv"]:
+            say("it has no quant_conv; LDM's own code builds one, with random weights")
         write_file(args.export, lambda folder: write_ldm(folder, model, stored))
     scale = config["scaling_factor"] or "unknown"
     say(f"{args.export}: {layout} layout, scale {scale}, shift {config['shift_factor']}")
@@ -2467,8 +2472,8 @@ def is_service_name(name):
 
 
 class Paths:
-    """A list of paths as one array of bytes, which data loaders share with the main process. A list
-    of strings they would copy page by page, since reading a string changes its reference count."""
+    """A list of paths as one array of bytes, which data loaders share with the main process. They
+    would copy a list of strings page by page: to read a string changes its reference count."""
 
     def __init__(self, paths):
         encoded = [os.fsencode(path) for path in paths]
@@ -2783,7 +2788,8 @@ def start_ema(model, decay, resumed, device):
     if resumed is not None and resumed["ema"]:
         check_fit(model, resumed["ema"], "--out's average of the weights")
         weights = resumed["ema"]
-    return {name: value.to(device, copy=True) for name, value in weights.items()}
+    # In the order of the weights, as update_ema() takes them
+    return {name: weights[name].to(device, copy=True) for name in model.state_dict()}
 
 
 @torch.no_grad()
@@ -2806,7 +2812,7 @@ def update_ema(ema, model, decay, step):
 
 def load_run(args, arch, configs, required=()):
     """The checkpoint at args.out to go on with, or None. InputError if it holds another network or
-    lacks one of the `required` entries.
+    lacks one of the `required` entries, which may be None.
 
     Flags that were not given take the values that the checkpoint was made with. Those that were
     given win, and are reported where they differ. What the run began from (--init) stays.

@@ -230,7 +230,7 @@ def codebook_use(model, data, n=1024):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
-    vae.check_needs(args)
+    vae.check_needs(args)  # no flag may belong to a loss of weight 0
     torch.manual_seed(args.seed)
     stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:
@@ -245,7 +245,9 @@ def train(args, rank, world, device):
     smallest = vae.smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(vae.evenly(data.centred(), 8, device))  # (8, 3, H, W), the same in every preview
+    shown = next(
+        vae.evenly(data.centred(), 8, device)
+    )  # 8 evenly spaced, the same in every preview
 
     # The optimisers, and the average of the weights
     networks = [network for network in (model, discriminator) if network is not None]
@@ -319,7 +321,8 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # If d_loss is NaN, rec_loss becomes NaN, too, and the step is a skipped one
+                # The hinge's gradient is 0 where a logit is NaN, which would hide it. With d_loss
+                # added rec_loss is NaN, too, and the step is skipped
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
