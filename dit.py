@@ -1360,7 +1360,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     def before_call(module, inputs):
         progress.update()
-        if vae.SIGNALS:  # to this process; a look at the others' would take time
+        if vae.SIGNALS:  # to this process; in every step to ask for the others' would take time
             raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)

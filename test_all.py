@@ -3583,6 +3583,13 @@ def test_a_flag_of_a_loss_is_read_where_the_run_has_this_loss(capsys, tmp_path, 
     assert "is not read without --gan-weight" in refusal(capsys, main, *words, 4, "--disc-start", 6)
 
 
+def test_ssim_without_evaluate_is_told_before_anything_is_written(monkeypatch, tmp_path, photos):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ModuleNotFoundError):
+        train(tmp_path / "a.pt", "--data", photos, "--ssim-weight", 1, "--steps", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_signal_after_the_last_step_leaves_a_finished_run(capsys, monkeypatch, tmp_path, photos):
     measure = vae.final_scale
 
@@ -4816,6 +4823,11 @@ def test_what_was_accepted_silently_is_a_value_error(name):
     with pytest.raises(ValueError) as error:
         SILENT[name]()
     assert error.type in (ValueError, vae.InputError)
+
+
+def test_names_of_classes_may_stand_in_an_array():
+    labels = dit.check_labels(np.array(["hens", "cats"]), SimpleModel, "fp32")
+    assert labels.tolist() == [2, 0]
 
 
 def test_an_autoencoder_of_the_hub_is_told_how_to_get():

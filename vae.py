@@ -581,7 +581,14 @@ def load_perceptual(args, device):
     return call_function(args.perceptual, "--perceptual", args.vgg, device)
 
 
-def weighted_losses(args, target, reconstruction, perceptual):
+def load_ssim(args):
+    """evaluate.py's ssim(), differentiable, of images in [-1, 1] -> (B,); None with weight 0."""
+    if not args.ssim_weight:
+        return None
+    return importlib.import_module("evaluate").ssim
+
+
+def weighted_losses(args, target, reconstruction, perceptual, ssim):
     """The losses besides L1, each a mean over images: -> (their weighted sum, dict for the log). A
     loss of weight 0 is not computed."""
     total = 0
@@ -593,7 +600,6 @@ def weighted_losses(args, target, reconstruction, perceptual):
         losses["l2"] = (target - reconstruction).square().mean()
         total = total + args.l2_weight * losses["l2"]
     if args.ssim_weight:
-        ssim = importlib.import_module("evaluate").ssim  # evaluate.py imports this file, too
         losses["ssim"] = ssim(target, reconstruction, data_range=2.0).mean()
         total = total + args.ssim_weight * (1 - losses["ssim"])
     return total, losses
@@ -620,6 +626,7 @@ def train(args, rank, world, device):
     model = build(AutoencoderKL, stored)
     discriminator = make_discriminator(args, stored, step)
     perceptual = load_perceptual(args, device)
+    ssim = load_ssim(args)
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -685,7 +692,7 @@ def train(args, rank, world, device):
             # and sums over the image: hence `values`. An image that tau has shrunk weighs less
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = weighted_losses(args, target, reconstruction, perceptual)
+            others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
             rec_loss = (l1 + others) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
@@ -1031,15 +1038,16 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def check_needs(args):
     """InputError for a flag on the command line that belongs to a loss of weight 0."""
     needs = {
-        "--perceptual": "--lpips-weight",
-        "--vgg": "--lpips-weight",
-        "--disc-start": "--gan-weight",
-        "--stop-gradient": "--explicit-weight",
+        "perceptual": "lpips_weight",
+        "vgg": "lpips_weight",
+        "disc_start": "gan_weight",
+        "stop_gradient": "explicit_weight",
     }
-    for flag, weight in needs.items():
-        is_given = flag[2:].replace("-", "_") in args.given
-        if is_given and not getattr(args, weight[2:].replace("-", "_")):
-            raise InputError(f"{flag}: is not read without {weight}")
+    for name, weight in needs.items():
+        if name in args.given and not getattr(args, weight):
+            flag = f"--{name.replace('_', '-')}"
+            other = f"--{weight.replace('_', '-')}"
+            raise InputError(f"{flag}: is not read without {other}")
 
 
 def launch_trainer(parser, train, export):
@@ -2672,7 +2680,8 @@ def images_per_pass(args, world):
 
 
 def evenly(data, n, device, batch_size=16):
-    """Yields n evenly spaced images of an ImageFolder, in batches (B, 3, H, W), in [-1, 1]."""
+    """Yields n evenly spaced images of an ImageFolder, as batches (B, 3, H, W) in [-1, 1] on the
+    device."""
     picked = np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)
     for start in range(0, len(picked), batch_size):
         items = [data[int(i)] for i in picked[start : start + batch_size]]
@@ -3147,7 +3156,7 @@ class Progress(tqdm):
         options = dict(total=total, initial=initial, desc=label, unit=unit)
         super().__init__(**options, disable=hidden, dynamic_ncols=True)
         self.lines = lines and not on_terminal
-        self.text = f"{label}, {unit} {{:,}} of {total:,}"
+        self.label = f"{label}, {unit}"
         self.done = initial
         self.last_line = time.monotonic()
 
@@ -3155,7 +3164,7 @@ class Progress(tqdm):
         super().update(n)
         self.done += n
         if self.lines and time.monotonic() - self.last_line > 60:
-            say(self.text.format(self.done))
+            say(f"{self.label} {self.done:,} of {self.total:,}")
             self.last_line = time.monotonic()
 
 

@@ -239,6 +239,7 @@ def train(args, rank, world, device):
     model = vae.build(VQGAN, stored)
     discriminator = vae.make_discriminator(args, stored, step)
     perceptual = vae.load_perceptual(args, device)
+    ssim = vae.load_ssim(args)
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
@@ -303,7 +304,9 @@ def train(args, rank, world, device):
 
             # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = vae.weighted_losses(args, target, reconstruction, perceptual)
+            others, other_losses = vae.weighted_losses(
+                args, target, reconstruction, perceptual, ssim
+            )
             rec_loss = l1 + others  # in taming `others` is LPIPS
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
