@@ -497,8 +497,8 @@ def train(args, rank, world, device):
             log.add(mse=mse, vb=vb)  # DiT
 
         # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
-        # wait for the norm
+        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
+        # So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped

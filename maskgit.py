@@ -434,8 +434,8 @@ def train(args, rank, world, device):
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
         # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1, as GradScaler sets it. So the host need not
-        # wait for the norm
+        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
+        # So the host need not wait for the norm
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0 clips, too
         skipped = (~grad_norm.isfinite()).float()

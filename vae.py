@@ -673,10 +673,16 @@ def train(args, rank, world, device):
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # a latent's size
+        shape = (
+            args.batch_size,
+            model.config["z_channels"],
+            *shrink.size,
+        )  # the latents of shrink(x)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
-        buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
+        buffers_before = [
+            buffer.clone() for buffer in buffers
+        ]  # BatchNorm's, to undo a skipped step
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         for images_part, noise_part in parts:
@@ -687,16 +693,16 @@ def train(args, rank, world, device):
                 target = tau(x)  # EQ-VAE (in LDM: x)
                 reconstruction = model.decode(tau(z))  # EQ-VAE (in LDM: decode(z))
 
-            # L_rec, and the KL term, which is a sum over each image's latent. L1 is a mean over
-            # values here, LPIPS one number for an image. LDM adds LPIPS to the error of every value
-            # and sums over the image: hence `values`. An image that tau has shrunk weighs less
+            # L_rec and the KL term, both sums over an image, as in LDM. L1 is a mean over values
+            # here, LPIPS one number for an image, which LDM adds to the error of every value before
+            # it sums: hence `values`. Where tau shrinks the image, L_rec weighs less beside KL
             values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = weighted_losses(args, target, reconstruction, perceptual, ssim)
-            rec_loss = (l1 + others) * values
+            weighted, unweighted = weighted_losses(args, target, reconstruction, perceptual, ssim)
+            rec_loss = (l1 + weighted) * values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
-            if explicit_tau is not None:
+            if explicit_tau is not None:  # Eq. 4 in the place of Eq. 5: tau is the identity here
                 with autocast:
                     explicit = eqloss.explicit_loss(
                         model.encode_mean, x, explicit_tau, args.stop_gradient
@@ -704,11 +710,12 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
-            log.add(l1=l1, **other_losses, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, **unweighted, rec_loss=rec_loss / values, kl=kl)
 
-            # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
-            # the discriminator from the first step on. (In LDM this loss waits for disc_start as
-            # well, and the autoencoder runs a second time for it)
+            # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
+            # the first step on. d_loss sees a detached reconstruction, and loss_gradient() gives no
+            # gradient of g_loss to the discriminator. (In LDM d_loss waits for disc_start as well,
+            # and comes after the autoencoder's step, from a second pass through it)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -718,8 +725,9 @@ def train(args, rank, world, device):
                 d_loss = hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # The hinge's gradient is 0 where a logit is NaN, which would hide it. With d_loss
-                # added rec_loss is NaN, too, and the step is skipped
+                # The hinge's gradient is finite where a logit is NaN, which would hide it. With
+                # 0 * d_loss added rec_loss is NaN, so loss_gradient() returns NaN and the step
+                # is skipped
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
@@ -730,14 +738,14 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),  # disc_start is None without GAN
+                gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
-            backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
+            backward_from(reconstruction, gradient, regularizer, share=1 / len(parts))
 
         # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
-        # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
-        # host need not wait for the norm
+        # optimiser does nothing where its attribute found_inf is 1. (It is GradScaler's, which is
+        # not used here.) So the host need not wait for the norm
         average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()

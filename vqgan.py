@@ -288,7 +288,9 @@ def train(args, rank, world, device):
         shrink, tau, _ = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
-        buffers_before = [buffer.clone() for buffer in buffers]  # to undo a skipped step
+        buffers_before = [
+            buffer.clone() for buffer in buffers
+        ]  # BatchNorm's, to undo a skipped step
 
         parts = images.split(micro_batch)
         for images_part in parts:
@@ -304,17 +306,18 @@ def train(args, rank, world, device):
 
             # L_rec and the codebook's loss are means over values, as in taming
             l1 = (target - reconstruction).abs().mean()
-            others, other_losses = vae.weighted_losses(
+            weighted, unweighted = vae.weighted_losses(
                 args, target, reconstruction, perceptual, ssim
             )
-            rec_loss = l1 + others  # in taming `others` is LPIPS
+            rec_loss = l1 + weighted  # in taming L1 + LPIPS
             regularizer = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
-            log.add(l1=l1, **other_losses, rec_loss=rec_loss, codebook=codebook_loss)
+            log.add(l1=l1, **unweighted, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
-            # L_gan, which acts from disc_start on, and the discriminator's own loss, which trains
-            # the discriminator from the first step on. (In taming this loss waits for disc_start)
+            # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
+            # the first step on. d_loss sees a detached reconstruction, and vae.loss_gradient() has
+            # no gradient for the discriminator. (In taming d_loss waits for disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -324,8 +327,9 @@ def train(args, rank, world, device):
                 d_loss = vae.hinge_loss(real, fake)
                 (d_loss / len(parts)).backward()
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # The hinge's gradient is 0 where a logit is NaN, which would hide it. With d_loss
-                # added rec_loss is NaN, too, and the step is skipped
+                # The hinge's gradient is finite where a logit is NaN, which would hide it. With
+                # 0 * d_loss added rec_loss is NaN, so vae.loss_gradient() returns NaN and the step
+                # is skipped
                 rec_loss = rec_loss + 0 * d_loss.detach()
 
             # The losses' gradient at the reconstruction, then one backward pass from there and from
@@ -336,14 +340,14 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=step >= (args.disc_start or 0),  # disc_start is None without GAN
+                gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
-            vae.backward_from(reconstruction, gradient, regularizer, 1 / len(parts))
+            vae.backward_from(reconstruction, gradient, regularizer, share=1 / len(parts))
 
         # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
-        # optimiser does nothing where its attribute found_inf is 1, as GradScaler sets it. So the
-        # host need not wait for the norm
+        # optimiser does nothing where its attribute found_inf is 1. (It is GradScaler's, which is
+        # not used here.) So the host need not wait for the norm
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
