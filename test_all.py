@@ -3583,6 +3583,20 @@ def test_a_flag_of_a_loss_is_read_where_the_run_has_this_loss(capsys, tmp_path, 
     assert "is not read without --gan-weight" in refusal(capsys, main, *words, 4, "--disc-start", 6)
 
 
+@pytest.mark.parametrize("main, base", [(vae.main, VAE), (vqgan.main, VQ)], ids=["vae", "vqgan"])
+def test_a_discriminators_loss_that_overflows_skips_the_step(
+    monkeypatch, tmp_path, photos, main, base
+):
+    """Also before the GAN acts. The gradients of such a loss are finite."""
+    words = ("--data", photos, "--gan-weight", 0.5, "--disc-start", 9, "--steps")
+    before, _ = train(tmp_path / "a.pt", *words, 0, main=main, base=base)
+    hinge = vae.hinge_loss
+    monkeypatch.setattr(vae, "hinge_loss", lambda real, fake: hinge(real, fake) + math.inf)
+    after, log = train(tmp_path / "a.pt", *words, 1, main=main, base=base)
+    assert log[-1]["skipped"] == 1
+    assert_same(before, after, ("model", "disc"), 0)
+
+
 def test_ssim_without_evaluate_is_told_before_anything_is_written(monkeypatch, tmp_path, photos):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(ModuleNotFoundError):
