@@ -31,10 +31,10 @@ From Python:
     pictures = generate(model, autoencoder, [207, 360], sampler="ddim", steps=50, cfg_scale=4)
 
 From the top: network, diffusion and guidance, training, the cache of latents, sampling. sit.py and
-repa.py import all but diffusion, training and samplers; maskgit.py imports the caches and the
-writing of samples. sit.py and repa.py have train() functions of their own, which are copies of the
-one here. There, lines that are marked "# SiT" and "# REPA" replace those that are marked "# DiT";
-repa.py adds some more.
+repa.py import all but diffusion, training and samplers; maskgit.py imports what reads and writes
+files: caches, checkpoints, samples. sit.py and repa.py have train() functions of their own, which
+are copies of the one here. There, apart from names, lines that are marked "# SiT" and "# REPA"
+replace those that are marked "# DiT"; repa.py adds some more.
 """
 
 import argparse
@@ -53,10 +53,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+WHY_NO_VAE = "another module has its name"
 try:  # train(), generate() and the command line need vae.py; all else does without
     import vae
-except ImportError:
+except ImportError as error:
     vae = None
+    WHY_NO_VAE = str(error)
 
 # name -> (width, blocks, attention heads)
 SIZES = {
@@ -224,8 +226,8 @@ class DiT(nn.Module):
 
     @classmethod
     def config_of(cls, weights, **options):
-        """The constructor's arguments: those that the shapes in an official file tell, and the
-        `options`. KeyError, IndexError or ValueError for another file."""
+        """The constructor's arguments, as far as the shapes in an official file tell them; the
+        `options` are the others. KeyError, IndexError or ValueError for another file."""
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         heads = {(size[0], size[1]): size[2] for size in SIZES.values()}
@@ -456,7 +458,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     latent = measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
-    vae.say_duration(args, step, device, forward_pass_of(model))  # on a CPU
+    vae.say_duration(args, step, device, forward_pass_of(model))  # if it is a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -513,7 +515,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
-    # A finished run is not saved again, unless its file is gone
+    # A run that went no step is saved only if it has no file yet: a finished one is left as it is
     if step > first_step or not os.path.exists(args.out):
         save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)
@@ -809,7 +811,8 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     if not os.path.exists(folder):
         # Tries one image, so that an error comes before anything is written. images.centred() are
         # the same pictures, never mirrored
-        encode_views(images.centred()[0][0][None])
+        image, _label, _index, _readable = images.centred()[0]
+        encode_views(image[None])
     memo = Path(folder, "images.json")
     digest, remembered = images_hash(images, memo)
     made_of = dict(made_of, images=digest, image_size=images.size)
@@ -824,9 +827,11 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     batch_sampler = [batch.tolist() for batch in batches]
     loader = vae.data_loader(images.centred(), args.workers, batch_sampler=batch_sampler)
     progress = vae.Progress(sum(map(len, batches)), 0, f"{Path(folder).name}: caching", "image")
-    for batch, _, indices, readable in loader if batches else ():
-        # A signal to any process. stop_signal() would wait for the others, and each has a number of
-        # batches of its own
+    if not batches:
+        loader = ()  # so that no data loaders are started for a complete cache
+    for batch, _, indices, readable in loader:
+        # signal_heard() knows of a signal to any process and does not wait for the others, as
+        # stop_signal() would: their numbers of batches may differ
         if vae.signal_heard():
             break
         if readable.any():
@@ -1360,7 +1365,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
 
     def before_call(module, inputs):
         progress.update()
-        if vae.SIGNALS:  # to this process; in every step to ask for the others' would take time
+        if vae.SIGNALS:  # this process's; to ask the others before each call would take time
             raise Stopped  # nothing else leaves the sampler from inside a hook
 
     hook = model.register_forward_pre_hook(before_call)
@@ -1485,10 +1490,12 @@ def main():
 
 
 def need_vae(script):
-    """Ends the process if vae.py is missing: a script that was copied alone neither trains nor
-    samples."""
-    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
-        raise SystemExit(f"{script}: to train or sample, put vae.py and eqloss.py beside it")
+    """Ends the process if vae.py, or a package that it imports, is missing: a script that was
+    copied alone neither trains nor samples."""
+    if not hasattr(vae, "launch"):
+        raise SystemExit(
+            f"{script}: to train or sample, put vae.py and eqloss.py beside it ({WHY_NO_VAE})"
+        )
 
 
 def launch(parser, train, sample):
@@ -1507,11 +1514,12 @@ def launch(parser, train, sample):
 def check_mode(args):
     """InputError for flags that sampling, or training, does not read."""
     if args.sample_from is not None:
+        # Flags of other groups that sampling reads, too
         also = ("vae", "vae_model", "padding_mode", "vqgan", "path", "compile")
         also += ("seed", "precision", "batch_size")
         vae.check_flags(args, "with --sample-from", ("sampling",), also)
         return
-    also = ()
+    also = ()  # flags of sampling that training reads, too
     if hasattr(args, "guidance_low"):  # dit.py, sit.py, repa.py guide the pictures of a training
         also = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
     vae.check_flags(args, "without --sample-from", ("generator", "alignment", "run"), also)

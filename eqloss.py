@@ -128,9 +128,9 @@ def sample_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, generat
     kind       "rs": a turn of 90, 180 or 270 degrees *and* a scale, equal on both sides;
                "rs-aniso": each side has a scale of its own; "r": the turn alone;
                "s": the scale alone
-    low        lowest scale. A side of n cells becomes uniform over the integers from ceil(low n),
-               but at least `smallest`, to n - 1. So a scale that is drawn is never 1. (Where both
-               sides have one scale, the shorter side is drawn, and the longer one follows)
+    low        lowest scale. The new length of a side of n cells is drawn uniformly from the
+               integers max(ceil(low n), smallest) to n - 1, so it is never n. (Where both sides
+               have one scale, the shorter side is drawn, and the longer one follows)
     smallest   least cells of each side that is scaled, for networks in the loss that need room
     generator  a CPU torch.Generator; the draw is a function of its state
 
@@ -206,11 +206,11 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
         1/4 p_alpha       a scaling       identity    (kind "r": identity, identity)
         1 - p_alpha       identity        a draw of the kind
 
-    `shrink` is applied to the image before it is encoded. Where it scales, the step
-    is plain reconstruction (Eq. 1) of the shrunken image, whose sides have one
-    scale, and tau lies on the smaller grid. Scales are k/32 with k uniform over
-    32 low .. 31, and sides are rounded down. Both interpolate bilinearly, without
-    antialias.
+    `shrink` is applied to the image before it is encoded. Where it scales, both
+    sides have one scale, also for "rs-aniso"; the step is plain reconstruction
+    (Eq. 1) of the shrunken image, and tau lies on the smaller grid. For every grid
+    the scales are k/32 with k uniform over 32 low .. 31, and sides are rounded down.
+    Both interpolate bilinearly, without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """
@@ -231,6 +231,7 @@ def draw_released_size(grid, scaled_sides, low, smallest, generator):
     scaled_sides is None."""
     if scaled_sides is None:
         return grid
+    # The lowest k of each side, with which k * side // 32 is at least `smallest`
     least = [max(math.ceil(32 * smallest / side), math.ceil(32 * low)) for side in grid]
     check_room(max(least) <= 31, grid, low, smallest)
     if scaled_sides == "each":
@@ -247,8 +248,8 @@ def draw_released_size(grid, scaled_sides, low, smallest, generator):
 
 def eq_loss(criterion, decode, x, z, tau):
     """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one
-    call, for a loop of your own. (vae.py and vqgan.py have the first two lines of
-    its body in their loops.)
+    call, for a loop of your own. (vae.py has the first two lines of its body in its
+    loop; vqgan.py quantises tau(z) before it is decoded.)
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.
@@ -288,9 +289,9 @@ def explicit_loss(encode, x, tau, stop_gradient=False):
 def equivariance_error(encode, x, tau, z=None):
     """The metric of Table 1 for each image of x (B, 3, H, W): -> (B,), in float32.
 
-    It is 0 for an equivariant encoder. If E(tau o x) has nothing to do with tau o E(x),
-    and both have mean 0, it is 2 under rotation, and 1 + Var(tau o E(x)) / Var(E(tau o x))
-    under scaling. The unit of the latents does not matter.
+    It is 0 for an equivariant encoder. If E(tau o x) has nothing to do with tau o E(x), and
+    both have mean 0, it is 1 + Var(tau o E(x)) / Var(E(tau o x)). Under rotation these
+    variances are equal, which gives 2. The unit of the latents does not matter.
     Table 1's R is the mean over 90, 180 and 270 degrees, its S the mean over the
     scales 0.25, 0.50 and 0.75. Give z = encode(x) if it is there.
     """

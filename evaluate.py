@@ -106,7 +106,7 @@ class Moments:
 
     def __init__(self):
         # The sum of the outer products of (1, features): the count is in its corner, the sum of the
-        # features in its first row
+        # features in its first row. From the first batch on it is (1 + d, 1 + d)
         self.sums = torch.zeros(1, 1, dtype=torch.float64)
 
     def add(self, features):
@@ -187,7 +187,7 @@ def ssim(x, y, data_range=None):
     data_range is by default set for each pair: the larger of the two images' max - min, without
     clamping. This is torchmetrics' default for single images, and the paper's. With a fixed range
     SSIM differs by up to .014, so say which was used. Equal images have 1, even constant ones, for
-    which torchmetrics has nan.
+    which torchmetrics has nan. Two different constant images have nan, since their range is 0.
     """
     if not (x.is_floating_point() and y.is_floating_point() and x.shape == y.shape):
         raise ValueError("ssim() takes two batches of float images of one size")
@@ -241,6 +241,10 @@ def two_nn(points, fraction=0.9, chunk=1024):
         logarithms.append((exact[:, 1] / exact[:, 0]).log())
     log_mu = torch.cat(logarithms).sort().values
     keep = int(fraction * len(x))
+    if log_mu[keep - 1] == 0:
+        raise ValueError(
+            "the points have no dimension: their two nearest neighbours are equally far"
+        )
     ranks = torch.arange(1, keep + 1, dtype=torch.float64, device=x.device)
     y = -torch.log1p(-ranks / len(x))
     return float((log_mu[:keep] * y).sum() / log_mu[:keep].square().sum()), len(x)
@@ -267,8 +271,9 @@ class Mixed(nn.Module):
 
     branches  {name: list of entries}. An entry is the tuple of Unit's arguments after c_in, and
               takes the output of the one before. Entry i becomes the submodule name_i, or `name` if
-              it is the only one. The last entry may be a list of two tuples: these two units, as
-              branch3x3_2a and branch3x3_2b, have the same input, and both are outputs
+              it is the only one. The last entry may be a list of two tuples: these two units have
+              the same input, and both are outputs. So branch3x3=[(384, 1), [(384, (1, 3)),
+              (384, (3, 1))]] is branch3x3_1, whose output goes to branch3x3_2a and branch3x3_2b
     pool      the pooling before branch_pool; branch_pool=[] gives its output as it is
     """
 
@@ -286,8 +291,8 @@ class Mixed(nn.Module):
                     units = {f"{name}a": entry[0], f"{name}b": entry[1]}
                 for unit_name, arguments in units.items():
                     self.add_module(unit_name, Unit(width, *arguments))
-                width = arguments[0]
                 self.unit_names[branch].append(list(units))
+                width = entry[0]  # the input of the next entry; there is none after two units
 
     def forward(self, x):
         outputs = []
@@ -431,8 +436,8 @@ def tf1_bilinear(n_in, n_out):
 def without_counters(weights):
     """A state dict without BatchNorm's step counters, which only some files have.
 
-    Strict loading works all the same: a plain dict carries no version, and BatchNorm fills in the
-    counter of a state dict without version.
+    Strict loading works all the same: PyTorch keeps the version of a state dict in an attribute,
+    which this plain dict lacks, and where there is no version BatchNorm supplies the counter.
     """
     return {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
@@ -451,6 +456,7 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
+            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels
             rows, columns = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
             left = columns // 2
             top = rows // 2
@@ -712,7 +718,8 @@ def finish(args, network, results, score_names, notes, device, about):
             finite[name] = result
             counts += [result["N"], result.get("N reference")]
     if finite:
-        if min(count for count in counts if isinstance(count, int)) < network.WIDTH:
+        known = [count for count in counts if isinstance(count, int)]  # some ADM's are "unknown"
+        if min(known) < network.WIDTH:
             few = f"fewer than {network.WIDTH:,} pictures, the number of its features"
             notes = [*notes, f"{network.DISTANCE} is not reliable with {few}"]
         if args.record:
@@ -807,7 +814,8 @@ def recon(args, rank, world, device):
     indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, indices)
     models, entries = load_models(args, device)
-    vae.check_agreement(data.dataset.files.joined.tobytes(), entries)  # of all processes
+    # All processes must have the same files and networks
+    vae.check_agreement(list(data.dataset.files), entries)
     extractor = load_extractor(args, "pytorch-fid", device)
     distance_name = f"r{extractor.DISTANCE}"
     perceptual = {}
@@ -946,7 +954,7 @@ STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 @full_precision()
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
-    # Our samplers write their settings beside SAMPLES.npz. A folder may be given as SAMPLES/
+    # Our samplers write their settings beside SAMPLES.npz. (abspath() also makes SAMPLES/ SAMPLES)
     settings_file = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
     inputs = (args.samples, args.reference, args.inception, settings_file)
     check_output("--record", args.record, *inputs, args.statistics)
@@ -960,18 +968,20 @@ def samples(args, rank, world, device):
         adm_statistics = read_adm_statistics(args.reference, notes)
     real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(adm_statistics))
     origin, statistics = open_statistics(args, real_pictures, network)
+    # `real` is of the reference's pictures, computed now or read from --statistics; it is {} if the
+    # reference is a file of ADM's without pictures. FID takes ADM's own statistics where there are
+    # any, since they are of more images than the pictures beside them
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
     real = statistics or score_pictures(real_pictures, network, args, rank, world, device, True)
     if rank > 0:
         return
     if origin and not statistics:
         write_statistics(args.statistics, origin, real)
-    # ADM's statistics are of more images than the pictures beside them
     result = compare(fake, real, adm_statistics or real, network, args, notes, device)
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=settings)
     if args.record:
-        # The samples come last, so that of two files of one name theirs is the hash in the record
+        # portable() may leave both files one name. The samples come last, so that their hash stays
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     if origin:

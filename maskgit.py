@@ -41,12 +41,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+WHY_NO_VAE = "another module has its name"
 try:  # training and sampling need the other files; network and decoding do without
     import dit
     import vae
     import vqgan
-except ImportError:
+except ImportError as error:
     dit = vae = vqgan = None
+    WHY_NO_VAE = str(error)
 
 # name -> arguments of MaskGIT
 CONFIGS = {
@@ -247,9 +249,9 @@ def token_losses(logits, tokens, mask=None, mean_ratio=2 / math.pi):
     """Cross entropy (B,) in nats of logits (B, N, K + 1), with label smoothing.
 
     Without a mask it is the mean over all tokens of an image, masked or not, as in v1.0. With a
-    mask it is the sum over the masked tokens, as in the original, divided by their mean number over
-    all mask ratios. So an image with few masked tokens gets no extra weight, and processes need not
-    exchange counts.
+    mask it is the sum over the masked tokens, as in the original's paper, divided by a constant,
+    their mean number over all mask ratios. (The original's code takes the mean over the masked
+    tokens of an image, so those of an image with few have more weight.)
     """
     losses = F.cross_entropy(
         logits.float().transpose(1, 2),
@@ -422,6 +424,7 @@ def train(args, rank, world, device):
         passes = len(tokens) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
+            # nn.Dropout draws from torch's global generators; seeded() makes one seed of all these
             dropout_rng = vae.seeded(args.seed, "dropout", step, k, rank)
             torch.manual_seed(dropout_rng.initial_seed())
             visible = tokens[rows].masked_fill(mask[rows], mask_token)  # MaskGIT
@@ -450,7 +453,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, vqgan=source)
 
-    # A finished run is not saved again, unless its file is gone
+    # A run that went no step is saved only if it has no file yet: a finished one is left as it is
     if step > first_step or not os.path.exists(args.out):
         dit.save(args, step, model, optimizer, images, vqgan=source)
     log.end(step)
@@ -534,13 +537,7 @@ def load_generator(file, codes=None):
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
     """
-    model, checkpoint = dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
-    codebook_size = model.config["codebook_size"]
-    if codes not in (None, codebook_size):
-        raise vae.InputError(
-            f"{file}: made for a codebook of {codebook_size} codes, not of {codes}"
-        )
-    return model, checkpoint
+    return dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
 
 
 @torch.no_grad()
@@ -624,9 +621,10 @@ def sampling_settings(args, config):
 
 
 def main():
-    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
+    if not hasattr(vae, "launch"):
         raise SystemExit(
-            "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it"
+            "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it "
+            f"({WHY_NO_VAE})"
         )
     parser, generator, sampling = dit.arguments(__doc__, CONFIGS, "maskgit.pt", steps=1_500_000)
     add = generator.add_argument

@@ -269,7 +269,8 @@ def load_encoder(name, path, device):
 
 
 def read_dino(path):
-    """DINOv2's weights from its own file, or from timm's, which has no mask_token."""
+    """DINOv2's weights from its own file, or from timm's, which has no mask_token. Networks with
+    registers, in timm's files reg_token, are refused."""
     weights = vae.find_weights(vae.read_file(path), "cls_token")
     if weights is None or "pos_embed" not in weights or "reg_token" in weights:
         raise vae.InputError(
@@ -317,7 +318,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source, encoder_id)  # compares processes
     latent = dit.measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
-    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # on a CPU
+    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)  # REPA
@@ -383,7 +384,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
-    # A finished run is not saved again, unless its file is gone
+    # A run that went no step is saved only if it has no file yet: a finished one is left as it is
     if step > first_step or not os.path.exists(args.out):
         dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)

@@ -270,7 +270,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     latent = dit.measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
-    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # on a CPU
+    vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
@@ -328,7 +328,7 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
 
-    # A finished run is not saved again, unless its file is gone
+    # A run that went no step is saved only if it has no file yet: a finished one is left as it is
     if step > first_step or not os.path.exists(args.out):
         dit.save(args, step, model, optimizer, images, ema=ema, vae=source, latent=latent)
     log.end(step)

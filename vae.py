@@ -104,8 +104,8 @@ CONFIGS = {
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm that keeps bf16 inputs in bf16; its sums are float32 all the same.
 
-    Under autocast nn.GroupNorm converts its input to float32. Those copies would be a third of all
-    memory that is kept for the backward pass.
+    Under a GPU's autocast nn.GroupNorm converts its input to float32. Those copies would be a third
+    of all memory that is kept for the backward pass.
     """
 
     def forward(self, x):
@@ -332,7 +332,7 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                module.padding_mode = padding_mode
+                module.padding_mode = padding_mode  # which it reads in forward()
 
     def grid(self, image_size):
         """(h, w) of the latents of images (H, W).
@@ -521,6 +521,15 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
+def backward_discriminator(d_loss, share):
+    """The backward pass of share * hinge_loss(), through the discriminator.
+
+    The hinge's gradient can be finite although a logit is infinite or NaN. With 0 * d_loss added,
+    the gradient is NaN where the loss is not finite, and the step is skipped.
+    """
+    d_loss.backward(share + 0 * d_loss.detach())
+
+
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
@@ -610,17 +619,19 @@ def weighted_losses(args, target, reconstruction, perceptual, ssim):
 
 
 def train(args, rank, world, device):
-    if args.train == "decoder" and args.explicit_weight:
-        raise InputError("--explicit-weight: trains the encoder, which --train decoder keeps")
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
-    # weights because of the seed. (kl-f8.ckpt does not say that it is an SD-VAE, so sd is assumed)
+    # weights because of the seed. Flags that are not on the command line get the values that
+    # belong to these networks: load_run() restores those of the run, starting_point() sets --model,
+    # make_discriminator() sets --disc-start
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
-    check_needs(args)  # no flag may belong to a loss of weight 0
+    check_needs(args)  # a flag that was given must not belong to a loss of weight 0
     torch.manual_seed(args.seed)
+    # kl-f8.ckpt does not say that it is an SD-VAE, so "sd" is what a file holds that does not tell
     read = functools.partial(read_autoencoder, default="sd")
     stored = starting_point(args, resumed, CONFIGS, read)
+    check_options(args, stored)
     set_padding_mode(args, resumed, stored)
     step = resumed["step"] if resumed else 0
     model = build(AutoencoderKL, stored)
@@ -632,10 +643,11 @@ def train(args, rank, world, device):
     grid = model.grid(args.image_size)
     smallest = smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = images_per_pass(args, world)
-    data = ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(evenly(data.centred(), 8, device))  # 8 evenly spaced, the same in every preview
+    data = ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
+    shown = next(evenly(data.centred(), 8, device))  # one batch of 8, the same in every preview
 
-    # The optimisers, and the average of the weights
+    # The optimisers, and the average of the weights. (What --train decoder freezes is in the
+    # optimiser, too; it has no gradient, so Adam leaves it)
     networks = [network for network in (model, discriminator) if network is not None]
     for network in networks:
         network.to(device, memory_format=convolution_layout(device)).train()
@@ -652,14 +664,16 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     check_same_start(step, model, data)  # compares processes
+    # On a CPU a forward pass is timed, to warn of a run that will take hours
     say_duration(args, step, device, lambda: model.decode(model.encode_mean(shown[:1])))
     batches = endless_batches(data, args, step, rank, world)
     log = Log(args, step, world, device)
     say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    # A complete run is not measured and saved again, unless --latent-scale asks for it. "latent" is
-    # None until the end
+    # At a run's end the scale and shift of its latents are measured and saved, as the checkpoint's
+    # "latent", which is None until then. If this run had ended already, it is done again only where
+    # --latent-scale stands on the command line
     is_complete = step >= args.steps and resumed is not None and resumed["latent"] is not None
     measures_again = "latent_scale" in args.given
     resumed = stored = None  # frees the loaded tensors
@@ -672,37 +686,34 @@ def train(args, rank, world, device):
         # the identity, except with --recipe release; `explicit_tau` is for Table 7's ablation alone
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
-        images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
-        shape = (
-            args.batch_size,
-            model.config["z_channels"],
-            *shrink.size,
-        )  # the latents of shrink(x)
+        images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())
-        buffers_before = [
-            buffer.clone() for buffer in buffers
-        ]  # BatchNorm's, to undo a skipped step
+        # BatchNorm's running means and variances, which are put back if the step is skipped
+        buffers_before = [buffer.clone() for buffer in buffers]
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
+        share = 1 / len(parts)  # the parts are equally large
         for images_part, noise_part in parts:
-            x = shrink(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
+            x = shrink(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1], or smaller
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
                 target = tau(x)  # EQ-VAE (in LDM: x)
                 reconstruction = model.decode(tau(z))  # EQ-VAE (in LDM: decode(z))
 
-            # L_rec and the KL term, both sums over an image, as in LDM. L1 is a mean over values
-            # here, LPIPS one number for an image, which LDM adds to the error of every value before
-            # it sums: hence `values`. Where tau shrinks the image, L_rec weighs less beside KL
-            values = target[0].numel()
+            # L_rec. LDM adds an image's LPIPS to the absolute error of each of its values and takes
+            # the sum over all of them. That is (mean error + LPIPS) times their number. The KL term
+            # is such a sum, too; so where tau shrinks the image, L_rec weighs less beside it
+            num_values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             weighted, unweighted = weighted_losses(args, target, reconstruction, perceptual, ssim)
-            rec_loss = (l1 + weighted) * values
+            rec_loss = (l1 + weighted) * num_values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
-            if explicit_tau is not None:  # Eq. 4 in the place of Eq. 5: tau is the identity here
+            # Table 7's ablation: Eq. 4 in the place of Eq. 5, so tau is the identity here
+            if explicit_tau is not None:
                 with autocast:
                     explicit = eqloss.explicit_loss(
                         model.encode_mean, x, explicit_tau, args.stop_gradient
@@ -710,12 +721,12 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
-            log.add(l1=l1, **unweighted, rec_loss=rec_loss / values, kl=kl)
+            log.add(l1=l1, **unweighted, rec_loss=rec_loss / num_values, kl=kl)
 
             # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
             # the first step on. d_loss sees a detached reconstruction, and loss_gradient() gives no
             # gradient of g_loss to the discriminator. (In LDM d_loss waits for disc_start as well,
-            # and comes after the autoencoder's step, from a second pass through it)
+            # and is computed after the autoencoder's step, from a new reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -723,15 +734,13 @@ def train(args, rank, world, device):
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = hinge_loss(real, fake)
-                (d_loss / len(parts)).backward()
+                backward_discriminator(d_loss, share)
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # The hinge's gradient is finite where a logit is NaN, which would hide it. With
-                # 0 * d_loss added rec_loss is NaN, so loss_gradient() returns NaN and the step
-                # is skipped
-                rec_loss = rec_loss + 0 * d_loss.detach()
 
-            # The losses' gradient at the reconstruction, then one backward pass from there and from
-            # the regulariser
+            # (L_rec + w L_gan + regulariser).backward(), in two parts. loss_gradient() takes the
+            # gradient of the two losses at the reconstruction and finds VQ-GAN's adaptive weight w,
+            # which depends on the decoder's last layer. backward_from() carries this gradient, and
+            # the regulariser's, through decoder and encoder
             gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,
@@ -741,7 +750,7 @@ def train(args, rank, world, device):
                 gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
-            backward_from(reconstruction, gradient, regularizer, share=1 / len(parts))
+            backward_from(reconstruction, gradient, regularizer, share)
 
         # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
         # optimiser does nothing where its attribute found_inf is 1. (It is GradScaler's, which is
@@ -767,6 +776,14 @@ def train(args, rank, world, device):
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
     log.end(step)
+
+
+def check_options(args, stored):
+    """InputError for options that what training begins with, or another option, rules out."""
+    if args.train == "decoder" and args.explicit_weight:
+        raise InputError("--explicit-weight: trains the encoder, which --train decoder keeps")
+    if args.latent_scale == "published" and stored.config.get("scaling_factor") is None:
+        raise InputError(f"--latent-scale published: {stored.path} tells none; leave the flag out")
 
 
 def set_padding_mode(args, resumed, stored):
@@ -886,8 +903,8 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    Published ones are returned in all processes. Others are measured in the first process; the
-    other processes get None, and with --bench every process."""
+    Published ones are returned in all processes. Others are measured in the first process, and the
+    other processes get None. With --bench nothing is measured, and all get None."""
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -947,8 +964,8 @@ def save_autoencoder(args, step, networks, optimizers, ema, latent=None):
     disc            the discriminator's weights or None
     opt, opt_disc   the optimisers' states
     step, args      steps taken, the command's arguments
-    latent          scale and shift of a KL autoencoder's latents, or the use of a VQ-GAN's
-                    codebook; None until the end
+    latent          scale and shift of a KL autoencoder's latents; None until the end, and for a
+                    VQ-GAN
     """
     model = networks[0]
     checkpoint = dict(
@@ -1063,6 +1080,7 @@ def launch_trainer(parser, train, export):
 
     def run(args, rank, world, device):
         if args.export:
+            # No group of flags is read whole, only these
             also = ("export", "init", "model", "layout", "half", "padding_mode")
             check_flags(args, mode="with --export", groups=(), also=also)
             export(args)
@@ -1310,7 +1328,7 @@ def find_weights(checkpoint, anchor):
         return None
     taken, tensors, prefix = networks[0]
     say_averages(checkpoint, taken)
-    if len(networks) > 1 and not is_average(taken):
+    if len(networks) > 1 and not is_average(taken):  # beside an average are its plain weights
         others = shortened([other for other, _, _ in networks[1:]])
         say(f"several networks in one file: {taken or 'the first'} is taken, not {others}")
     return take_average(tensors, prefix)
@@ -1324,8 +1342,13 @@ def take_average(tensors, prefix):
     averages = {}
     for name in weights:
         dotless = name.replace(".", "")
-        whole = (prefix + name).replace(".", "")  # an average over more than this network
-        for key in (f"{prefix}model_ema.{dotless}", f"model_ema.{whole}", f"model_ema.{dotless}"):
+        dotless_whole = (prefix + name).replace(".", "")
+        candidates = (
+            f"{prefix}model_ema.{dotless}",  # LitEma is a part of this network
+            f"model_ema.{dotless_whole}",  # LitEma is of a model that this network is a part of
+            f"model_ema.{dotless}",  # LitEma is of this network, and stands beside it
+        )
+        for key in candidates:
             if key in tensors:
                 averages[name] = tensors[key]
     if averages:
@@ -1736,7 +1759,9 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    for stand_in in (InertDict, Inert):  # a file does not say which classes are dictionaries
+    # A file does not say which of its classes are dictionaries. An InertDict accepts items, but
+    # not every state; an Inert accepts any state, but no items. So both are tried
+    for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
     if names:
@@ -1759,6 +1784,7 @@ def load_inert(path, names, stand_in):
 def plain(value):
     """A copy without what stand-ins left. Tensors are not copied."""
     if isinstance(value, dict):
+        # Not value.items(): a file may give an OrderedDict an attribute of this name
         return {key: plain(item) for key, item in dict.items(value)}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(item) for item in value)
@@ -2179,8 +2205,8 @@ def start_process(args):
     world = environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     finds_others = world == 1 or "MASTER_ADDR" in os.environ
-    # Variables that srun alone sets. (SLURM_NTASKS is also set in salloc's shell, a single task.)
-    # Without SLURM_STEP_NUM_TASKS a SLURM_PROCID above 0 shows that there are several
+    # How many tasks srun started: SLURM_STEP_NUM_TASKS. Where that is not set, there are at least
+    # SLURM_PROCID + 1. (SLURM_NTASKS is also set in salloc's shell, which is a single task)
     tasks = environment_number("SLURM_STEP_NUM_TASKS", environment_number("SLURM_PROCID", 0) + 1)
     is_one_of_slurms = world == 1 and tasks > 1
     if is_one_of_slurms or not (0 <= rank < world and local_rank >= 0 and finds_others):
@@ -2672,7 +2698,8 @@ def images_per_pass(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
     size = args.batch_size // world
-    needed = 4096 * size  # the least that the smallest pictures and networks take
+    # In bytes: any picture and network takes more than 4 KB an image. This finds mistyped sizes
+    needed = 4096 * size
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise InputError(
             f"--batch-size {args.batch_size}: more than {needed / 1e9:.3g} GB do not fit into the "
@@ -2814,8 +2841,9 @@ def update_ema(ema, model, decay, step):
     """average <- average + (1 - d) (weights - average), in place, with the decay warmed up:
     d = min(decay, (1 + step) / (10 + step)).
 
-    The official codes have no warm-up. Their average is mostly the random start during the first
-    1 / (1 - decay) steps. After some ten times as many steps the two averages agree.
+    LDM's LitEma has this warm-up, but counts from 1. The codes of DiT, SiT and REPA have none:
+    their average is mostly the random start during the first 1 / (1 - decay) steps. After ten times
+    as many steps it agrees with this one.
     """
     if ema is None:
         return
@@ -2921,7 +2949,7 @@ def is_plausible(name, value):
         return False
     if name in ("vae", "vqgan"):
         return all(isinstance(value.get(key), str) for key in ("file", "sha256"))
-    if name == "latent" and "scale" in value:  # vqgan.py's has none
+    if name == "latent" and "scale" in value:  # older files of vqgan.py have something else there
         scale = value["scale"]  # None: unknown
         return is_number(value.get("shift")) and (scale is None or is_number(scale) and scale > 0)
     if name in ("args", "config"):
@@ -3054,7 +3082,7 @@ class Log:
     def begin(self, step):
         """Starts the clock and empties the averages: before the first step, and after each line."""
         if step == self.first:
-            BENCH.begin(self.device)
+            BENCH.begin(self.device)  # --bench counts from the first step to the last
         self.since = step
         self.started = time.monotonic()
         self.means = {}

@@ -22,6 +22,7 @@ and 12): rFID 7.94 -> 7.54, R 1.35 -> .64, S 1.22 -> .55.
 """
 
 import argparse
+import os
 
 import torch
 import torch.nn as nn
@@ -228,12 +229,14 @@ def codebook_use(model, data, n=1024):
 
 
 def train(args, rank, world, device):
-    # The networks: of the run to go on with, of --init, or new ones
-    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema", "latent"))
-    vae.check_needs(args)  # no flag may belong to a loss of weight 0
+    # The networks: of the run to go on with, of --init, or new ones. Flags that are not on the
+    # command line get the values that belong to these networks: vae.load_run() restores those of
+    # the run, starting_point() sets --model, make_discriminator() sets --disc-start
+    resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
+    vae.check_needs(args)  # a flag that was given must not belong to a loss of weight 0
     torch.manual_seed(args.seed)
     stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
-    if args.legacy_beta is not None:
+    if args.legacy_beta is not None:  # which term of the codebook's loss beta multiplies
         stored.config = dict(stored.config, legacy_beta=args.legacy_beta)
     step = resumed["step"] if resumed else 0
     model = vae.build(VQGAN, stored)
@@ -245,12 +248,12 @@ def train(args, rank, world, device):
     grid = model.grid(args.image_size)
     smallest = vae.smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
     micro_batch = vae.images_per_pass(args, world)
-    data = vae.ImageFolder(args.data, args.image_size, "random", args.seed)
-    shown = next(
-        vae.evenly(data.centred(), 8, device)
-    )  # 8 evenly spaced, the same in every preview
+    data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
+    # One batch of 8, the same in every preview
+    shown = next(vae.evenly(data.centred(), 8, device))
 
-    # The optimisers, and the average of the weights
+    # The optimisers, and the average of the weights. (What --train decoder freezes is in the
+    # optimiser, too; it has no gradient, so Adam leaves it)
     networks = [network for network in (model, discriminator) if network is not None]
     for network in networks:
         network.to(device, memory_format=vae.convolution_layout(device)).train()
@@ -267,37 +270,36 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     vae.check_same_start(step, model, data)  # compares processes
+    # On a CPU a forward pass is timed, to warn of a run that will take hours
     vae.say_duration(args, step, device, lambda: model.decode_features(model.features(shown[:1])))
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model, ema, data, shown, grid, autocast)
-    # A complete run is not measured and saved again. Its "latent" is the codebook's use, which is
-    # None until the end
-    is_complete = step >= args.steps and resumed is not None and resumed["latent"] is not None
+    first_step = step
     resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
     while step < args.steps and not vae.stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. tau is drawn from (seed, step): with probability p_alpha it is the identity
-        # (Eq. 1), else it scales and turns (Eq. 5). The batch has one tau, in all processes.
-        # `shrink` is the identity, except with --recipe release, which may shrink the images
-        host_rng, _ = vae.step_rngs(args.seed, step, device)
-        shrink, tau, _ = vae.draw_transforms(args, grid, smallest, host_rng)
-        images, _, _, readable = next(batches)  # (B / world, 3, H, W) uint8
+        # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
+        # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
+        # `shrink` is the identity, except with --recipe release; `_explicit_tau` is vae.py's alone
+        host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
+        shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
+        images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
         log.count(unreadable=(~readable).sum())
-        buffers_before = [
-            buffer.clone() for buffer in buffers
-        ]  # BatchNorm's, to undo a skipped step
+        # BatchNorm's running means and variances, which are put back if the step is skipped
+        buffers_before = [buffer.clone() for buffer in buffers]
 
         parts = images.split(micro_batch)
+        share = 1 / len(parts)  # the parts are equally large
         for images_part in parts:
-            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1]
-            # The paper transforms the features before they are quantised. Here they come from
-            # quant_conv. To transform its input would give the same, since a 1x1 convolution
-            # commutes with tau
+            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1], or smaller
+            # The paper transforms the features before they are quantised. h is the output of
+            # taming's quant_conv; to transform its input would give the same, since a 1x1
+            # convolution commutes with tau
             with autocast:
                 h = model.features(x)  # (b, e, h, w)
                 target = tau(x)  # EQ-VAE (in taming: x)
@@ -310,14 +312,15 @@ def train(args, rank, world, device):
                 args, target, reconstruction, perceptual, ssim
             )
             rec_loss = l1 + weighted  # in taming L1 + LPIPS
-            regularizer = args.codebook_weight * codebook_loss
+            weighted_codebook_loss = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
             log.add(l1=l1, **unweighted, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
             # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
-            # the first step on. d_loss sees a detached reconstruction, and vae.loss_gradient() has
-            # no gradient for the discriminator. (In taming d_loss waits for disc_start, too)
+            # the first step on. d_loss sees a detached reconstruction, and vae.loss_gradient()
+            # gives no gradient of g_loss to the discriminator. (In taming d_loss waits for
+            # disc_start, too)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -325,15 +328,13 @@ def train(args, rank, world, device):
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = vae.hinge_loss(real, fake)
-                (d_loss / len(parts)).backward()
+                vae.backward_discriminator(d_loss, share)
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
-                # The hinge's gradient is finite where a logit is NaN, which would hide it. With
-                # 0 * d_loss added rec_loss is NaN, so vae.loss_gradient() returns NaN and the step
-                # is skipped
-                rec_loss = rec_loss + 0 * d_loss.detach()
 
-            # The losses' gradient at the reconstruction, then one backward pass from there and from
-            # the regulariser
+            # (L_rec + w L_gan + codebook's loss).backward(), in two parts. vae.loss_gradient()
+            # takes the gradient of the first two at the reconstruction and finds VQ-GAN's adaptive
+            # weight w, which depends on the decoder's last layer. vae.backward_from() carries this
+            # gradient, and that of the codebook's loss, through decoder and encoder
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
@@ -343,7 +344,7 @@ def train(args, rank, world, device):
                 gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
-            vae.backward_from(reconstruction, gradient, regularizer, share=1 / len(parts))
+            vae.backward_from(reconstruction, gradient, weighted_codebook_loss, share)
 
         # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
         # optimiser does nothing where its attribute found_inf is 1. (It is GradScaler's, which is
@@ -365,9 +366,9 @@ def train(args, rank, world, device):
         if vae.is_due(step, args.save_every) and step < args.steps:
             vae.save_autoencoder(args, step, networks, optimizers, ema)
 
-    if not is_complete:
-        use = final_use(args, step, model, ema, data, device)
-        vae.save_autoencoder(args, step, networks, optimizers, ema, use)
+    # A run that went no step is saved only if it has no file yet: a finished one is left as it is
+    if step > first_step or not os.path.exists(args.out):
+        vae.save_autoencoder(args, step, networks, optimizers, ema)
     log.end(step)
 
 
@@ -379,24 +380,17 @@ def count_codes(tokens, n_embed):
 
 
 def preview(args, step, log, model, ema, data, shown, grid, autocast):
-    """vae.preview(), with the current weights; then a line of the log with the codebook's use over
-    1,024 images. It is measured as for the checkpoint: with the average of the weights, if any."""
+    """vae.preview(), with the current weights; then the codebook's use over 1,024 images, a line of
+    the log: with the average of the weights, if any."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
-    if vae.MAIN and not args.bench and args.sample_every:
-        used = vae.averaged_model(model, ema, shown.device)
-        log.write(dict(step=step, **codebook_use(used, data.centred())))
-
-
-def final_use(args, step, model, ema, data, device):
-    """The codebook's use for a finished run's checkpoint; None if it was stopped."""
-    if step < args.steps or not vae.MAIN or args.bench:
-        return None
-    use = codebook_use(vae.averaged_model(model, ema, device), data.centred())
+    if not vae.MAIN or args.bench or not args.sample_every:
+        return
+    use = codebook_use(vae.averaged_model(model, ema, shown.device), data.centred())
+    log.write(dict(step=step, **use))
     vae.say(
         f"codebook: {use['dead']} of {model.config['n_embed']} codes are used by none of "
         f"{use['images']} images"
     )
-    return use
 
 
 # ==================================================================================================
