@@ -53,12 +53,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-WHY_NO_VAE = "another module has its name"
+VAE_ERROR = None
 try:  # train(), generate() and the command line need vae.py; all else does without
     import vae
+    from vae import InputError  # which another module of that name does not have
 except ImportError as error:
     vae = None
-    WHY_NO_VAE = str(error)
+    InputError = ValueError
+    VAE_ERROR = error
 
 # name -> (width, blocks, attention heads)
 SIZES = {
@@ -457,7 +459,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
-    latent = measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
+    latent = measure_scale(autoencoder, images)  # dict of scale and shift; sets them if unknown
     vae.say_duration(args, step, device, forward_pass_of(model))  # if it is a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -541,7 +543,7 @@ def load_latent_space(args, checkpoint, device):
                 was trained on, and the latents get the scale that they had then
     """
     if not args.vae:
-        raise vae.InputError(
+        raise InputError(
             "--vae: name the autoencoder on whose latents to train, or on which the generator was "
             "trained (vae.py makes one: eqvae.pt)"
         )
@@ -564,7 +566,7 @@ def check_source(name, autoencoder, source):
     if not hasattr(autoencoder, "sha256"):  # it takes a second, and generate() is called often
         autoencoder.sha256 = vae.weights_hash(autoencoder)
     if source["sha256"] != autoencoder.sha256:
-        raise vae.InputError(
+        raise InputError(
             f"{name}: the generator was trained with another one ({source['file']}, SHA-256 "
             f"{source['sha256'][:16]}); give that one, or train anew with another --out"
         )
@@ -578,12 +580,13 @@ def set_scale(autoencoder, latent):
 def open_images(args, autoencoder):
     """Sets the sizes of images and latents, and opens --data. -> ImageFolder
 
-    autoencoder.image_size becomes (H, W) of the generator's training: --image-size, or else what
-    the autoencoder was itself trained at. autoencoder.latent_size becomes (h, w).
+    autoencoder.image_size becomes the (H, W) of the generator's training, a square: --image-size,
+    or else the longer side that the autoencoder was itself trained at. autoencoder.latent_size
+    becomes (h, w).
     """
     if args.image_size is None:
         args.image_size = max(autoencoder.image_size or (256, 256))
-        vae.say(f"--image-size {args.image_size}: the autoencoder's, or 256 where it is not known")
+        vae.say(f"--image-size {args.image_size}: the autoencoder's longer side; 256 if unknown")
     autoencoder.image_size = (args.image_size, args.image_size)
     autoencoder.latent_size = autoencoder.grid(autoencoder.image_size)
     return vae.ImageFolder(args.data, autoencoder.image_size, "center", args.seed, args.mirror)
@@ -594,15 +597,16 @@ def forward_pass_of(model):
     side = model.config["input_size"]
     device = next(model.parameters()).device
     x = torch.zeros(1, model.config["in_channels"], side, side, device=device)
-    zero = torch.zeros(1, dtype=torch.long, device=device)  # timestep and label
-    return lambda: model(x, zero.float(), zero)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    t = label.float()  # SiT's and REPA's times are floats
+    return lambda: model(x, t, label)
 
 
 def network_config(args, preset, autoencoder, images):
     """The arguments of the network for these latents and classes."""
     side = autoencoder.latent_size[0]
     if side % preset["patch_size"]:
-        raise vae.InputError(
+        raise InputError(
             f"--model {args.model}: its patches do not divide latents of {side} x {side}; "
             "choose another model, or another --image-size"
         )
@@ -627,9 +631,7 @@ def start_network(network_class, config, args, resumed, images):
     if resumed["classes"] != images.classes:
         changed.append(f"other classes ({vae.shortened(resumed['classes'])})")
     if changed:
-        raise vae.InputError(
-            f"{args.out}: was trained with {'; '.join(changed)}; give another --out"
-        )
+        raise InputError(f"{args.out}: was trained with {'; '.join(changed)}; give another --out")
     return vae.build(network_class, vae.Stored(args.out, config, resumed["model"]))
 
 
@@ -638,7 +640,7 @@ def compile_blocks(args, blocks):
     if not args.compile:
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
-        raise vae.InputError("--compile: needs a C++ compiler, and none is installed")
+        raise InputError("--compile: needs a C++ compiler, and none is installed")
     for block in blocks:
         block.compile()
 
@@ -791,7 +793,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     A signal ends the run; what it has cached stays, and the same command caches the rest.
     """
     if os.path.realpath(folder) == os.path.realpath(Path(args.out).with_suffix("")):
-        raise vae.InputError(
+        raise InputError(
             f"--cache {folder}: there --out {args.out} writes its pictures; give another folder"
         )
     views = 2 if mirror else 1
@@ -802,7 +804,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
         mirrored = [batch, batch.flip(3)][:views]
         encoded = torch.stack([encode(view) for view in mirrored], dim=1)
         if not encoded.isfinite().all():
-            raise vae.InputError(
+            raise InputError(
                 f"--cache {folder}: some rows are NaN, infinite or too large for float16; delete "
                 "the folder and do without this cache"
             )
@@ -818,7 +820,7 @@ def cached(args, rank, world, folder, images, encode, shape, dtype, made_of, mir
     made_of = dict(made_of, images=digest, image_size=images.size)
     rows = Rows(folder, shape, dtype, "--cache", **made_of)
     if vae.MAIN:
-        with contextlib.suppress(vae.InputError):  # a complete cache may lie where nobody may write
+        with contextlib.suppress(InputError):  # a complete cache may lie where nobody may write
             vae.write_file(memo, lambda path: path.write_text(json.dumps(remembered)))
 
     # Batches of a fixed grid: rounding depends on the batch, and a cache should be the same however
@@ -852,9 +854,10 @@ class CachedViews(torch.utils.data.Dataset):
     indices  of the rows whose picture could be read
     labels   of these rows
 
-    Items are (row, label, index, True), as those of vae.ImageFolder, and asked for in the same way,
-    as (epoch, index). With `mirror` a random half of them are the mirror image's. The object holds
-    paths and numbers alone, so it can be sent to data loaders; each opens the file itself.
+    Items are (row, label, index, True), as those of vae.ImageFolder, and asked for as training asks
+    for those: as (epoch, index). With `mirror` a random half of them are the mirror image's. The
+    object holds paths and numbers alone, so it can be sent to data loaders; each opens the file
+    itself.
     """
 
     def __init__(self, path, indices, labels, seed, mirror):
@@ -893,7 +896,7 @@ class CachedViews(torch.utils.data.Dataset):
         number = int(np.ravel_multi_index((row, view), self.shape[:2]))
         self.file.seek(self.offset + number * values.nbytes)
         if self.file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
-            raise vae.InputError(f"{self.path}: was cut short; delete its folder")
+            raise InputError(f"{self.path}: was cut short; delete its folder")
         return values
 
 
@@ -961,7 +964,7 @@ class Rows:
                 self.prepare(json.loads(json.dumps(manifest)))
             except OSError as error:
                 reason = error.strerror or error
-                raise vae.InputError(f"{flag} {folder}: cannot be used ({reason})") from None
+                raise InputError(f"{flag} {folder}: cannot be used ({reason})") from None
         vae.barrier()
         # On machines that do not share this disk the file is another one, or none
         seen = self.status_path.read_bytes() if self.status_path.exists() else None
@@ -974,7 +977,7 @@ class Rows:
         before = self.read_manifest(path)
         wrong = [name for name in manifest if before and before.get(name) != manifest[name]]
         if wrong:
-            raise vae.InputError(
+            raise InputError(
                 f"{self.flag} {self.folder}: belongs to other {', '.join(wrong)}; delete the "
                 f"folder, or give another {self.flag}"
             )
@@ -994,7 +997,7 @@ class Rows:
         names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         names -= {"rows.npy", "status.npy", "manifest.json", "images.json"}
         if not all(name.endswith(".tmp") for name in names):
-            raise vae.InputError(f"{self.flag} {self.folder}: holds other files; give a new folder")
+            raise InputError(f"{self.flag} {self.folder}: holds other files; give a new folder")
         try:
             return dict(vae.read_json(path)) if path.exists() else {}
         except (ValueError, TypeError):
@@ -1006,9 +1009,9 @@ class Rows:
             rows = np.load(self.path, mmap_mode="r")
             status = np.array(np.load(self.status_path))
         except (OSError, ValueError, EOFError) as error:
-            raise vae.InputError(f"{self.folder}: not whole ({error}); delete it") from None
+            raise InputError(f"{self.folder}: not whole ({error}); delete it") from None
         if (rows.shape, rows.dtype, len(status)) != (self.shape, self.dtype, self.shape[0]):
-            raise vae.InputError(f"{self.folder}: its files do not fit together; delete it")
+            raise InputError(f"{self.folder}: its files do not fit together; delete it")
         return status
 
     def unfinished(self, size, rank, world):
@@ -1034,7 +1037,7 @@ class Rows:
         status = self.read_status()
         missing = int((status == MISSING).sum())
         if missing:
-            raise vae.InputError(
+            raise InputError(
                 f"{self.folder}: {missing:,} rows are missing; the same command goes on"
             )
         unreadable = int((status == UNREADABLE).sum())
@@ -1083,14 +1086,14 @@ def load_generator(file, network_class=DiT, entries=ENTRIES, **options):
     Others it would cast again at every call.
     """
     if vae is None:
-        raise ImportError("load_generator() needs vae.py and eqloss.py beside this file")
+        raise ImportError(f"load_generator() needs vae.py and eqloss.py ({VAE_ERROR})")
     path = find_generator(file)
     contents = vae.read_file(path)
     checkpoint = {}
     if vae.is_ours(contents):
         arch = network_class.__name__
         if contents["arch"] != arch:
-            raise vae.InputError(f"{path}: holds a {contents['arch']}, not a {arch}")
+            raise InputError(f"{path}: holds a {contents['arch']}, not a {arch}")
         vae.check_entries(path, contents, ("model", *entries))
         config = contents["config"]
         weights = contents.get("ema") or contents["model"]
@@ -1106,7 +1109,7 @@ def find_generator(path):
     """path, or the checkpoint of the run whose folder it is: dit/ stands for dit.pt."""
     beside = Path(f"{os.path.normpath(path)}.pt")
     if os.path.isdir(path) and not beside.is_file():
-        raise vae.InputError(f"{path}: a folder; give a file, ours or official, not diffusers'")
+        raise InputError(f"{path}: a folder; give a file, ours or official, not diffusers'")
     return beside if os.path.isdir(path) else path
 
 
@@ -1114,14 +1117,14 @@ def read_official(path, checkpoint, network_class, options):
     """Configuration and weights of an official file, whose shapes tell the configuration."""
     weights = vae.find_weights(checkpoint, network_class.ANCHOR)
     if weights is None:
-        raise vae.InputError(
+        raise InputError(
             f"{path}: no {network_class.__name__} checkpoint, neither ours nor an official one "
             "(diffusers' layout is not read)"
         )
     try:
         return network_class.config_of(weights, **options), weights
     except (KeyError, ValueError, IndexError) as error:
-        raise vae.InputError(f"{path}: not a known {network_class.__name__} ({error})") from None
+        raise InputError(f"{path}: not a known {network_class.__name__} ({error})") from None
 
 
 def generate(
@@ -1205,7 +1208,7 @@ def decode_pictures(decode, latents):
     for part in latents.split(32):
         decoded = decode(part)
         if not decoded.isfinite().all():
-            raise vae.InputError("some of the generator's samples are not finite numbers")
+            raise InputError("some of the generator's samples are not finite numbers")
         pictures.append(vae.to_uint8(decoded).permute(0, 2, 3, 1).cpu())
     return torch.cat(pictures).numpy()
 
@@ -1231,19 +1234,19 @@ def sample_latents(args, rank, world, device, load, configs, generate, settings,
     # All arguments are checked before anything is written
     out = samples_path(args, world)
     if args.guidance_low > args.guidance_high:
-        raise vae.InputError("--guidance-low: must not exceed --guidance-high")
+        raise InputError("--guidance-low: must not exceed --guidance-high")
     if args.three_channels and args.cfg_scale == 1:
-        raise vae.InputError("--three-channels: is not read without --cfg-scale")
+        raise InputError("--three-channels: is not read without --cfg-scale")
     if not 2 <= args.sampling_steps <= 1000:
-        raise vae.InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
+        raise InputError(f"--sampling-steps {args.sampling_steps}: must be 2 to 1000")
     model, checkpoint = load(args.sample_from)
     config = model.config
     check_guidance(args.cfg_scale, config["num_classes"])
     autoencoder, source = load_latent_space(args, checkpoint, device)
     if autoencoder.scaling_factor is None:
-        raise vae.InputError(f"--vae {args.vae}: the scale of its latents is unknown")
+        raise InputError(f"--vae {args.vae}: the scale of its latents is unknown")
     if autoencoder.config["z_channels"] != config["in_channels"]:
-        raise vae.InputError(
+        raise InputError(
             f"--vae {args.vae}: its latents have {autoencoder.config['z_channels']} channels, "
             f"the generator's {config['in_channels']}"
         )
@@ -1284,11 +1287,11 @@ def samples_path(args, world):
     out = Path(args.samples or Path(args.sample_from).with_suffix(".npz"))
     is_writable = out.suffix == ".npz" and out.parent.is_dir()
     if not is_writable or out.is_dir() or out.with_suffix(".json").is_dir():
-        raise vae.InputError(
+        raise InputError(
             f"--samples {out}: give a name that ends in .npz, in a folder that is there"
         )
     if args.num_samples < world:
-        raise vae.InputError(
+        raise InputError(
             f"--num-samples {args.num_samples}: fewer than the {world} processes; at least one each"
         )
     return out
@@ -1296,9 +1299,7 @@ def samples_path(args, world):
 
 def check_guidance(cfg_scale, num_classes):
     if cfg_scale != 1 and not num_classes:
-        raise vae.InputError(
-            f"--cfg-scale {cfg_scale:g}: must be 1 for a generator without classes"
-        )
+        raise InputError(f"--cfg-scale {cfg_scale:g}: must be 1 for a generator without classes")
 
 
 def choose_labels(args, num_classes, names):
@@ -1327,7 +1328,7 @@ def numbers_of(what, labels, num_classes, names):
         numbers |= {str(label): label for label in range(num_classes)}
     unknown = [label for label in labels if isinstance(label, str) and label not in numbers]
     if unknown:
-        raise vae.InputError(
+        raise InputError(
             f"{what}: no class {', '.join(unknown)}; give some of {vae.shortened(list(numbers))}"
         )
     return [numbers.get(label, label) for label in labels]
@@ -1351,7 +1352,7 @@ def write_samples(args, rank, world, out, model, side, make_pictures, calls, rec
     size = args.num_samples * side * side * 3
     needed = size if os.path.exists(f"{out}.part/rows.npy") else 2 * size  # rows, then the npz
     if needed > shutil.disk_usage(out.parent).free:
-        raise vae.InputError(
+        raise InputError(
             f"--num-samples {args.num_samples}: needs {needed / 1e9:.3g} GB, and {out.parent} has "
             "less room"
         )
@@ -1397,7 +1398,7 @@ def is_written(out, record):
     except (OSError, ValueError):
         before = None
     if before != json.loads(json.dumps(record)):
-        raise vae.InputError(
+        raise InputError(
             f"--samples {out}: exists and was made with other settings; give another --samples"
         )
     return True
@@ -1492,9 +1493,9 @@ def main():
 def need_vae(script):
     """Ends the process if vae.py, or a package that it imports, is missing: a script that was
     copied alone neither trains nor samples."""
-    if not hasattr(vae, "launch"):
+    if vae is None:
         raise SystemExit(
-            f"{script}: to train or sample, put vae.py and eqloss.py beside it ({WHY_NO_VAE})"
+            f"{script}: to train or sample, put vae.py and eqloss.py beside it ({VAE_ERROR})"
         )
 
 
@@ -1524,7 +1525,7 @@ def check_mode(args):
         also = ("cfg_scale", "guidance_low", "guidance_high", "three_channels")
     vae.check_flags(args, "without --sample-from", ("generator", "alignment", "run"), also)
     if args.cache and getattr(args, "no_cache", False):
-        raise vae.InputError("--cache: is not read with --no-cache; leave one out")
+        raise InputError("--cache: is not read with --no-cache; leave one out")
 
 
 if __name__ == "__main__":

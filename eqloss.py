@@ -18,9 +18,9 @@ your own loss, and tau(z) in the decoder's call:
     >>> loss = (target - reconstruction).abs().mean()  # your own loss
     >>> loss.backward()
 
-Draw tau once for a whole batch. If several processes or micro-batches share the
-batch, they must share its tau too: give `sample_transform` a generator that is
-seeded with (seed, step). If a network in your loss needs images of a minimum size
+Draw tau once for a whole batch. If several processes share the batch, they must
+share its tau too: give `sample_transform` a generator with the same seed in all of
+them, for instance seed + step. If a network in your loss needs images of a minimum size
 (LPIPS: 16 pixels, PatchGAN: 24), pass it as `smallest`, divided by f and rounded up.
 
 This file needs torch alone. vae.py and vqgan.py train with it, evaluate.py measures
@@ -151,7 +151,8 @@ def draw_size(grid, scaled_sides, low, smallest, generator):
     if scaled_sides is None."""
     if scaled_sides is None:
         return grid
-    least = [max(smallest, math.ceil(low * side)) for side in grid]
+    # low * side may be rounded up: .28 * 25 is 7.000000000000001
+    least = [max(smallest, math.ceil(low * side - 1e-9)) for side in grid]
     has_room = all(fewest < side for fewest, side in zip(least, grid))
     check_room(has_room, grid, low, smallest)
     if scaled_sides == "each":
@@ -209,8 +210,9 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
     `shrink` is applied to the image before it is encoded. Where it scales, both
     sides have one scale, also for "rs-aniso"; the step is plain reconstruction
     (Eq. 1) of the shrunken image, and tau lies on the smaller grid. For every grid
-    the scales are k/32 with k uniform over 32 low .. 31, and sides are rounded down.
-    Both interpolate bilinearly, without antialias.
+    the scales are k/32, and sides are rounded down. k is uniform over 32 low .. 31,
+    from the least one that leaves `smallest` cells. Both interpolate bilinearly,
+    without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """

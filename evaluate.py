@@ -49,16 +49,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+VAE_ERROR = None
 try:  # the two commands need these files; metrics and extractors do without
     import eqloss
     import vae
     import vqgan
-    from vae import InputError
-except ModuleNotFoundError as error:
-    if error.name not in ("eqloss", "vae", "vqgan"):  # a package that they need
-        raise
+    from vae import InputError  # which another module of that name does not have
+except ImportError as error:
     eqloss = vae = vqgan = None
     InputError = ValueError
+    VAE_ERROR = error
 
 
 @contextlib.contextmanager
@@ -226,11 +226,11 @@ def two_nn(points, fraction=0.9, chunk=1024):
     nearest neighbours. The dimension is the slope of -log(1 - F(mu)) against log(mu), fitted
     through the origin to the lowest `fraction` of mu. It grows with N: compare it at equal N only.
     """
-    x = np.unique(points.cpu().numpy(), axis=0)
+    # They are centred first, because this may round two points to the same place
+    x = (points - points.mean(dim=0)).float()
+    x = torch.from_numpy(np.unique(x.cpu().numpy(), axis=0)).to(points.device)
     if len(x) < 3:
         raise ValueError(f"the dimension needs at least 3 different points, but there are {len(x)}")
-    x = torch.from_numpy(x).to(points.device)
-    x = (x - x.mean(dim=0)).float()
     logarithms = []
     for start in range(0, len(x), chunk):
         part = x[start : start + chunk]
@@ -292,7 +292,7 @@ class Mixed(nn.Module):
                 for unit_name, arguments in units.items():
                     self.add_module(unit_name, Unit(width, *arguments))
                 self.unit_names[branch].append(list(units))
-                width = entry[0]  # the input of the next entry; there is none after two units
+                width = entry[0]  # of the next entry's input (after a list there is no next one)
 
     def forward(self, x):
         outputs = []
@@ -661,7 +661,7 @@ def batches(pictures, args, label, rank, world):
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        if vae.signal_heard():  # there is nothing to save
+        if vae.signal_heard():  # which adds another process's to SIGNALS. There is nothing to save
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -954,7 +954,7 @@ STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
 @full_precision()
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
-    # Our samplers write their settings beside SAMPLES.npz. (abspath() also makes SAMPLES/ SAMPLES)
+    # Our samplers write their settings beside SAMPLES.npz. (abspath() drops the slash of SAMPLES/)
     settings_file = Path(f"{os.path.abspath(args.samples).removesuffix('.npz')}.json")
     inputs = (args.samples, args.reference, args.inception, settings_file)
     check_output("--record", args.record, *inputs, args.statistics)
@@ -1144,7 +1144,8 @@ def open_npz(path):
 
 def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
-    number of images that they were computed from, or "unknown". -> {} without mu"""
+    number of images that they were computed from, or "unknown": only files of --statistics tell it.
+    -> {} without mu"""
     if os.path.isdir(path):
         return {}
     with open_npz(path) as file:
@@ -1280,8 +1281,10 @@ class StoredPictures:
 
 
 def main():
-    if not hasattr(vae, "launch"):  # perhaps it is somebody's other module of that name
-        raise SystemExit("evaluate.py: its commands need vae.py, vqgan.py and eqloss.py beside it")
+    if vae is None:
+        raise SystemExit(
+            f"evaluate.py: its commands need vae.py, vqgan.py and eqloss.py beside it ({VAE_ERROR})"
+        )
     parser = vae.make_parser(__doc__)
     by_default = "(default: from torch hub's cache, else downloaded)"
     commands = parser.add_subparsers(metavar="{recon,samples}", required=True)
@@ -1308,7 +1311,10 @@ def main():
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="files or folders of autoencoders")
     add("--data", default="data/imagenet/val", help="folder of images")
     add("--image-size", type=vae.image_size, default=(256, 256), help="256, or HxW")
-    add("--model", help="preset, for checkpoints that have no configuration: sd, sdxl, sd3, sd-16")
+    add(
+        "--model",
+        help="preset, for checkpoints without a configuration: sd, sdxl, sd3, flux, sd-16",
+    )
     text = "of the autoencoders' convolutions (default: as their files tell, else zeros)"
     add("--padding-mode", choices=("zeros", "reflect"), help=text)
     add("--num-images", type=vae.positive_int, help="images to score, evenly spaced (default: all)")
@@ -1329,7 +1335,7 @@ def main():
     text = "also give FD-thumbnails, the distance of the pictures shrunk to 8 x 8"
     add("--thumbnails", action="store_true", help=text)
     add("--shuffle", action="store_true", help="shuffle the samples before IS splits them")
-    vae.launch(parser, lambda args, *process: args.run(args, *process))
+    vae.launch(parser, lambda args, rank, world, device: args.run(args, rank, world, device))
 
 
 if __name__ == "__main__":

@@ -41,14 +41,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-WHY_NO_VAE = "another module has its name"
+VAE_ERROR = None
 try:  # training and sampling need the other files; network and decoding do without
     import dit
     import vae
     import vqgan
+    from vae import InputError
 except ImportError as error:
     dit = vae = vqgan = None
-    WHY_NO_VAE = str(error)
+    InputError = ValueError
+    VAE_ERROR = error
 
 # name -> arguments of MaskGIT
 CONFIGS = {
@@ -474,7 +476,7 @@ def load_tokenizer(args, checkpoint, device):
                 trained on
     """
     if not args.vqgan:
-        raise vae.InputError(
+        raise InputError(
             "--vqgan: name the VQ-GAN on whose tokens to train, or on which the generator was "
             "trained (vqgan.py makes one: eqvqgan.pt)"
         )
@@ -484,9 +486,7 @@ def load_tokenizer(args, checkpoint, device):
     if checkpoint:
         dit.check_source(f"--vqgan {args.vqgan}", tokenizer, checkpoint["vqgan"])
     if tokenizer.config["n_embed"] > 2**15:
-        raise vae.InputError(
-            f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits"
-        )
+        raise InputError(f"--vqgan {args.vqgan}: has more than the 32,768 codes that fit 16 bits")
     return tokenizer.to(device), source
 
 
@@ -609,7 +609,7 @@ def sampling_settings(args, config):
             settings[name] = getattr(args, name)
     n = config["input_size"] ** 2
     if not 1 <= settings["sampling_steps"] <= n:
-        raise vae.InputError(
+        raise InputError(
             f"--sampling-steps {settings['sampling_steps']}: must be 1 to {n}, the number of tokens"
         )
     dit.check_guidance(settings["cfg_scale"], config["num_classes"])
@@ -621,10 +621,10 @@ def sampling_settings(args, config):
 
 
 def main():
-    if not hasattr(vae, "launch"):
+    if vae is None:
         raise SystemExit(
             "maskgit.py: to train or sample, put dit.py, vqgan.py, vae.py and eqloss.py beside it "
-            f"({WHY_NO_VAE})"
+            f"({VAE_ERROR})"
         )
     parser, generator, sampling = dit.arguments(__doc__, CONFIGS, "maskgit.pt", steps=1_500_000)
     add = generator.add_argument

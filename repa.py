@@ -317,7 +317,7 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source, encoder_id)  # compares processes
-    latent = dit.measure_scale(autoencoder, images)  # sets scale and shift, if its file has none
+    latent = dit.measure_scale(autoencoder, images)  # dict of scale and shift; sets them if unknown
     vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)

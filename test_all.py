@@ -963,6 +963,12 @@ def test_no_side_is_below_the_lowest_scale_or_the_size_that_is_asked_for(
         assert set(zip(shorter, longer)) == expected, "thirty-seconds, rounded down"
 
 
+def test_the_lowest_size_is_drawn_where_its_product_is_rounded_up():
+    """.28 * 25 is 7.000000000000001."""
+    taus = draw_taus("paper", 400, (25, 25), p_alpha=0, kind="s", low=0.28)
+    assert min(tau.size[0] for _, tau in taus) == 7
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_defaults_of_a_draw_are_the_papers(recipe):
     arguments = inspect.signature(DRAW[recipe]).parameters.values()
@@ -3601,6 +3607,27 @@ def test_ssim_without_evaluate_is_told_before_anything_is_written(monkeypatch, t
     with pytest.raises(ModuleNotFoundError):
         train(tmp_path / "a.pt", "--data", photos, "--ssim-weight", 1, "--steps", 1)
     assert not list(tmp_path.iterdir())
+
+
+@for_each(vae, vqgan)
+def test_a_signal_before_the_first_step_leaves_the_file_as_it_is(
+    monkeypatch, tmp_path, photos, script
+):
+    """It is a finished run's, with the scale of its latents, which is to go on."""
+    words = ("--data", photos, "--steps")
+    finished, _ = train(tmp_path / "a.pt", *words, 1, main=script.main)
+    content = (tmp_path / "a.pt").read_bytes()
+    say_start = vae.say_start
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return say_start(*args)
+
+    monkeypatch.setattr(vae, "say_start", signalled)
+    for more in ((), ("--seed", 0), ("--latent-scale", "measured")[: 2 * (script is vae)]):
+        with pytest.raises(SystemExit):
+            train(tmp_path / "a.pt", *words, 3, *more, main=script.main)
+        assert (tmp_path / "a.pt").read_bytes() == content, more
 
 
 def test_a_signal_after_the_last_step_leaves_a_finished_run(capsys, monkeypatch, tmp_path, photos):
@@ -6741,6 +6768,9 @@ def test_distances_and_scores_equal_pytorch_fid_and_torch_fidelity(perceptual):
     lattice = torch.cartesian_prod(*[torch.arange(4.0)] * 3)
     with pytest.raises(ValueError, match="equally far"):
         evaluate.two_nn(lattice)
+    almost = torch.tensor([[0, 0], [1e-12, 0], [1, 1], [2, 0], [0, 3.0]])
+    dimension, n = evaluate.two_nn(almost)
+    assert math.isfinite(dimension) and n == 4, "centring makes two of them one"
 
 
 # ==================================================================================================

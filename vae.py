@@ -622,13 +622,14 @@ def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. Flags that are not on the command line get the values that
     # belong to these networks: load_run() restores those of the run, starting_point() sets --model,
-    # make_discriminator() sets --disc-start
+    # make_discriminator() sets --disc-start. (`required` are keys that the run's file must have;
+    # their values may be None)
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
     check_needs(args)  # a flag that was given must not belong to a loss of weight 0
     torch.manual_seed(args.seed)
-    # kl-f8.ckpt does not say that it is an SD-VAE, so "sd" is what a file holds that does not tell
+    # A file without a configuration, as kl-f8.ckpt, is taken for "sd" if its weights fit
     read = functools.partial(read_autoencoder, default="sd")
     stored = starting_point(args, resumed, CONFIGS, read)
     check_options(args, stored)
@@ -659,7 +660,7 @@ def train(args, rank, world, device):
     ]
     restore_optimizers(optimizers, resumed)
     parameters = trainable_parameters(*networks)
-    buffers = list(discriminator.buffers()) if discriminator is not None else []
+    buffers = list(discriminator.buffers()) if discriminator is not None else []  # BatchNorm's
     ema = start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -671,11 +672,8 @@ def train(args, rank, world, device):
     say_start(args, model, data, world, micro_batch, device)
     if resumed is None:
         preview(args, step, log, model.encode_mean, model.decode, shown, grid, autocast)
-    # At a run's end the scale and shift of its latents are measured and saved, as the checkpoint's
-    # "latent", which is None until then. If this run had ended already, it is done again only where
-    # --latent-scale stands on the command line
-    is_complete = step >= args.steps and resumed is not None and resumed["latent"] is not None
-    measures_again = "latent_scale" in args.given
+    first_step = step
+    was_measured = resumed is not None and resumed["latent"] is not None
     resumed = stored = None  # frees the loaded tensors
     log.begin(step)
 
@@ -689,14 +687,14 @@ def train(args, rank, world, device):
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *shrink.size)
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
-        log.count(unreadable=(~readable).sum())
-        # BatchNorm's running means and variances, which are put back if the step is skipped
+        log.count(unreadable=(~readable).sum())  # another picture took its place
+        # The running means and variances of the discriminator, put back if the step is skipped
         buffers_before = [buffer.clone() for buffer in buffers]
 
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch)))
         share = 1 / len(parts)  # the parts are equally large
         for images_part, noise_part in parts:
-            x = shrink(to_float(images_part, device))  # (b, 3, H, W) in [-1, 1], or smaller
+            x = shrink(to_float(images_part, device))  # (b, 3, H, W), or shrunk; in [-1, 1]
             with autocast:
                 posterior = model.encode(x)
                 z = posterior.mean + posterior.std * noise_part  # (b, c, h, w)
@@ -705,11 +703,12 @@ def train(args, rank, world, device):
 
             # L_rec. LDM adds an image's LPIPS to the absolute error of each of its values and takes
             # the sum over all of them. That is (mean error + LPIPS) times their number. The KL term
-            # is such a sum, too; so where tau shrinks the image, L_rec weighs less beside it
+            # is a sum over z, which tau does not shrink. So where tau shrinks the image, L_rec
+            # weighs less beside it. `other_losses` is LPIPS, and L2 and SSIM, times their weights
             num_values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
-            weighted, unweighted = weighted_losses(args, target, reconstruction, perceptual, ssim)
-            rec_loss = (l1 + weighted) * num_values
+            other_losses, for_log = weighted_losses(args, target, reconstruction, perceptual, ssim)
+            rec_loss = (l1 + other_losses) * num_values
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             # Table 7's ablation: Eq. 4 in the place of Eq. 5, so tau is the identity here
@@ -721,7 +720,7 @@ def train(args, rank, world, device):
                 regularizer = regularizer + args.explicit_weight * explicit
                 log.add(explicit=explicit)
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
-            log.add(l1=l1, **unweighted, rec_loss=rec_loss / num_values, kl=kl)
+            log.add(l1=l1, **for_log, rec_loss=rec_loss / num_values, kl=kl)
 
             # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
             # the first step on. d_loss sees a detached reconstruction, and loss_gradient() gives no
@@ -738,9 +737,9 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
             # (L_rec + w L_gan + regulariser).backward(), in two parts. loss_gradient() takes the
-            # gradient of the two losses at the reconstruction and finds VQ-GAN's adaptive weight w,
-            # which depends on the decoder's last layer. backward_from() carries this gradient, and
-            # the regulariser's, through decoder and encoder
+            # gradient of the two losses at the reconstruction, with VQ-GAN's adaptive weight w: the
+            # ratio of their gradients' norms at the decoder's last layer. backward_from() carries
+            # it on through decoder and encoder, and the regulariser's through the encoder
             gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,
@@ -772,7 +771,11 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
-    if measures_again or not is_complete:
+    # The latents' scale and shift are measured where the run finishes, and saved as "latent", which
+    # is None before. A run that went no step leaves its file as it is, unless they are missing, or
+    # --latent-scale asks for them once more
+    asks_again = step >= args.steps and "latent_scale" in args.given
+    if step > first_step or not was_measured or asks_again:
         latent = final_scale(args, step, model, ema, data, device)
         save_autoencoder(args, step, networks, optimizers, ema, latent)
     log.end(step)
@@ -1080,7 +1083,7 @@ def launch_trainer(parser, train, export):
 
     def run(args, rank, world, device):
         if args.export:
-            # No group of flags is read whole, only these
+            # --export reads these flags alone
             also = ("export", "init", "model", "layout", "half", "padding_mode")
             check_flags(args, mode="with --export", groups=(), also=also)
             export(args)
@@ -1108,7 +1111,8 @@ class Stored:
 
 
 def starting_point(args, resumed, configs, read):
-    """-> Stored: what training begins with. Sets --model where it was not given."""
+    """-> Stored: what training begins with. Where --model was not given, sets it, for the
+    checkpoint's arguments and for --bench."""
     if resumed is not None:
         stored = Stored(args.out, resumed["config"], resumed["model"], resumed["disc"])
     elif args.init == "scratch":
@@ -1143,9 +1147,9 @@ def build(network_class, stored):
 
 
 def check_sizes(config):
-    """ValueError for a value that no network has. A configuration is somebody's text file, and
-    torch builds a GroupNorm of -8 groups without a word, or a billion layers until memory is full.
-    """
+    """ValueError for a value that no network of these scripts has. A configuration is somebody's
+    text file, and torch builds a GroupNorm of -8 groups without a word, or a billion layers until
+    memory is full."""
     choices = dict(padding_mode=("zeros", "reflect"), path=("linear", "gvp"))  # path: SiT's
     for name, value in config.items():
         if name in choices:
@@ -1236,6 +1240,8 @@ def read_ours(path, checkpoint, arch):
     check_entries(path, checkpoint, ("model", "ema", "disc", "step", "args", "latent"))
     config = dict(checkpoint["config"])
     if arch == "AutoencoderKL":
+        # Before a fine-tune has finished, the scale is unknown: its configuration has that of the
+        # weights it began from
         latent = checkpoint["latent"] or dict(scale=None, shift=config.get("shift_factor"))
         config["scaling_factor"] = latent.get("scale")
         config["shift_factor"] = latent.get("shift")
@@ -1328,7 +1334,8 @@ def find_weights(checkpoint, anchor):
         return None
     taken, tensors, prefix = networks[0]
     say_averages(checkpoint, taken)
-    if len(networks) > 1 and not is_average(taken):  # beside an average are its plain weights
+    # If an average is taken, the others are its plain weights, which need no message
+    if len(networks) > 1 and not is_average(taken):
         others = shortened([other for other, _, _ in networks[1:]])
         say(f"several networks in one file: {taken or 'the first'} is taken, not {others}")
     return take_average(tensors, prefix)
@@ -1976,7 +1983,12 @@ def add_run_arguments(parser, **defaults):
     add("--lr", type=positive_number, help="not scaled by batch or processes")
     add("--seed", type=seed_number, default=0, help="of all that is random")
     precisions = ("auto", "bf16", "fp32")
-    add("--precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
+    add(
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="auto: bf16 where it is fast when a run begins",
+    )
     workers = 8 if torch.cuda.is_available() else 0
     add("--workers", type=count, default=workers, help="data loaders")
     add("--log-every", type=positive_int, default=100, help="steps")
@@ -2077,7 +2089,7 @@ def launch(parser, run):
 @contextlib.contextmanager
 def restored_process():
     """What a run changes in its process is put back afterwards, however it ends: streams, handlers
-    of signals, locks, data loaders. So a notebook can call main() twice."""
+    of STOP_SIGNALS, locks, data loaders. So a notebook can call main() twice."""
     streams = (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     others = multiprocessing.active_children()
@@ -2292,8 +2304,8 @@ def signal_heard():
 
 def leave_if_stopped(text):
     """After a signal to any of the processes: says so, and ends all of them with its code."""
-    signal_heard()  # tells the others, which may still be busy
-    stopped = stop_signal()
+    signal_heard()  # tells the others, so that they leave their loops, too
+    stopped = stop_signal()  # waits for them
     if stopped:
         say(text)
         raise SystemExit(128 + stopped)
@@ -2821,7 +2833,8 @@ def load_optimizer(optimizer, state):
             if averages[name].shape != parameter.shape:
                 raise ValueError(f"{name} has the shape {list(averages[name].shape)}")
             averages[name] = torch.empty_like(parameter).copy_(averages[name])
-        averages["step"] = averages["step"].clone().reshape(())  # else it stays mapped to the file
+        # A copy, since it is mapped to the file; reshape() fails if it is not one number
+        averages["step"] = averages["step"].clone().reshape(())
 
 
 def start_ema(model, decay, resumed, device):
@@ -2953,9 +2966,10 @@ def is_plausible(name, value):
         scale = value["scale"]  # None: unknown
         return is_number(value.get("shift")) and (scale is None or is_number(scale) and scale > 0)
     if name in ("args", "config"):
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            return bool(json.dumps(value))
-        return False
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            return False
     return True
 
 
@@ -3058,12 +3072,11 @@ def is_due(step, every, last=None):
 
 
 class Log:
-    """OUT.jsonl, a line of JSON every --log-every steps, and what the terminal shows of it.
+    """OUT.jsonl, a line of JSON every --log-every steps, ten steps after the start and at the end;
+    and what the terminal shows of it: a progress bar, or in a file a line of text for each.
 
-    On a terminal that is a progress bar. In a file it is a line of text for each line of OUT.jsonl;
-    the first comes ten steps after the start. Values that are added are logged as means over the
-    steps since the last line and over processes, those that are counted as sums. The host waits for
-    a GPU only when a line is written.
+    Values that are added are logged as means over the steps since the last line and over processes,
+    those that are counted as sums. The host waits for a GPU only when a line is written.
     """
 
     def __init__(self, args, step, world, device):
@@ -3211,7 +3224,8 @@ def open_run(args, step):
     try:
         out.with_suffix("").mkdir(parents=True, exist_ok=True)
         lock_folder(out.with_suffix(""), f"--out {out}")
-        lines = log.read_bytes().splitlines() if log.exists() and out.exists() else []
+        is_resumed = log.exists() and out.exists()  # without a checkpoint nothing of it is kept
+        lines = log.read_bytes().splitlines() if is_resumed else []
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
     earlier = [line + b"\n" for line in lines if is_log_line(line, step)]

@@ -231,7 +231,8 @@ def codebook_use(model, data, n=1024):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. Flags that are not on the
     # command line get the values that belong to these networks: vae.load_run() restores those of
-    # the run, starting_point() sets --model, make_discriminator() sets --disc-start
+    # the run, starting_point() sets --model, make_discriminator() sets --disc-start. (`required`
+    # are keys that the run's file must have; their values may be None)
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     vae.check_needs(args)  # a flag that was given must not belong to a loss of weight 0
     torch.manual_seed(args.seed)
@@ -265,7 +266,7 @@ def train(args, rank, world, device):
     ]
     vae.restore_optimizers(optimizers, resumed)
     parameters = vae.trainable_parameters(*networks)
-    buffers = list(discriminator.buffers()) if discriminator is not None else []
+    buffers = list(discriminator.buffers()) if discriminator is not None else []  # BatchNorm's
     ema = vae.start_ema(model, args.ema_decay, resumed, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -289,14 +290,14 @@ def train(args, rank, world, device):
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
-        log.count(unreadable=(~readable).sum())
-        # BatchNorm's running means and variances, which are put back if the step is skipped
+        log.count(unreadable=(~readable).sum())  # another picture took its place
+        # The running means and variances of the discriminator, put back if the step is skipped
         buffers_before = [buffer.clone() for buffer in buffers]
 
         parts = images.split(micro_batch)
         share = 1 / len(parts)  # the parts are equally large
         for images_part in parts:
-            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W) in [-1, 1], or smaller
+            x = shrink(vae.to_float(images_part, device))  # (b, 3, H, W), or shrunk; in [-1, 1]
             # The paper transforms the features before they are quantised. h is the output of
             # taming's quant_conv; to transform its input would give the same, since a 1x1
             # convolution commutes with tau
@@ -306,21 +307,23 @@ def train(args, rank, world, device):
                 quantised, tokens, codebook_loss = model.quantize(tau(h))  # EQ-VAE (taming: h)
                 reconstruction = model.decode(quantised)  # of the target's shape
 
-            # L_rec and the codebook's loss are means over values, as in taming
+            # L_rec and the codebook's loss are means over values, as in taming. `other_losses` is
+            # LPIPS, and L2 and SSIM, times their weights
             l1 = (target - reconstruction).abs().mean()
-            weighted, unweighted = vae.weighted_losses(
+            other_losses, for_log = vae.weighted_losses(
                 args, target, reconstruction, perceptual, ssim
             )
-            rec_loss = l1 + weighted  # in taming L1 + LPIPS
+            rec_loss = l1 + other_losses
             weighted_codebook_loss = args.codebook_weight * codebook_loss
             usage, perplexity = codebook_statistics(count_codes(tokens, model.config["n_embed"]))
-            log.add(l1=l1, **unweighted, rec_loss=rec_loss, codebook=codebook_loss)
+            log.add(l1=l1, **for_log, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
             # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
             # the first step on. d_loss sees a detached reconstruction, and vae.loss_gradient()
             # gives no gradient of g_loss to the discriminator. (In taming d_loss waits for
-            # disc_start, too)
+            # disc_start as well, and is computed after the autoencoder's step, from a new
+            # reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -332,9 +335,10 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
             # (L_rec + w L_gan + codebook's loss).backward(), in two parts. vae.loss_gradient()
-            # takes the gradient of the first two at the reconstruction and finds VQ-GAN's adaptive
-            # weight w, which depends on the decoder's last layer. vae.backward_from() carries this
-            # gradient, and that of the codebook's loss, through decoder and encoder
+            # takes the gradient of the first two at the reconstruction, with VQ-GAN's adaptive
+            # weight w: the ratio of their gradients' norms at the decoder's last layer.
+            # vae.backward_from() carries it on through decoder and encoder, and that of the
+            # codebook's loss to the encoder and the codes
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
