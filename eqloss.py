@@ -210,9 +210,9 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
     `shrink` is applied to the image before it is encoded. Where it scales, both
     sides have one scale, also for "rs-aniso"; the step is plain reconstruction
     (Eq. 1) of the shrunken image, and tau lies on the smaller grid. For every grid
-    the scales are k/32, and sides are rounded down. k is uniform over 32 low .. 31,
-    from the least one that leaves `smallest` cells. Both interpolate bilinearly,
-    without antialias.
+    the scales are k/32, and sides are rounded down. k is uniform from the larger of
+    32 low and the least k that leaves `smallest` cells to 31. Both interpolate
+    bilinearly, without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """

@@ -370,7 +370,7 @@ def guided_logits(model, tokens, labels, scale):
 
 def train(args, rank, world, device):
     # The run to go on with, if there is one. (args get its values for flags that were not given.)
-    # Then the tokenizer, with its file and hash, and the images
+    # Then the tokenizer, with its file and hash, and the images, which set its latent_size
     resumed = vae.load_run(args, "MaskGIT", CONFIGS, required=ENTRIES)
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args, resumed, device)
@@ -413,7 +413,7 @@ def train(args, rank, world, device):
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share. Dropout is a function of (seed, step, pass, process)
         _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
-        tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,)
+        tokens, labels, _, _ = next(batches)  # (B / world, N), (B / world,); cached, so readable
         shape = (args.batch_size, 2 + side**2)
         uniform = vae.rank_slice(torch.rand(shape, generator=rng, device=device), rank, world)
         ratio_draw, drop_draw, mask_draw = uniform.split([1, 1, side**2], dim=1)
@@ -426,7 +426,7 @@ def train(args, rank, world, device):
         passes = len(tokens) // micro_batch
         for k in range(passes):
             rows = slice(k * micro_batch, (k + 1) * micro_batch)
-            # nn.Dropout draws from torch's global generators; seeded() makes one seed of all these
+            # nn.Dropout draws from torch's global generators; seeded() turns a key into their seed
             dropout_rng = vae.seeded(args.seed, "dropout", step, k, rank)
             torch.manual_seed(dropout_rng.initial_seed())
             visible = tokens[rows].masked_fill(mask[rows], mask_token)  # MaskGIT
@@ -537,6 +537,10 @@ def load_generator(file, codes=None):
     codes  size of the VQ-GAN's codebook, for files of Maskgit-pytorch's, which do not say where the
            codes end and the classes begin
     """
+    if dit is None:
+        raise ImportError(
+            f"load_generator() needs dit.py, vqgan.py, vae.py, eqloss.py ({VAE_ERROR})"
+        )
     return dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
 
 
@@ -556,7 +560,8 @@ def generate(
 
     model      of load_generator(), on any device
     tokenizer  vqgan.load_vqgan()'s, on the same device: the one of the generator's training.
-               Another is an InputError, a ValueError. (Official files do not tell theirs)
+               Another raises InputError, which is a ValueError. (Official files do not tell
+               theirs)
     indices    numbers of the pictures (default: 0 .. N - 1). Apart from rounding, a picture is a
                function of (seed, its number, its label) and of the settings
     options    cfg_scale, choice_temperature, softmax_scale of parallel_decoding()

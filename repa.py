@@ -14,7 +14,8 @@ nothing here changes but the latents.
 
 The official checkpoints expect this time, which runs against sit.py's, and a velocity that points
 to the noise. reverse() converts to sit.py's for its samplers. The network is SiT's, paths and
-samplers are sit.py's, and the latent cache is dit.py's.
+samplers are sit.py's, and the latent cache is dit.py's. train() is a copy of dit.py's, but for the
+lines that are marked "# SiT" and "# REPA".
 
     python repa.py --vae tiny.pt --data data/emoji/train --model REPA-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --encoder evaluate:efficientnet --out tiny-repa.pt
@@ -84,6 +85,7 @@ class REPA(SiT):
     def config_of(cls, weights, **options):
         """As DiT's. encoder_depth, which an official file does not tell, is for training alone."""
         config = super().config_of(weights, **options)
+        # The biases of the projectors' last layers
         outputs = sorted(
             name for name in weights if name.startswith("projectors.") and name.endswith(".4.bias")
         )
@@ -269,8 +271,8 @@ def load_encoder(name, path, device):
 
 
 def read_dino(path):
-    """DINOv2's weights from its own file, or from timm's, which has no mask_token. Networks with
-    registers, in timm's files reg_token, are refused."""
+    """DINOv2's weights from its own file, or from timm's, which has no mask_token. timm's files of
+    networks with registers, which it calls reg_token, are refused."""
     weights = vae.find_weights(vae.read_file(path), "cls_token")
     if weights is None or "pos_embed" not in weights or "reg_token" in weights:
         raise vae.InputError(
@@ -437,7 +439,8 @@ class AlignedLatents(torch.utils.data.Dataset):
               training step encodes it
 
     Items are (moments, uint8 image or tokens, label, index, readable), asked for as (epoch, index).
-    With --no-cache the image also replaces the moments.
+    With --no-cache the image also replaces the moments. Where a picture cannot be read any more,
+    the next item takes its place, with its own moments and label.
     """
 
     def __init__(self, latents, images, features=None):
@@ -454,11 +457,17 @@ class AlignedLatents(torch.utils.data.Dataset):
             return latent, latent, label, index, readable
         if self.features is not None:
             return latent, self.features[item][0], label, index, readable
-        number = int(self.latents.indices[index])  # of the picture in its folder
-        image, _, _, readable = self.images[item[0], number]
-        if self.latents.mirror and vae.is_mirrored(self.latents.seed, *item):  # as the latents are
+        epoch, index = item
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            number = int(self.latents.indices[at])  # of the picture in its folder
+            image, _, _, readable = self.images[epoch, number]
+            if readable:
+                break
+        latent, label, _, _ = self.latents[epoch, at]
+        if self.latents.mirror and vae.is_mirrored(self.latents.seed, epoch, at):  # as the latent
             image = image.flip(2)
-        return latent, image, label, index, readable
+        return latent, image, label, index, at == index
 
 
 def cache_features(args, rank, world, device, images, latents, encode, side, width):

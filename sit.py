@@ -14,7 +14,8 @@ another autoencoder, and nothing here changes but the latents.
     x                x_t          in between
 
 The network, the latent cache, guidance and the writing of samples are in dit.py. Logs, checkpoints
-and processes are in vae.py.
+and processes are in vae.py. train() is a copy of dit.py's, but for the lines that are marked
+"# SiT".
 
     python sit.py --vae tiny.pt --data data/emoji/train --model SiT-Ti/2 --batch-size 64 \\
         --steps 800 --lr 1e-3 --ema-decay 0.99 --out tiny-sit.pt    # minutes on a CPU
@@ -286,7 +287,7 @@ def train(args, rank, world, device):
         # TRAINING STEP. All that is random in it is a function of (seed, step), drawn for the whole
         # batch; this process takes its share
         _, rng = vae.step_rngs(args.seed, step, device)  # (on the CPU, on the device)
-        moments, labels, _, readable = next(batches)
+        moments, labels, _, readable = next(batches)  # mean and std; uint8 images with --no-cache
         shape = (args.batch_size, config["in_channels"], *autoencoder.latent_size)
         vae_noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         noise = vae.rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)

@@ -1374,7 +1374,7 @@ def test_an_export_may_be_one_file_and_of_half_precision(
 @torch.no_grad()
 def test_convolutions_may_pad_by_reflection(capsys, tmp_path):
     """A flag for files that do not tell it. The one that halves the sides pads zeros, as LDM's.
-    Exports say it; diffusers' loses it."""
+    Exports say it."""
     plain = formula_autoencoder(vae.CONFIGS["tiny"])
     torch.save(plain.state_dict(), tmp_path / "a.ckpt")
     words = ("--init", tmp_path / "a.ckpt", "--model", "tiny", "--padding-mode", "reflect")
@@ -1383,13 +1383,14 @@ def test_convolutions_may_pad_by_reflection(capsys, tmp_path):
         said = capsys.readouterr().err
         assert "pad by reflection: other programs than ours have to be told" in said
         assert "scale unknown" in said and "None" not in said
-    told = vae.load_autoencoder(tmp_path / "a.safetensors")
-    ldm = vae.load_autoencoder(tmp_path / "ldm")
+    exported = [
+        vae.load_autoencoder(tmp_path / name) for name in ("a.safetensors", "ldm", "diffusers")
+    ]
     given = vae.load_autoencoder(tmp_path / "a.ckpt", "tiny", padding_mode="reflect")
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     weight, bias = [plain.state_dict()[f"encoder.conv_in.{name}"] for name in ("weight", "bias")]
     reflected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
-    for model in (told, ldm, given):
+    for model in (*exported, given):
         assert torch.equal(model.encoder.conv_in(x), reflected)
         assert torch.equal(model.encode(x).mean, given.encode(x).mean)
         assert not torch.equal(model.encode(x).mean, plain.encode(x).mean)
@@ -2946,6 +2947,7 @@ MISTAKES = [
     ("--lpips-weight 1", "checkpoints/vgg16-397923af.pth"),
     ("--lpips-weight 1 --perceptual nothing", "--perceptual nothing"),
     ("--lpips-weight 1 --perceptual math:nothing", "--perceptual math:nothing"),
+    ("--lpips-weight 1 --perceptual vae:load_autoencoder --vgg no.pt", "--perceptual vae:load"),
     ("--init {given}/eq.pt --train decoder --padding-mode reflect", "--padding-mode reflect: "),
     ("--train decoder --explicit-weight 0.1", "--explicit-weight: trains the encoder"),
     ("--latent-scale published", "--latent-scale published: scratch tells none"),
@@ -4267,6 +4269,22 @@ def test_data_loaders_change_nothing_in_an_autoencoders_run(tmp_path, photos, tw
     assert_same(two_steps, found, ("model", "opt"))
 
 
+class Ignored(torch.utils.data.Dataset):
+    """Its items are whether the process that makes them ignores each of vae.STOP_SIGNALS."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return [signal.getsignal(number) == signal.SIG_IGN for number in vae.STOP_SIGNALS]
+
+
+def test_data_loaders_leave_all_signals_to_the_main_process():
+    """One that a signal ended would end the run without a checkpoint."""
+    (ignored,) = vae.data_loader(Ignored(), 1)
+    assert len(ignored) == 4 and all(ignored)
+
+
 def test_data_loaders_may_be_started_by_a_fork_server(tmp_path, photos, two_steps):
     """Which is Python 3.14's default: they get what they need by pickle."""
     # It takes seconds: three processes start
@@ -5560,12 +5578,15 @@ def test_data_loaders_are_sent_paths_and_numbers_alone(photos, tmp_path, kind):
 
 
 def test_a_disk_error_in_training_costs_repa_one_picture(capsys, monkeypatch, photos, tmp_path):
-    """The latents are cached already, and of one picture the disk gives nothing any more."""
-    rows = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", "float16", (4, 1, 8, 4, 4))
-    latents = dit.CachedViews(tmp_path / "a.npy", np.arange(4), np.zeros(4, dtype=int), 0, False)
+    """The latents are cached already, and of one picture the disk gives nothing any more. The next
+    item takes its place, latents and picture."""
+    rows = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", "float16", (4, 2, 8, 4, 4))
+    rows[:] = np.arange(8).reshape(4, 2, 1, 1, 1)
     images = vae.ImageFolder(photos, (32, 32))
+    seed = next(s for s in range(9) if vae.is_mirrored(s, 0, 1) > vae.is_mirrored(s, 0, 0))
+    latents = dit.CachedViews(tmp_path / "a.npy", np.arange(4), np.arange(4), seed, True)
     data = repa.AlignedLatents(latents, images)
-    _, second, *_ = data[(0, 1)]
+    second = data[(0, 1)]
     opened = vae.open_image
 
     def broken(path):
@@ -5574,9 +5595,10 @@ def test_a_disk_error_in_training_costs_repa_one_picture(capsys, monkeypatch, ph
         return opened(path)
 
     monkeypatch.setattr(vae, "open_image", broken)
-    row, picture, _, index, readable = data[(0, 0)]
-    assert torch.equal(row, torch.from_numpy(rows[0, 0])) and torch.equal(picture, second)
-    assert (index, readable) == (0, False)
+    row, picture, label, index, readable = data[(0, 0)]
+    assert row.unique().item() == 3, "the mirrored latents of the second"
+    assert torch.equal(row, second[0]) and torch.equal(picture, second[1])
+    assert (label, index, readable) == (1, 0, False)
     assert "Input/output error" in capsys.readouterr().err
 
 

@@ -276,7 +276,8 @@ class Posterior:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
-        """mean + std * N(0, 1), the noise drawn on the generator's device: (B, c, h, w)."""
+        """mean + std * N(0, 1): (B, c, h, w). The noise is drawn on the generator's device; without
+        a generator, on the CPU."""
         device = generator.device if generator else None
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
@@ -631,7 +632,7 @@ def train(args, rank, world, device):
     torch.manual_seed(args.seed)
     # A file without a configuration, as kl-f8.ckpt, is taken for "sd" if its weights fit
     read = functools.partial(read_autoencoder, default="sd")
-    stored = starting_point(args, resumed, CONFIGS, read)
+    stored = starting_point(args, resumed, CONFIGS, read)  # configuration and weights: a Stored
     check_options(args, stored)
     set_padding_mode(args, resumed, stored)
     step = resumed["step"] if resumed else 0
@@ -703,8 +704,8 @@ def train(args, rank, world, device):
 
             # L_rec. LDM adds an image's LPIPS to the absolute error of each of its values and takes
             # the sum over all of them. That is (mean error + LPIPS) times their number. The KL term
-            # is a sum over z, which tau does not shrink. So where tau shrinks the image, L_rec
-            # weighs less beside it. `other_losses` is LPIPS, and L2 and SSIM, times their weights
+            # is a sum over the posterior, before tau. So where tau shrinks the image, L_rec weighs
+            # less beside it. `other_losses` is LPIPS, and L2 and SSIM, times their weights
             num_values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             other_losses, for_log = weighted_losses(args, target, reconstruction, perceptual, ssim)
@@ -771,9 +772,9 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
-    # The latents' scale and shift are measured where the run finishes, and saved as "latent", which
-    # is None before. A run that went no step leaves its file as it is, unless they are missing, or
-    # --latent-scale asks for them once more
+    # Saves at the end. The checkpoint's "latent" is the latents' scale and shift, measured here; it
+    # is None if the run was stopped. If no step was taken, this is done only where the file has no
+    # scale yet, or where --latent-scale asks for it once more
     asks_again = step >= args.steps and "latent_scale" in args.given
     if step > first_step or not was_measured or asks_again:
         latent = final_scale(args, step, model, ema, data, device)
@@ -782,7 +783,8 @@ def train(args, rank, world, device):
 
 
 def check_options(args, stored):
-    """InputError for options that what training begins with, or another option, rules out."""
+    """InputError for an option that conflicts with another one, or with the weights that training
+    begins with."""
     if args.train == "decoder" and args.explicit_weight:
         raise InputError("--explicit-weight: trains the encoder, which --train decoder keeps")
     if args.latent_scale == "published" and stored.config.get("scaling_factor") is None:
@@ -1251,7 +1253,7 @@ def read_ours(path, checkpoint, arch):
 
 
 def read_foreign(path, checkpoint, preset, default, flag):
-    """-> Stored, from a file of LDM's or of diffusers', which its names tell apart.
+    """-> Stored, from a file of LDM's or of diffusers'. The names of its tensors tell which it is.
 
     Without a configuration beside it the `preset` is needed; `default` is taken where it fits.
     """
@@ -1517,8 +1519,9 @@ def diffusers_config(given):
         raise ValueError(f"it describes a {given['_class_name']}")
     widths = given["block_out_channels"]
     kinds = given["down_block_types"]
+    # Our network has both 1x1 convolutions or neither
     only = ONLY_VALUES | dict(use_post_quant_conv=given.get("use_quant_conv", True))
-    read = {*DIFFUSERS_ARGUMENTS.values(), "block_out_channels", "down_block_types"}
+    read = {*DIFFUSERS_ARGUMENTS.values(), "block_out_channels", "down_block_types", "padding_mode"}
     for key, value in given.items():
         if key in only and value != only[key]:
             raise ValueError(f"{key} = {str(value)[:60]}, where only {only[key]} is known here")
@@ -1527,6 +1530,7 @@ def diffusers_config(given):
     config = {
         name: given[theirs] for name, theirs in DIFFUSERS_ARGUMENTS.items() if theirs in given
     }
+    config["padding_mode"] = given.get("padding_mode", "zeros")
     config["scaling_factor"] = scale
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scaling_factor = {scale}")
@@ -1605,6 +1609,8 @@ def write_diffusers(folder, model, stored):
     for name, theirs in DIFFUSERS_ARGUMENTS.items():
         description[theirs] = config[name]
     description["shift_factor"] = config["shift_factor"] or None
+    if config["padding_mode"] != "zeros":
+        description["padding_mode"] = config["padding_mode"]  # for us: diffusers passes over it
     write_json(folder / "config.json", description)
 
 
@@ -2099,7 +2105,7 @@ def restored_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.end()  # of --bench, below
+        BENCH.end()  # closes --bench's counter of FLOPs, if the run failed
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2113,7 +2119,7 @@ def restored_process():
 def end_loaders(others=()):
     """Ends the data loaders, which would outlive an exception and keep this process waiting."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each child
     for child in multiprocessing.active_children():
         if child not in others:
             child.kill()
@@ -2178,7 +2184,7 @@ def is_first_to_tell():
 
 def in_one_line(error):
     """An error's message, without the traceback that a data loader's process puts before it."""
-    return str(error).rpartition("InputError: ")[2].strip()
+    return re.split(r"^[\w.]*InputError: ", str(error), flags=re.MULTILINE)[-1].strip()
 
 
 def is_out_of_memory(error):
@@ -2187,7 +2193,8 @@ def is_out_of_memory(error):
 
 
 def out_of_memory(args, world):
-    """What to give instead where memory was not enough."""
+    """What to give instead where memory was not enough: to a generator that samples and to
+    evaluate.py, which have no micro-batches, and to a trainer."""
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
         return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
@@ -2255,8 +2262,8 @@ def has_bf16_units(device):
 
 @contextlib.contextmanager
 def full_precision():
-    """A context in which a GPU computes in full float32. With TF32, its default, tokens and scores
-    would come out differently."""
+    """A context in which a GPU computes in full float32. With TF32, which start_process() turns on,
+    tokens and scores would come out differently."""
     matmul = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -2269,8 +2276,8 @@ def full_precision():
 
 
 def remember_signal(number, frame):
-    """Remembers it, for stop_signal(). A second signal ends the process at once. A signal during a
-    write to stdout or stderr, which may never return, gives the stream up."""
+    """Remembers it, for stop_signal(). A second one of its kind ends the process at once. A signal
+    during a write to stdout or stderr, which may never return, gives the stream up."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
@@ -2371,7 +2378,8 @@ def check_agreement(*values):
 
 
 def seeded(*key):
-    """A CPU generator that is a function of the key: numbers and words."""
+    """A CPU generator that is a function of the key: numbers and words. 7 bytes of a hash are its
+    seed, which so fits a signed number of 64 bits."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -2688,7 +2696,9 @@ def check_shared_memory(data, args, world):
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
     here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
-    needed = 2 * args.workers * size * here
+    needed = (
+        2 * args.workers * size * here
+    )  # each worker makes two batches ahead, DataLoader's default
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise InputError(
             f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
@@ -2699,7 +2709,7 @@ def check_shared_memory(data, args, world):
 def leave_signals(worker):
     """Data loaders leave signals to the main process, which still needs them to finish its step;
     and they let go of its locks, which they would hold for some seconds after it was killed."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     while LOCKS:
         os.close(LOCKS.pop())
@@ -2710,7 +2720,7 @@ def images_per_pass(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
     size = args.batch_size // world
-    # In bytes: any picture and network takes more than 4 KB an image. This finds mistyped sizes
+    # Each image takes more than 4 KB with any network. This many bytes only tell of mistyped sizes
     needed = 4096 * size
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise InputError(
@@ -3113,7 +3123,8 @@ class Log:
             self.counts[name] = self.counts.get(name, 0) + value.detach()
 
     def step(self, step, skipped, grad_norm, lr):
-        """After every step. InputError after 20 steps in a row whose gradients were not finite."""
+        """After every step. InputError, when the next line is due, after 20 steps in a row whose
+        gradients were not finite."""
         self.skipped = self.skipped + skipped
         self.in_a_row = (self.in_a_row + 1) * skipped  # 0 again after a good step
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)

@@ -4,8 +4,8 @@ A VQ-GAN (https://arxiv.org/abs/2012.09841) replaces each vector of an encoder's
 nearest of a codebook's, and decodes those. EQ-VAE (https://arxiv.org/abs/2502.09509) transforms
 the features before they are quantised. Half of the steps train plain reconstruction (Eq. 1). The
 other half decode the codes of a transformed grid of features and ask for the transformed image
-(Eq. 5). maskgit.py generates the codes. Encoder, decoder, discriminator and the run kit are
-vae.py's.
+(Eq. 5). maskgit.py generates the codes. Encoder, decoder and discriminator are vae.py's, and so is
+what starts, logs and saves a run.
 
     python vqgan.py --data data/emoji/train --model tiny --init scratch --image-size 32 \\
         --batch-size 32 --steps 800 --lr 1e-3 --lpips-weight 0 --gan-weight 0 --out tiny-vq.pt
@@ -384,8 +384,8 @@ def count_codes(tokens, n_embed):
 
 
 def preview(args, step, log, model, ema, data, shown, grid, autocast):
-    """vae.preview(), with the current weights; then the codebook's use over 1,024 images, a line of
-    the log: with the average of the weights, if any."""
+    """vae.preview(), whose pictures and errors are of the current weights; then the codebook's use
+    over 1,024 images, with the weights that load_vqgan() would take: their average, if any."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
     if not vae.MAIN or args.bench or not args.sample_every:
         return
