@@ -20,8 +20,9 @@ your own loss, and tau(z) in the decoder's call:
 
 Draw tau once for a whole batch. If several processes share the batch, they must
 share its tau too: give `sample_transform` a generator with the same seed in all of
-them, for instance seed + step. If a network in your loss needs images of a minimum size
-(LPIPS: 16 pixels, PatchGAN: 24), pass it as `smallest`, divided by f and rounded up.
+them, for instance seed + step. If a network in your loss needs images of a minimum
+size (LPIPS: 16 pixels, PatchGAN: 24), pass it as `smallest`, divided by f and
+rounded up.
 
 This file needs torch alone. vae.py and vqgan.py train with it, evaluate.py measures
 with it.

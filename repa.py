@@ -464,7 +464,8 @@ class AlignedLatents(torch.utils.data.Dataset):
             image, _, _, readable = self.images[epoch, number]
             if readable:
                 break
-        latent, label, _, _ = self.latents[epoch, at]
+        if at != index:
+            latent, label, _, _ = self.latents[epoch, at]
         if self.latents.mirror and vae.is_mirrored(self.latents.seed, epoch, at):  # as the latent
             image = image.flip(2)
         return latent, image, label, index, at == index

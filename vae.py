@@ -2696,9 +2696,7 @@ def check_shared_memory(data, args, world):
     item = data[(0, 0)]
     size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
     here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
-    needed = (
-        2 * args.workers * size * here
-    )  # each worker makes two batches ahead, DataLoader's default
+    needed = 2 * args.workers * size * here  # a worker holds two batches ready (prefetch_factor)
     if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise InputError(
             f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
