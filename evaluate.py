@@ -54,7 +54,7 @@ try:  # the two commands need these files; metrics and extractors do without
     import eqloss
     import vae
     import vqgan
-    from vae import InputError  # which another module of that name does not have
+    from vae import InputError  # fails, as it should, if another module is called vae
 except ImportError as error:
     eqloss = vae = vqgan = None
     InputError = ValueError
@@ -84,9 +84,10 @@ def full_precision():
 def frechet_distance(mean1, cov1, mean2, cov2):
     """FID's |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means (d,) and covariances (d, d).
 
-    The trace of the root is computed in float64 from the eigenvalues of a symmetric matrix. They
-    are real, so no epsilon is needed, unlike in pytorch-fid and ADM. The result equals that of
-    their scipy.linalg.sqrtm to 1e-8, and takes a third of the time.
+    The trace of the root is computed in float64 from the eigenvalues of a symmetric matrix, which
+    are real and finite for singular covariances, too. (pytorch-fid and ADM add an epsilon where
+    scipy.linalg.sqrtm is not finite.) The result equals theirs to a relative 1e-8 if there are more
+    images than features, and takes a third of the time.
     """
     moments = (mean1, cov1, mean2, cov2)
     mean1, cov1, mean2, cov2 = [torch.as_tensor(part, dtype=torch.float64) for part in moments]
@@ -184,10 +185,10 @@ def ssim(x, y, data_range=None):
 
     The window is a Gaussian of 11 pixels with sigma 1.5. Borders are reflected, and all pixels
     count, as in torchmetrics from 1.4.2 on; older versions leave out 5 pixels on each side.
-    data_range is by default set for each pair: the larger of the two images' max - min, without
-    clamping. This is torchmetrics' default for single images, and the paper's. With a fixed range
-    SSIM differs by up to .014, so say which was used. Equal images have 1, even constant ones, for
-    which torchmetrics has nan. Two different constant images have nan, since their range is 0.
+    data_range is by default set for each pair: the larger of the two images' max - min. This is
+    torchmetrics' default for single images, and the paper's. With a fixed range SSIM differs by up
+    to .014, so say which was used. Equal images have 1, even constant ones, for which torchmetrics
+    has nan. Two different constant images have nan, since their range is 0.
     """
     if not (x.is_floating_point() and y.is_floating_point() and x.shape == y.shape):
         raise ValueError("ssim() takes two batches of float images of one size")
@@ -195,6 +196,7 @@ def ssim(x, y, data_range=None):
         sides = (1, 2, 3)
         ranges = [z.amax(sides, keepdim=True) - z.amin(sides, keepdim=True) for z in (x, y)]
         data_range = torch.maximum(*ranges)
+        data_range = data_range.masked_fill(data_range == 0, math.nan)
     offsets = torch.arange(11, device=x.device) - 5.0
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = (window / window.sum()).expand(x.shape[1], 1, 11)
@@ -226,7 +228,8 @@ def two_nn(points, fraction=0.9, chunk=1024):
     nearest neighbours. The dimension is the slope of -log(1 - F(mu)) against log(mu), fitted
     through the origin to the lowest `fraction` of mu. It grows with N: compare it at equal N only.
     """
-    # They are centred first, because this may round two points to the same place
+    # Centred, since cdist() in float32 loses digits to a large mean; and before duplicates are
+    # dropped, since this may round two points to the same place
     x = (points - points.mean(dim=0)).float()
     x = torch.from_numpy(np.unique(x.cpu().numpy(), axis=0)).to(points.device)
     if len(x) < 3:
@@ -251,7 +254,7 @@ def two_nn(points, fraction=0.9, chunk=1024):
 
 
 # ==================================================================================================
-# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05. Module names are its PyTorch files'
+# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05, with the names of its PyTorch files
 
 
 class Unit(nn.Module):
@@ -456,7 +459,8 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels
+            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels. What a side lacks of
+            # them is padded
             rows, columns = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
             left = columns // 2
             top = rows // 2
@@ -661,7 +665,8 @@ def batches(pictures, args, label, rank, world):
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        if vae.signal_heard():  # which adds another process's to SIGNALS. There is nothing to save
+        # Also of a signal to another process, which it adds to SIGNALS. There is nothing to save
+        if vae.signal_heard():
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -718,7 +723,7 @@ def finish(args, network, results, score_names, notes, device, about):
             finite[name] = result
             counts += [result["N"], result.get("N reference")]
     if finite:
-        known = [count for count in counts if isinstance(count, int)]  # some ADM's are "unknown"
+        known = [count for count in counts if isinstance(count, int)]  # ADM's may be "unknown"
         if min(known) < network.WIDTH:
             few = f"fewer than {network.WIDTH:,} pictures, the number of its features"
             notes = [*notes, f"{network.DISTANCE} is not reliable with {few}"]
@@ -790,7 +795,7 @@ CONVENTIONS = dict(
     images="ADM's centre crop; reconstructions rounded to uint8",
     PSNR="per image on uint8, then the mean; equal images are left out",
     SSIM="Gaussian window of 11, reflected borders; images in [-1, 1], not clamped; data range: "
-    "max - min of the image of the pair where it is greater",
+    "the larger max - min of the two images",
     LPIPS="VGG16 v0.1 on [-1, 1], not clamped",
     R="mean over 90, 180, 270 degrees of |tau E(x) - E(tau x)|^2 / |E(tau x)|^2, posterior means",
     S="the same over the scales 0.25, 0.50, 0.75",
@@ -807,7 +812,7 @@ TRANSFORMS |= {"S0.25": (0.25, 0), "S0.50": (0.5, 0), "S0.75": (0.75, 0)}
 def recon(args, rank, world, device):
     """Scores autoencoders on the same images, which are read and cropped once for all of them."""
     check_output("--record", args.record, *args.checkpoints, args.inception, args.vgg)
-    if args.vgg == "random" and not args.no_lpips:
+    if args.vgg == "random" and not args.no_lpips:  # vae.load_lpips()'s value for tests
         raise InputError("--vgg random: LPIPS needs VGG16's weights; give them, or --no-lpips")
     data = vae.ImageFolder(args.data, args.image_size)
     count = min(args.num_images or len(data), len(data))
@@ -841,7 +846,7 @@ def recon(args, rank, world, device):
     for name in models:
         values, totals = gather(columns[name], moments[name] | dict(real=real))
         if rank == 0:
-            if len(values.get("PSNR", ())) < 4:
+            if len(values.get("PSNR", ())) < 4:  # too few for covariance and dimension
                 raise InputError(f"--data {args.data}: at least 4 readable images are needed")
             results[name] = summarise(values, totals, distance_name, device)
             results[name]["unreadable"] = count - results[name]["N"]
@@ -904,7 +909,7 @@ def score_batch(name, model, images, index, perceptual, args):
     for kind, (scale, turns) in TRANSFORMS.items():
         grid = mean.shape[-2:]
         tau = eqloss.scale_transform(scale, grid, turns, args.interpolation)  # it also turns
-        scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, mean)
+        scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, z=mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
             pictures[f"{kind} fake"] = vae.to_uint8(vqgan.decode_with(model, tau(z)))
@@ -981,7 +986,7 @@ def samples(args, rank, world, device):
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=settings)
     if args.record:
-        # portable() may leave both files one name. The samples come last, so that their hash stays
+        # portable() may give both files the same key. The samples come last, so their hash stays
         files = [path for path in (args.reference, args.samples) if os.path.isfile(path)]
         about["hashes"] = {portable(path): vae.file_hash(path) for path in files}
     if origin:
@@ -1066,7 +1071,7 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
     if rank > 0:
         return {}
     count = totals["mu"].count
-    if count < 4:
+    if count < 4:  # precision and recall look at the third neighbour
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
     for mean in totals:
         result[mean], result[mean.replace("mu", "sigma")] = totals[mean].result()
@@ -1109,13 +1114,13 @@ def open_folder(path, notes, size):
     # The size of samples is not known before they are seen
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # flag: for messages
     sizes = {}
+    is_lossy = False
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
     for file in seen:
-        with contextlib.suppress(Exception):  # scoring names and counts files that cannot be read
-            with Image.open(file, formats=vae.FORMATS) as image:
-                sizes.setdefault((image.height, image.width), file)
-    endings = (".jpg", ".jpeg", ".jpe", ".webp")
-    is_lossy = any(file.lower().endswith(endings) for file in pictures.files)
+        # What cannot be read is told and counted when it is scored
+        with contextlib.suppress(Exception), Image.open(file, formats=vae.FORMATS) as image:
+            sizes.setdefault((image.height, image.width), file)
+            is_lossy = is_lossy or image.format in ("JPEG", "JPEG2000", "WEBP")
     if size is None:
         if is_lossy:
             raise InputError(f"{path}: JPEG and WebP lose what the metrics measure; {WANTED}")

@@ -4651,6 +4651,8 @@ SPOILT = {  # entry of an autoencoder's checkpoint -> its value, and a word of t
     "a huge width": (("config", "ch"), 8192, "encoder.conv_in.weight"),
     "blocks without end": (("config", "num_res_blocks"), 100_000, "num_res_blocks"),
     "a text for a number": (("config", "norm_groups"), "8", "norm_groups"),
+    "no levels": (("config", "ch_mult"), (), "does not describe"),
+    "a number for a name": (("config", 1), 2, "does not describe"),
     "a tensor for a number": (("config", "z_channels"), torch.zeros(2), "its config is"),
     "a padding that is none": (("config", "padding_mode"), "z", "padding_mode"),
     "no state of an optimiser": (("opt", "state", 0), {"exp_avg": 1}, "optimiser"),
@@ -6733,6 +6735,8 @@ def test_psnr_and_ssim_equal_torchmetrics(perceptual):
     x[:2] = torch.tensor([0.5, 0])[:, None, None, None]
     y[:2] = x[:2]
     assert evaluate.ssim(x, y)[:2].tolist() == [1, 1] and 0 < evaluate.ssim(x, y)[2] < 1
+    light = torch.full((1, 3, 32, 32), 0.7)
+    assert evaluate.ssim(torch.full_like(light, 0.3), light).isnan().all(), "no range"
     assert evaluate.psnr(vae.to_uint8(x), vae.to_uint8(y))[:2].tolist() == [math.inf, math.inf]
 
 
@@ -7643,6 +7647,9 @@ def sides(tmp_path_factory, photos, trained):
     (folder / "torn.npz").write_bytes(packed)
     (folder / "empty").mkdir()
     write_folder_of(pictures, folder / "lossy", "jpg")
+    shutil.copytree(folder / "lossy", folder / "named-png")
+    for path in (folder / "named-png").iterdir():
+        path.rename(path.with_suffix(".png"))
     Image.new("RGB", (9, 9)).save(write_folder_of(pictures, folder / "mixed") / "000003.png")
     torch.save(dict(a=torch.ones(1)), folder / "other.pth")
     torch.save(dict(a=Bomb()), folder / "bomb.pth")
@@ -7700,6 +7707,7 @@ MISTAKES = [
     ("samples gone a.npz FD", "gone: cannot be used: No such file"),
     ("samples empty a.npz FD", "no images"),
     ("samples lossy a.npz FD", "lossy: JPEG and WebP lose what the metrics measure"),
+    ("samples named-png a.npz FD", "named-png: JPEG and WebP lose what the metrics measure"),
     ("samples mixed a.npz FD", "mixed: samples must have one size.*000003.png"),
     ("samples a.npz wide.npz FD", r"pictures of \(16, 8\), but the samples have \(16, 16\)"),
     ("samples a.npz adm.npz FD", "adm.npz: has no arr_0, but mu, sigma"),

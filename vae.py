@@ -97,8 +97,8 @@ CONFIGS = {
 
 # ==================================================================================================
 # The networks. Module names are LDM's, so that its checkpoints load strictly.
-#     B batch (b: a micro-batch)   C channels   H, W image   h, w latent (H / f, W / f)
-#     c latent channels
+#     B batch (b: a micro-batch)   C channels   H, W image, inside a block that level's size
+#     c latent channels            h, w latent (H / f, W / f)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
     def forward(self, z):  # (B, in_channels, h, w)
         h = self.mid(self.conv_in(z))  # (B, ch_mult[-1] ch, h, w)
         for level in reversed(self.up):
-            h = level.upsample(level(h))  # sides doubled; the last level keeps its size
+            h = level.upsample(level(h))  # sides doubled, except by entry 0, which comes last
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
@@ -595,7 +595,7 @@ def load_ssim(args):
     """evaluate.py's ssim(), differentiable, of images in [-1, 1] -> (B,); None with weight 0."""
     if not args.ssim_weight:
         return None
-    return importlib.import_module("evaluate").ssim
+    return importlib.import_module("evaluate").ssim  # which imports this file
 
 
 def weighted_losses(args, target, reconstruction, perceptual, ssim):
@@ -686,7 +686,7 @@ def train(args, rank, world, device):
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *shrink.size)
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # size in latent cells
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())  # another picture took its place
         # The running means and variances of the discriminator, put back if the step is skipped
@@ -723,8 +723,8 @@ def train(args, rank, world, device):
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
             log.add(l1=l1, **for_log, rec_loss=rec_loss / num_values, kl=kl)
 
-            # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
-            # the first step on. d_loss sees a detached reconstruction, and loss_gradient() gives no
+            # L_gan acts from disc_start on; d_loss trains the discriminator from the first step on.
+            # d_loss sees a detached reconstruction, and loss_gradient() gives no
             # gradient of g_loss to the discriminator. (In LDM d_loss waits for disc_start as well,
             # and is computed after the autoencoder's step, from a new reconstruction)
             g_loss = None
@@ -738,9 +738,10 @@ def train(args, rank, world, device):
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
             # (L_rec + w L_gan + regulariser).backward(), in two parts. loss_gradient() takes the
-            # gradient of the two losses at the reconstruction, with VQ-GAN's adaptive weight w: the
-            # ratio of their gradients' norms at the decoder's last layer. backward_from() carries
-            # it on through decoder and encoder, and the regulariser's through the encoder
+            # gradient of the two losses at the reconstruction, with VQ-GAN's adaptive weight w:
+            # --gan-weight times the ratio of their gradients' norms at the decoder's last layer.
+            # backward_from() carries it on through decoder and encoder, and the regulariser's
+            # through the encoder
             gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,
@@ -772,9 +773,9 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
-    # Saves at the end. The checkpoint's "latent" is the latents' scale and shift, measured here; it
-    # is None if the run was stopped. If no step was taken, this is done only where the file has no
-    # scale yet, or where --latent-scale asks for it once more
+    # Saves at the end, with the latents' scale and shift, or with None if the run was stopped. A
+    # run that took no step keeps its file as it is, unless that has no scale yet, or --latent-scale
+    # asks for it once more
     asks_again = step >= args.steps and "latent_scale" in args.given
     if step > first_step or not was_measured or asks_again:
         latent = final_scale(args, step, model, ema, data, device)
@@ -1134,7 +1135,7 @@ def build(network_class, stored):
         check_sizes(stored.config)
         with torch.device("meta"):
             planned = network_class(**stored.config)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         arch = network_class.__name__
         raise InputError(
@@ -1156,7 +1157,7 @@ def check_sizes(config):
     for name, value in config.items():
         if name in choices:
             is_right = value in choices[name]
-        elif name.endswith(("_factor", "_ratio")) or name in ("beta", "dropout"):
+        elif str(name).endswith(("_factor", "_ratio")) or name in ("beta", "dropout"):
             is_right = value is None or is_number(value)
         else:
             most = 200 if name in ("depth", "num_res_blocks", "encoder_depth") else 2**18
@@ -1310,13 +1311,14 @@ def in_our_names(weights, config, path="these weights"):
 def find_weights(checkpoint, anchor):
     """The weights of a network, in its own names, from somebody's checkpoint; None if not there.
 
-    They may stand one or two dictionaries deep; an average of the weights comes first.
+    They may stand in the checkpoint itself, in a dictionary of it, or in one of that; an average of
+    the weights comes first.
 
     anchor  a name that the network has, as "encoder.conv_in.weight". Whatever stands before it is
             a prefix (module., first_stage_model., ...), and only what has this prefix is kept.
             torch.compile's _orig_mod. may stand anywhere.
     """
-    holders = [("", checkpoint)]
+    holders = [("", checkpoint)]  # (name, dictionary); is_average() looks at the names
     for key, value in checkpoint.items():
         if isinstance(value, dict):
             holders.append((str(key), value))
@@ -2193,8 +2195,8 @@ def is_out_of_memory(error):
 
 
 def out_of_memory(args, world):
-    """What to give instead where memory was not enough: to a generator that samples and to
-    evaluate.py, which have no micro-batches, and to a trainer."""
+    """The flag to lower where memory was not enough: --micro-batch, or --batch-size for sampling
+    and evaluate.py, which have no micro-batches."""
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
         return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
@@ -2718,7 +2720,7 @@ def images_per_pass(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {world} processes")
     size = args.batch_size // world
-    # Each image takes more than 4 KB with any network. This many bytes only tell of mistyped sizes
+    # A lower bound, 4 KB an image: it finds nothing but mistyped sizes
     needed = 4096 * size
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise InputError(

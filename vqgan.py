@@ -234,7 +234,7 @@ def train(args, rank, world, device):
     # the run, starting_point() sets --model, make_discriminator() sets --disc-start. (`required`
     # are keys that the run's file must have; their values may be None)
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
-    vae.check_needs(args)  # a flag that was given must not belong to a loss of weight 0
+    vae.check_needs(args)  # InputError for a flag of a loss of weight 0
     torch.manual_seed(args.seed)
     stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:  # which term of the codebook's loss beta multiplies
@@ -286,7 +286,8 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
         # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
-        # `shrink` is the identity, except with --recipe release; `_explicit_tau` is vae.py's alone
+        # `shrink` is the identity, except with --recipe release: there some steps of Eq. 1 train on
+        # smaller images. `_explicit_tau` is None here, since --explicit-weight is vae.py's alone
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
@@ -319,8 +320,8 @@ def train(args, rank, world, device):
             log.add(l1=l1, **for_log, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
-            # L_gan, which acts from disc_start on, and d_loss, which trains the discriminator from
-            # the first step on. d_loss sees a detached reconstruction, and vae.loss_gradient()
+            # L_gan acts from disc_start on; d_loss trains the discriminator from the first step on.
+            # d_loss sees a detached reconstruction, and vae.loss_gradient()
             # gives no gradient of g_loss to the discriminator. (In taming d_loss waits for
             # disc_start as well, and is computed after the autoencoder's step, from a new
             # reconstruction)
@@ -336,8 +337,8 @@ def train(args, rank, world, device):
 
             # (L_rec + w L_gan + codebook's loss).backward(), in two parts. vae.loss_gradient()
             # takes the gradient of the first two at the reconstruction, with VQ-GAN's adaptive
-            # weight w: the ratio of their gradients' norms at the decoder's last layer.
-            # vae.backward_from() carries it on through decoder and encoder, and that of the
+            # weight w: --gan-weight times the ratio of their gradients' norms at the decoder's last
+            # layer. vae.backward_from() carries it on through decoder and encoder, and that of the
             # codebook's loss to the encoder and the codes
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
@@ -455,7 +456,8 @@ def load_model(path, model=None, padding_mode=None):
 
 def export(args):
     """Writes what --init holds to a new folder, as taming's logs have it and Maskgit-pytorch's
-    --vqgan-folder wants it. Both take the network's weights and pass over the discriminator's."""
+    --vqgan-folder wants it. Both read the network's weights alone, but the discriminator's are
+    written, too."""
     vae.check_export(args)
     if not vae.MAIN:
         return
@@ -496,10 +498,10 @@ def write_taming(folder, model, stored):
 
 def main():
     init = "data/vqgan_imagenet_f16_1024.ckpt"
-    parser, _, group = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
+    parser, _, objective = vae.arguments(__doc__, CONFIGS, init, "eqvqgan.pt")
     text = "of the codebook's loss"
-    group.add_argument("--codebook-weight", type=vae.non_negative, default=1.0, help=text)
-    group.add_argument(
+    objective.add_argument("--codebook-weight", type=vae.non_negative, default=1.0, help=text)
+    objective.add_argument(
         "--legacy-beta",
         action=argparse.BooleanOptionalAction,
         help="beta on the codebook's term, as in all released VQ-GANs, or on the commitment "
