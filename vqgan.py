@@ -71,6 +71,7 @@ class VectorQuantizer(nn.Module):
         In float32 throughout: TF32 or bf16 would take other codes. |v - c|^2 is added up in
         taming's order, so it is rounded as there.
         """
+        # vae.full_precision() turns TF32 off, and leaves autocast
         with vae.full_precision(), torch.autocast(h.device.type, enabled=False):
             vectors = h.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B N, e)
             codes = self.embedding.weight  # (K, e)
@@ -231,10 +232,11 @@ def codebook_use(model, data, n=1024):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. Flags that are not on the
     # command line get the values that belong to these networks: vae.load_run() restores those of
-    # the run, starting_point() sets --model, make_discriminator() sets --disc-start. (`required`
-    # are keys that the run's file must have; their values may be None)
+    # the run, starting_point() sets --model, make_discriminator() sets --disc-start (now for a
+    # discriminator with weights, in 1,000 steps for a new one). `required` are keys that the run's
+    # file must have; their values may be None
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
-    vae.check_needs(args)  # InputError for a flag of a loss of weight 0
+    vae.check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
     torch.manual_seed(args.seed)
     stored = vae.starting_point(args, resumed, CONFIGS, read_vqgan)
     if args.legacy_beta is not None:  # which term of the codebook's loss beta multiplies
@@ -247,7 +249,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = vae.smallest_cells(args, grid, model.factor)  # cells that tau may shrink to
+    smallest = vae.smallest_cells(args, grid, model.factor)  # least cells that losses need
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     # One batch of 8, the same in every preview
@@ -286,8 +288,9 @@ def train(args, rank, world, device):
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
         # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
-        # `shrink` is the identity, except with --recipe release: there some steps of Eq. 1 train on
-        # smaller images. `_explicit_tau` is None here, since --explicit-weight is vae.py's alone
+        # `shrink` is the identity, except with --recipe release, the authors' code: there some of
+        # the steps of Eq. 1 train on smaller images. `_explicit_tau` is None here:
+        # --explicit-weight is vae.py's alone
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
@@ -346,7 +349,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=discriminator is not None and step >= args.disc_start,
+                gan_acts=g_loss is not None and step >= args.disc_start,
             )
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, weighted_codebook_loss, share)
