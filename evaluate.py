@@ -54,7 +54,7 @@ try:  # the two commands need these files; metrics and extractors do without
     import eqloss
     import vae
     import vqgan
-    from vae import InputError  # an ImportError, too, if another module is called vae
+    from vae import InputError  # this fails, too, if another module is called vae
 except ImportError as error:
     eqloss = vae = vqgan = None
     InputError = ValueError
@@ -228,8 +228,8 @@ def two_nn(points, fraction=0.9, chunk=1024):
     nearest neighbours. The dimension is the slope of -log(1 - F(mu)) against log(mu), fitted
     through the origin to the lowest `fraction` of mu. It grows with N: compare it at equal N only.
     """
-    # Centred, since cdist() in float32 loses digits to a large mean; and before duplicates are
-    # dropped, since this may round two points to the same place
+    # Centred, since cdist() in float32 loses digits to a large mean. Duplicates are dropped after
+    # it, since centring may round two points to the same place
     x = (points - points.mean(dim=0)).float()
     x = torch.from_numpy(np.unique(x.cpu().numpy(), axis=0)).to(points.device)
     if len(x) < 3:
@@ -460,8 +460,8 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels. What a side lacks of
-            # them is padded
+            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels, and
+            # 2 ceil(side / 2) = side + side % 2. What the side lacks of them is padded
             rows, columns = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
             left = columns // 2
             top = rows // 2
@@ -666,8 +666,8 @@ def batches(pictures, args, label, rank, world):
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _, index, readable in loader:
-        # It hears of signals to other processes, too, without waiting for them, and puts them into
-        # SIGNALS. There is nothing to save
+        # signal_heard() hears of signals to other processes, too, without waiting for them, and
+        # puts them into SIGNALS. Scoring has nothing to save
         if vae.signal_heard():
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
@@ -887,7 +887,7 @@ def load_models(args, device):
 
 
 def score_batch(name, model, images, index, perceptual, args):
-    """Scores one autoencoder on uint8 images (B, 3, H, W), whose indices in the data are `index`.
+    """Scores one autoencoder on uint8 images (B, 3, H, W), whose indices in the folder are `index`.
 
     -> {score: its values (B,); latents: (B, d)}, {name: pictures whose features are to be compared}
     """
@@ -939,7 +939,7 @@ def summarise(columns, moments, distance_name, device):
                 result[f"{distance_name} {kind}"] = frechet_distance(*pair)
             distances = [result[f"{distance_name} {kind}"] for kind in kinds]
             result[f"{distance_name} {letter}"] = np.mean(distances).item()
-    with contextlib.suppress(ValueError):  # latents that have no dimension, as fewer than 3
+    with contextlib.suppress(ValueError):  # as fewer than 3 different latents raise
         result["ID"], result["N_ID"] = two_nn(latents.to(device))
     return result
 
@@ -973,7 +973,9 @@ def samples(args, rank, world, device):
     adm_statistics = {}
     if isinstance(network, Inception):  # ADM's statistics are of its features
         adm_statistics = read_adm_statistics(args.reference, notes)
-    real_pictures = open_pictures(args.reference, notes, fake_pictures.size, bool(adm_statistics))
+    real_pictures = open_pictures(
+        args.reference, notes, fake_pictures.size, optional=bool(adm_statistics)
+    )
     origin, statistics = open_statistics(args, real_pictures, network)
     # `real` is of the reference's pictures, computed now or read from --statistics; it is {} if the
     # reference is a file of ADM's without pictures. FID takes ADM's own statistics where there are
@@ -1114,7 +1116,7 @@ def open_folder(path, notes, size):
     from PIL import Image
 
     # The size of samples is not known before they are seen
-    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # messages begin so
+    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # for messages
     sizes = {}
     is_lossy = False
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
@@ -1151,8 +1153,8 @@ def open_npz(path):
 
 def read_adm_statistics(path, notes):
     """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
-    number of images that they were computed from, which ADM's files leave "unknown". (A file of
-    --statistics, which has N, may be given as the reference, too.) -> {} without mu"""
+    number of images that they were computed from, "unknown" of ADM's files, which lack it. (A file
+    of --statistics has it, and may be given as the reference, too.) -> {} without mu"""
     if os.path.isdir(path):
         return {}
     with open_npz(path) as file:

@@ -623,8 +623,8 @@ def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. Flags that are not on the command line get the values that
     # belong to these networks: load_run() restores those of the run, starting_point() sets --model,
-    # make_discriminator() sets --disc-start (now for a discriminator with weights, in 1,000 steps
-    # for a new one). `required` are keys that the run's file must have; their values may be None
+    # make_discriminator() sets --disc-start (0 for a discriminator with weights, else 1,000 steps
+    # from now). `required` are keys that the run's file must have; their values may be None
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
@@ -643,7 +643,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = smallest_cells(args, grid, model.factor)  # least cells that losses need
+    smallest = smallest_cells(args, grid, model.factor)  # least side, in cells, for the losses
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     shown = next(evenly(data.centred(), 8, device))  # one batch of 8, the same in every preview
@@ -748,7 +748,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=g_loss is not None and step >= args.disc_start,
+                gan_acts=g_loss is not None and step >= args.disc_start,  # None without a GAN
             )
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, share)
@@ -773,9 +773,8 @@ def train(args, rank, world, device):
         if is_due(step, args.save_every) and step < args.steps:
             save_autoencoder(args, step, networks, optimizers, ema)
 
-    # Saves at the end, with the latents' scale and shift, or with None if the run was stopped. A
-    # run that took no step keeps its file as it is, unless that has no scale yet, or --latent-scale
-    # asks for it once more
+    # Saves with the latents' scale and shift, or with None if the run was stopped: if a step was
+    # taken, if the file has no scale yet, or if --latent-scale asks a finished run for it once more
     asks_again = step >= args.steps and "latent_scale" in args.given
     if step > first_step or not was_measured or asks_again:
         latent = final_scale(args, step, model, ema, data, device)
@@ -910,7 +909,7 @@ def preview(args, step, log, encode, decode, images, grid, autocast):
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
     Published ones are returned in all processes. Others are measured in the first process, and the
-    other processes get None. With --bench nothing is measured, and all get None."""
+    other processes, which save nothing, get None. With --bench nothing is measured: None, too."""
     if step < args.steps:
         return None
     published = dict(scale=model.scaling_factor, shift=model.shift_factor)
@@ -1244,7 +1243,7 @@ def read_ours(path, checkpoint, arch):
     config = dict(checkpoint["config"])
     if arch == "AutoencoderKL":
         # Before a fine-tune has finished, the scale is unknown: its configuration has that of the
-        # weights it began from. The shift stays: one that is not 0 tells that the network has one
+        # weights it began from. The shift stays: measure_latents() measures one where it is not 0
         latent = checkpoint["latent"] or dict(scale=None, shift=config.get("shift_factor"))
         config["scaling_factor"] = latent.get("scale")
         config["shift_factor"] = latent.get("shift")
@@ -1791,7 +1790,7 @@ def load_inert(path, names, stand_in):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, UnicodeError):
-            # Files from before torch 1.6 cannot be mapped, nor those whose names are no UTF-8
+            # Files from before torch 1.6 cannot be mapped, nor those whose paths are no UTF-8
             with open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -1995,7 +1994,7 @@ def add_run_arguments(parser, **defaults):
         "--precision",
         choices=precisions,
         default="auto",
-        help="auto: bf16 where it is fast when a run begins",
+        help="auto: bf16 on a device that is fast with it; a run keeps what it began with",
     )
     workers = 8 if torch.cuda.is_available() else 0
     add("--workers", type=count, default=workers, help="data loaders")
@@ -2265,8 +2264,8 @@ def has_bf16_units(device):
 
 @contextlib.contextmanager
 def full_precision():
-    """A context in which a GPU computes in full float32. With TF32, which start_process() turns on,
-    tokens and scores would come out differently."""
+    """A context in which a GPU computes in full float32. With TF32, which start_process() turns on
+    for matrices and torch for convolutions, tokens and scores would come out differently."""
     matmul = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

@@ -71,7 +71,7 @@ class VectorQuantizer(nn.Module):
         In float32 throughout: TF32 or bf16 would take other codes. |v - c|^2 is added up in
         taming's order, so it is rounded as there.
         """
-        # vae.full_precision() turns TF32 off, and leaves autocast
+        # vae.full_precision() turns off TF32 alone
         with vae.full_precision(), torch.autocast(h.device.type, enabled=False):
             vectors = h.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B N, e)
             codes = self.embedding.weight  # (K, e)
@@ -232,8 +232,8 @@ def codebook_use(model, data, n=1024):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. Flags that are not on the
     # command line get the values that belong to these networks: vae.load_run() restores those of
-    # the run, starting_point() sets --model, make_discriminator() sets --disc-start (now for a
-    # discriminator with weights, in 1,000 steps for a new one). `required` are keys that the run's
+    # the run, starting_point() sets --model, make_discriminator() sets --disc-start (0 for a
+    # discriminator with weights, else 1,000 steps from now). `required` are keys that the run's
     # file must have; their values may be None
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     vae.check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
@@ -249,7 +249,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = vae.smallest_cells(args, grid, model.factor)  # least cells that losses need
+    smallest = vae.smallest_cells(args, grid, model.factor)  # least side, in cells, for the losses
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     # One batch of 8, the same in every preview
@@ -349,7 +349,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=g_loss is not None and step >= args.disc_start,
+                gan_acts=g_loss is not None and step >= args.disc_start,  # None without a GAN
             )
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, weighted_codebook_loss, share)
