@@ -338,8 +338,9 @@ class AutoencoderKL(nn.Module):
     def grid(self, image_size):
         """(h, w) of the latents of images (H, W).
 
-        InputError where f does not divide a side, or where padding by reflection would fail: tau
-        shrinks latents to a quarter, and a single cell has nothing to reflect.
+        InputError where f does not divide a side, or where padding by reflection would fail: the
+        metrics' scale .25 and the released draw leave a single cell of some sides under 8, which
+        has nothing to reflect.
         """
         grid = latent_grid(image_size, self.factor)
         if self.config["padding_mode"] == "reflect" and min(grid) < 8:
