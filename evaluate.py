@@ -821,8 +821,8 @@ def recon(args, rank, world, device):
     indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, indices)
     models, entries = load_models(args, device)
-    # All processes must have the same files and networks
-    vae.check_agreement(list(data.dataset.files), entries)
+    # All processes must have the same files, whose paths are one array of bytes, and networks
+    vae.check_agreement(data.dataset.files.joined.tobytes(), entries)
     extractor = load_extractor(args, "pytorch-fid", device)
     distance_name = f"r{extractor.DISTANCE}"
     perceptual = {}
@@ -939,7 +939,7 @@ def summarise(columns, moments, distance_name, device):
                 result[f"{distance_name} {kind}"] = frechet_distance(*pair)
             distances = [result[f"{distance_name} {kind}"] for kind in kinds]
             result[f"{distance_name} {letter}"] = np.mean(distances).item()
-    with contextlib.suppress(ValueError):  # as fewer than 3 different latents raise
+    with contextlib.suppress(ValueError):  # fewer than 3 different latents have no dimension
         result["ID"], result["N_ID"] = two_nn(latents.to(device))
     return result
 
@@ -1118,13 +1118,14 @@ def open_folder(path, notes, size):
     # The size of samples is not known before they are seen
     pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # for messages
     sizes = {}
-    is_lossy = False
+    endings = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp")
+    is_lossy = any(file.lower().endswith(endings) for file in pictures.files)
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
     for file in seen:
         # What cannot be read is told and counted when it is scored
         with contextlib.suppress(Exception), Image.open(file, formats=vae.FORMATS) as image:
             sizes.setdefault((image.height, image.width), file)
-            is_lossy = is_lossy or image.format in ("JPEG", "JPEG2000", "WEBP")
+            is_lossy = is_lossy or image.format in ("JPEG", "JPEG2000", "WEBP")  # of any name
     if size is None:
         if is_lossy:
             raise InputError(f"{path}: JPEG and WebP lose what the metrics measure; {WANTED}")

@@ -541,7 +541,11 @@ def load_generator(file, codes=None):
         raise ImportError(
             f"load_generator() needs dit.py, vqgan.py, vae.py, eqloss.py ({VAE_ERROR})"
         )
-    return dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
+    model, checkpoint = dit.load_generator(file, MaskGIT, ENTRIES, codes=codes)
+    codebook_size = model.config["codebook_size"]
+    if codes not in (None, codebook_size):
+        raise InputError(f"{file}: made for a codebook of {codebook_size} codes, not of {codes}")
+    return model, checkpoint
 
 
 @torch.no_grad()

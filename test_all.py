@@ -2950,7 +2950,7 @@ MISTAKES = [
     ("--lpips-weight 1 --perceptual vae:load_autoencoder --vgg no.pt", "--perceptual vae:load"),
     ("--init {given}/eq.pt --train decoder --padding-mode reflect", "--padding-mode reflect: "),
     ("--train decoder --explicit-weight 0.1", "--explicit-weight: trains the encoder"),
-    ("--latent-scale published", "--latent-scale published: scratch tells none"),
+    ("--latent-scale published", "scratch tells none; give measured"),
     ("--layout ldm", "--layout: is not read without --export"),
     ("--vgg random", "--vgg: is not read without --lpips-weight"),
 ]
@@ -4357,6 +4357,13 @@ def test_two_nodes_equal_one_process(tmp_path, photos, monkeypatch, script):
         assert relative(vector(two[key].values()), vector(one[key].values())) < 1e-4, key
     if script is vae:
         assert two["latent"]["scale"] == pytest.approx(one["latent"]["scale"], rel=1e-3)
+    else:
+        perplexities = []
+        for name in ("one.pt", "two.pt"):
+            model = vqgan.load_vqgan(tmp_path / name)
+            images = vae.ImageFolder(photos, (32, 32))
+            perplexities.append(vqgan.codebook_use(model, images)["perplexity"])
+        assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)
     assert [line["skipped"] for line in log_of_two] == [0, 1, 1], "the poisoned step, on both"
     for line, expected in zip(log_of_two, log, strict=True):
         assert line["unreadable"] == expected["unreadable"], "a count is a sum over processes"
@@ -4862,7 +4869,7 @@ def test_a_run_from_scratch_has_the_padding_that_was_asked_for(capsys, photos, t
     assert checkpoint["config"]["padding_mode"] == "reflect"
     again = ("--init", tmp_path / "r.pt", "--train", "decoder")  # which keeps the encoder
     again, _ = train(tmp_path / "d.pt", *words, *again)
-    assert again["config"]["padding_mode"] == "reflect"
+    assert again["config"] | dict(scaling_factor=None) == checkpoint["config"]
     words = (*AUTOENCODER, "--data", photos, "--padding-mode", "zeros", "--out", tmp_path / "r.pt")
     assert "reflect; give another" in refusal(capsys, vae.main, *words, "--steps", 2)
 
@@ -5249,8 +5256,12 @@ def test_maskgits_file_is_read_by_the_vqgans_codes(tmp_path):
     torch.save(dict(iter=1, model_state_dict=state), tmp_path / "official.pth")
     again, _ = maskgit.load_generator(tmp_path / "official.pth", 256)
     assert again.config == model.config
-    with pytest.raises(vae.InputError, match="of 1024"):
-        maskgit.load_generator(tmp_path / "official.pth", 1024)
+    about = dict(step=1, args={}, vqgan=dict(file="vq.pt", sha256="0"), classes=[])
+    ours = dict(arch="MaskGIT", config=model.config, model=state, **about)
+    torch.save(ours, tmp_path / "ours.pt")
+    for file, codes_of_other in (("official.pth", 1024), ("ours.pt", 512)):
+        with pytest.raises(vae.InputError, match=f"of {codes_of_other}"):
+            maskgit.load_generator(tmp_path / file, codes_of_other)
 
 
 def test_dits_weights_are_sits_with_more_channels():

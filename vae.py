@@ -724,10 +724,11 @@ def train(args, rank, world, device):
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
             log.add(l1=l1, **for_log, rec_loss=rec_loss / num_values, kl=kl)
 
-            # L_gan acts from disc_start on; d_loss trains the discriminator from the first step on.
-            # d_loss sees a detached reconstruction, and loss_gradient() gives no
-            # gradient of g_loss to the discriminator. (In LDM d_loss waits for disc_start as well,
-            # and is computed after the autoencoder's step, from a new reconstruction)
+            # L_gan acts from disc_start on, which is None without a GAN; d_loss trains the
+            # discriminator from the first step on. d_loss sees a detached reconstruction, and
+            # loss_gradient() gives no gradient of g_loss to the discriminator. (In LDM d_loss waits
+            # for disc_start as well, and comes after the autoencoder's step, from a new
+            # reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -749,7 +750,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=g_loss is not None and step >= args.disc_start,  # None without a GAN
+                gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
             backward_from(reconstruction, gradient, regularizer, share)
@@ -789,7 +790,7 @@ def check_options(args, stored):
     if args.train == "decoder" and args.explicit_weight:
         raise InputError("--explicit-weight: trains the encoder, which --train decoder keeps")
     if args.latent_scale == "published" and stored.config.get("scaling_factor") is None:
-        raise InputError(f"--latent-scale published: {stored.path} tells none; leave the flag out")
+        raise InputError(f"--latent-scale published: {stored.path} tells none; give measured")
 
 
 def set_padding_mode(args, resumed, stored):

@@ -323,11 +323,11 @@ def train(args, rank, world, device):
             log.add(l1=l1, **for_log, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
-            # L_gan acts from disc_start on; d_loss trains the discriminator from the first step on.
-            # d_loss sees a detached reconstruction, and vae.loss_gradient()
-            # gives no gradient of g_loss to the discriminator. (In taming d_loss waits for
-            # disc_start as well, and is computed after the autoencoder's step, from a new
-            # reconstruction)
+            # L_gan acts from disc_start on, which is None without a GAN; d_loss trains the
+            # discriminator from the first step on. d_loss sees a detached reconstruction, and
+            # vae.loss_gradient() gives no gradient of g_loss to the discriminator. (In taming
+            # d_loss waits for disc_start as well, and comes after the autoencoder's step, from a
+            # new reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -349,7 +349,7 @@ def train(args, rank, world, device):
                 reconstruction,
                 model.decoder.conv_out.weight,
                 args.gan_weight,
-                gan_acts=g_loss is not None and step >= args.disc_start,  # None without a GAN
+                gan_acts=discriminator is not None and step >= args.disc_start,
             )
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, weighted_codebook_loss, share)
