@@ -689,7 +689,7 @@ def train(args, rank, world, device):
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
         shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # size in latent cells
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
-        log.count(unreadable=(~readable).sum())  # another picture took its place
+        log.count(unreadable=(~readable).sum())  # whose place another picture took
         # The running means and variances of the discriminator, put back if the step is skipped
         buffers_before = [buffer.clone() for buffer in buffers]
 
@@ -706,7 +706,7 @@ def train(args, rank, world, device):
             # L_rec. LDM adds an image's LPIPS to the absolute error of each of its values and takes
             # the sum over all of them. That is (mean error + LPIPS) times their number. The KL term
             # is a sum over the posterior, before tau. So where tau shrinks the image, L_rec weighs
-            # less beside it. `other_losses` is LPIPS, and L2 and SSIM, times their weights
+            # less beside it. `other_losses` is the weighted sum of LPIPS, L2 and 1 - SSIM
             num_values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
             other_losses, for_log = weighted_losses(args, target, reconstruction, perceptual, ssim)
@@ -724,11 +724,11 @@ def train(args, rank, world, device):
             # rec_loss is logged per value, since the sum jumps with the size that tau leaves
             log.add(l1=l1, **for_log, rec_loss=rec_loss / num_values, kl=kl)
 
-            # L_gan acts from disc_start on, which is None without a GAN; d_loss trains the
-            # discriminator from the first step on. d_loss sees a detached reconstruction, and
-            # loss_gradient() gives no gradient of g_loss to the discriminator. (In LDM d_loss waits
-            # for disc_start as well, and comes after the autoencoder's step, from a new
-            # reconstruction)
+            # L_gan, here g_loss, acts from disc_start on (which may be None without a GAN). d_loss
+            # trains the discriminator from the first step on. It sees a detached reconstruction,
+            # and loss_gradient() gives no gradient of g_loss to the discriminator. (In LDM
+            # d_loss waits for disc_start as well, and comes after the autoencoder's step, from a
+            # new reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -741,9 +741,9 @@ def train(args, rank, world, device):
 
             # (L_rec + w L_gan + regulariser).backward(), in two parts. loss_gradient() takes the
             # gradient of the two losses at the reconstruction, with VQ-GAN's adaptive weight w:
-            # --gan-weight times the ratio of their gradients' norms at the decoder's last layer.
-            # backward_from() carries it on through decoder and encoder, and the regulariser's
-            # through the encoder
+            # --gan-weight times |gradient of L_rec| / |gradient of L_gan| at the decoder's last
+            # layer. backward_from() carries that gradient on through decoder and encoder, and the
+            # regulariser's through the encoder
             gradient, scalars = loss_gradient(
                 rec_loss,
                 g_loss,

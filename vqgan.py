@@ -289,12 +289,12 @@ def train(args, rank, world, device):
         # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
         # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
         # `shrink` is the identity, except with --recipe release, the authors' code: there some of
-        # the steps of Eq. 1 train on smaller images. `_explicit_tau` is None here:
-        # --explicit-weight is vae.py's alone
+        # the steps of Eq. 1 train on smaller images. Nothing else is random here, and
+        # `_explicit_tau` is None: --explicit-weight is vae.py's alone
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
-        log.count(unreadable=(~readable).sum())  # another picture took its place
+        log.count(unreadable=(~readable).sum())  # whose place another picture took
         # The running means and variances of the discriminator, put back if the step is skipped
         buffers_before = [buffer.clone() for buffer in buffers]
 
@@ -311,8 +311,8 @@ def train(args, rank, world, device):
                 quantised, tokens, codebook_loss = model.quantize(tau(h))  # EQ-VAE (taming: h)
                 reconstruction = model.decode(quantised)  # of the target's shape
 
-            # L_rec and the codebook's loss are means over values, as in taming. `other_losses` is
-            # LPIPS, and L2 and SSIM, times their weights
+            # L_rec and the codebook's loss are means, as in taming, not sums as in vae.py.
+            # `other_losses` is the weighted sum of LPIPS, L2 and 1 - SSIM
             l1 = (target - reconstruction).abs().mean()
             other_losses, for_log = vae.weighted_losses(
                 args, target, reconstruction, perceptual, ssim
@@ -323,9 +323,9 @@ def train(args, rank, world, device):
             log.add(l1=l1, **for_log, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
-            # L_gan acts from disc_start on, which is None without a GAN; d_loss trains the
-            # discriminator from the first step on. d_loss sees a detached reconstruction, and
-            # vae.loss_gradient() gives no gradient of g_loss to the discriminator. (In taming
+            # L_gan, here g_loss, acts from disc_start on (which may be None without a GAN). d_loss
+            # trains the discriminator from the first step on. It sees a detached reconstruction,
+            # and vae.loss_gradient() gives no gradient of g_loss to the discriminator. (In taming
             # d_loss waits for disc_start as well, and comes after the autoencoder's step, from a
             # new reconstruction)
             g_loss = None
@@ -340,9 +340,9 @@ def train(args, rank, world, device):
 
             # (L_rec + w L_gan + codebook's loss).backward(), in two parts. vae.loss_gradient()
             # takes the gradient of the first two at the reconstruction, with VQ-GAN's adaptive
-            # weight w: --gan-weight times the ratio of their gradients' norms at the decoder's last
-            # layer. vae.backward_from() carries it on through decoder and encoder, and that of the
-            # codebook's loss to the encoder and the codes
+            # weight w: --gan-weight times |gradient of L_rec| / |gradient of L_gan| at the
+            # decoder's last layer. vae.backward_from() carries that gradient on through decoder and
+            # encoder, and the gradient of the codebook's loss to the encoder and the codes
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
