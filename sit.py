@@ -112,8 +112,8 @@ def score(velocity, x, t, path="linear"):
 
 
 def sbdm_diffusion(t, path):
-    """One of DIFFUSIONS: with it the SDE is the reverse of score-based diffusion (SBDM) along this
-    path. It grows without limit as t approaches 0."""
+    """The w(t) of DIFFUSIONS with which the SDE is the reverse of score-based diffusion (SBDM)
+    along this path. w grows without limit as t approaches 0."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     return d_alpha / alpha * sigma**2 - sigma * d_sigma
 
@@ -270,7 +270,8 @@ def train(args, rank, world, device):
 
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
-    latent = dit.measure_scale(autoencoder, images)  # dict of scale and shift; sets them if unknown
+    # Scale and shift of the latents. If they are unknown, they are measured, and set
+    latent = dit.measure_scale(autoencoder, images, micro_batch)
     vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -294,7 +295,7 @@ def train(args, rank, world, device):
         uniform = torch.rand((args.batch_size, 2), generator=rng, device=device)
         t, drop_draw = vae.rank_slice(uniform, rank, world).unbind(dim=1)  # SiT: noise to data
         y = torch.where(drop_draw < LABEL_DROP, null, labels.to(device, non_blocking=True))
-        log.count(unreadable=(~readable).sum())  # another picture took its place
+        log.count(unreadable=(~readable).sum())  # files, for which others stand in
 
         passes = len(moments) // micro_batch
         for k in range(passes):
@@ -312,9 +313,9 @@ def train(args, rank, world, device):
                 (loss / passes).backward()
             log.add(mse=loss)  # SiT
 
-        # The step. If the gradients' norm is not finite, the weights stay: a fused optimiser does
-        # nothing where its attribute found_inf is 1 (made for GradScaler, which is not used here).
-        # So the host need not wait for the norm
+        # The step. If the gradients' norm is not finite, the weights stay. The host need not wait
+        # for the norm, since a fused optimiser does nothing where its attribute found_inf is 1
+        # (made for GradScaler, which is not used here)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
         optimizer.found_inf = skipped

@@ -284,7 +284,7 @@ def codes(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("codes")
     torch.manual_seed(0)
     model = vqgan.VQGAN(**vqgan.CONFIGS["tiny"])
-    x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 10, "cpu"))
+    x = next(vae.evenly_spaced(vae.ImageFolder(photos, (32, 32)), 10, "cpu"))
     vectors = model.features(x).detach().transpose(0, 1).flatten(1).T  # (N, e)
     chosen = vectors[torch.randperm(len(vectors))[:256]]  # codes from among the features
     model.quantize.embedding.weight.data.copy_(chosen)
@@ -2533,7 +2533,7 @@ def test_a_batch_is_split_over_processes_and_passes_or_it_is_told(micro_batch, w
 
 def test_evenly_takes_pictures_from_the_first_to_the_last(twelve):
     data = twelve.centred()
-    batches = list(vae.evenly(data, 5, "cpu", batch_size=2))
+    batches = list(vae.evenly_spaced(data, 5, "cpu", batch_size=2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     found = (vae.to_uint8(torch.cat(batches))[:, 0, 0, 0] // 20).tolist()
     assert found == [0, 2, 5, 8, 11]
@@ -3784,7 +3784,7 @@ def test_tamings_files_are_written_as_they_came_and_read_again(taming, tmp_path)
 @torch.no_grad()
 def test_one_loader_reads_either_kind(codes, trained, photos):
     """load_model(), and encode() and decode() of what it gave."""
-    x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 2, "cpu"))
+    x = next(vae.evenly_spaced(vae.ImageFolder(photos, (32, 32)), 2, "cpu"))
     discrete = vqgan.load_model(codes)
     continuous = vqgan.load_model(trained / "eq.pt")
     mean, std = vqgan.encode_with(discrete, x)
@@ -4539,6 +4539,28 @@ def test_a_preview_says_which_way_is_good(tmp_path, photos, capsys):  # noqa: F8
     said = capsys.readouterr().err
     pattern = r"step 1: equivariance errors R [\d.]+, S [\d.]+ \(0 is best\), PSNR [\d.]+ dB \(more"
     assert re.search(pattern, said)
+
+
+@pytest.mark.parametrize("script", [vae, vqgan])
+def test_previews_and_measurements_take_no_more_images_than_a_step(
+    tmp_path,
+    photos,  # noqa: F811
+    monkeypatch,
+    script,
+):
+    """Where 2 images fit into a GPU's memory, a run must not end because 16 do not."""
+    sizes = []
+    for network in (vae.Encoder, vae.Decoder):
+        forward = network.forward
+
+        def noted(self, x, forward=forward):
+            sizes.append(len(x))
+            return forward(self, x)
+
+        monkeypatch.setattr(network, "forward", noted)
+    words = ("--data", photos, "--steps", 1, "--batch-size", 4, "--micro-batch", 2)
+    train(tmp_path / "a.pt", *words, "--sample-every", 1, main=script.main)
+    assert max(sizes) == 2 and sizes.count(2) > 20
 
 
 @pytest.mark.parametrize(
@@ -7082,8 +7104,8 @@ def test_many_samples_have_the_scores_that_numpy_computes(capsys, monkeypatch, i
     """IS of parts of 5,000 in the file's order, the last one short; a folder as reference, whose
     evenly spaced pictures are enough for precision and recall; shares neither 0 nor 1."""
     pixels_for_inception(monkeypatch)
-    assert evaluate.REFERENCES == 10_000, "ADM's protocol"
-    monkeypatch.setattr(evaluate, "REFERENCES", 30)
+    assert evaluate.MAX_REFERENCES == 10_000, "ADM's protocol"
+    monkeypatch.setattr(evaluate, "MAX_REFERENCES", 30)
     rng = np.random.default_rng(0)
     fake = rng.integers(20, 230, (5007, 4, 5, 3), dtype=np.uint8)
     fake[5000:] //= 3
@@ -7123,7 +7145,8 @@ def test_many_samples_have_the_scores_that_numpy_computes(capsys, monkeypatch, i
     record = record_of(*words)
     del found["Precision"], found["Recall"]
     assert record["fake"] == found, "too little memory costs precision and recall alone"
-    assert any("recall are left out: the memory" in note for note in record["about"]["notes"])
+    (note,) = [note for note in record["about"]["notes"] if "precision and recall" in note]
+    assert "are left out: the memory" in note
 
 
 def test_shuffled_samples_have_the_inception_score_of_all(capsys, monkeypatch, inception, tmp_path):

@@ -210,11 +210,13 @@ def codebook_statistics(counts):
 
 
 @torch.no_grad()
-def codebook_use(model, data, n=1024):
-    """The codebook's use over n evenly spaced images of a vae.ImageFolder: dict(usage, perplexity,
-    dead, images). dead is the number of codes that none of the images takes."""
+def codebook_use(model, data, n=1024, batch_size=16):
+    """The codebook's use over n evenly spaced images of a vae.ImageFolder, of which batch_size are
+    encoded at a time: dict(usage, perplexity, dead, images). dead is the number of codes that none
+    of the images takes."""
     device = next(model.parameters()).device
-    tokens = torch.cat([model.encode(x) for x in vae.evenly(data, n, device)])
+    batches = vae.evenly_spaced(data, n, device, batch_size)
+    tokens = torch.cat([model.encode(x) for x in batches])
     counts = torch.bincount(tokens.flatten(), minlength=model.config["n_embed"])
     usage, perplexity = codebook_statistics(counts)
     return dict(
@@ -230,11 +232,9 @@ def codebook_use(model, data, n=1024):
 
 
 def train(args, rank, world, device):
-    # The networks: of the run to go on with, of --init, or new ones. Flags that are not on the
-    # command line get the values that belong to these networks: vae.load_run() restores those of
-    # the run, starting_point() sets --model, make_discriminator() sets --disc-start (0 for a
-    # discriminator with weights, else 1,000 steps from now). `required` are keys that the run's
-    # file must have; their values may be None
+    # The networks: of the run to go on with, of --init, or new ones. For flags that were not given,
+    # load_run() sets args to what the run was made with, starting_point() sets args.model,
+    # make_discriminator() args.disc_start
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     vae.check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
     torch.manual_seed(args.seed)
@@ -252,8 +252,7 @@ def train(args, rank, world, device):
     smallest = vae.smallest_cells(args, grid, model.factor)  # least side, in cells, for the losses
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
-    # One batch of 8, the same in every preview
-    shown = next(vae.evenly(data.centred(), 8, device))
+    shown = next(vae.evenly_spaced(data.centred(), 8, device))  # 8 images, shown in every preview
 
     # The optimisers, and the average of the weights. (What --train decoder freezes is in the
     # optimiser, too; it has no gradient, so Adam leaves it)
@@ -294,7 +293,7 @@ def train(args, rank, world, device):
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
-        log.count(unreadable=(~readable).sum())  # whose place another picture took
+        log.count(unreadable=(~readable).sum())  # files, for which others stand in
         # The running means and variances of the discriminator, put back if the step is skipped
         buffers_before = [buffer.clone() for buffer in buffers]
 
@@ -323,11 +322,10 @@ def train(args, rank, world, device):
             log.add(l1=l1, **for_log, rec_loss=rec_loss, codebook=codebook_loss)
             log.add(usage=usage, perplexity=perplexity)  # of this micro-batch
 
-            # L_gan, here g_loss, acts from disc_start on (which may be None without a GAN). d_loss
-            # trains the discriminator from the first step on. It sees a detached reconstruction,
-            # and vae.loss_gradient() gives no gradient of g_loss to the discriminator. (In taming
-            # d_loss waits for disc_start as well, and comes after the autoencoder's step, from a
-            # new reconstruction)
+            # L_gan, here g_loss, acts from disc_start on. d_loss trains the discriminator from the
+            # first step on, from a detached reconstruction, and vae.loss_gradient() gives no
+            # gradient of g_loss to the discriminator. (In taming d_loss waits for disc_start as
+            # well, and comes after the autoencoder's step, from a new reconstruction)
             g_loss = None
             if discriminator is not None:
                 with autocast:
@@ -354,9 +352,9 @@ def train(args, rank, world, device):
             log.add(**scalars)
             vae.backward_from(reconstruction, gradient, weighted_codebook_loss, share)
 
-        # The step. If the gradients' norm is not finite, both networks keep their weights: a fused
-        # optimiser does nothing where its attribute found_inf is 1. (It is GradScaler's, which is
-        # not used here.) So the host need not wait for the norm
+        # The step. If the gradients' norm is not finite, both networks keep their weights. The host
+        # need not wait for the norm, since a fused optimiser does nothing where its attribute
+        # found_inf is 1 (made for GradScaler, which is not used here)
         vae.average_gradients(parameters)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~grad_norm.isfinite()).float()
@@ -391,9 +389,10 @@ def preview(args, step, log, model, ema, data, shown, grid, autocast):
     """vae.preview(), whose pictures and errors are of the current weights; then the codebook's use
     over 1,024 images, with the weights that load_vqgan() would take: their average, if any."""
     vae.preview(args, step, log, model.features, model.decode_features, shown, grid, autocast)
-    if not vae.MAIN or args.bench or not args.sample_every:
+    if not vae.MAIN or not args.sample_every:
         return
-    use = codebook_use(vae.averaged_model(model, ema, shown.device), data.centred())
+    averaged = vae.averaged_model(model, ema, shown.device)
+    use = codebook_use(averaged, data.centred(), batch_size=vae.most_at_once(args))
     log.write(dict(step=step, **use))
     vae.say(
         f"codebook: {use['dead']} of {model.config['n_embed']} codes are used by none of "

@@ -40,8 +40,8 @@ from eqloss import scale_transform  # noqa: E402
 def latent_figures(args, device):
     """Draws what latents look like, and what they decode to when they are transformed."""
     data = vae.ImageFolder(args.data, args.image_size)
-    x = torch.cat(list(vae.evenly(data, args.num_images, device)))  # (N, 3, H, W), shown
-    many = list(vae.evenly(data, 256, device))  # what the principal components are fitted to
+    x = torch.cat(list(vae.evenly_spaced(data, args.num_images, device)))  # (N, 3, H, W), shown
+    many = list(vae.evenly_spaced(data, 256, device))  # what the principal components are fitted to
     latents = [("images", pictures_of(vae.to_uint8(x)))]
     scaled = []
     turned = []

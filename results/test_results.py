@@ -427,7 +427,7 @@ def test_figures_of_checkpoints_show_what_their_labels_say(drawn, trained, photo
     names = ("standard", "eq")
     words = ("--data", photos, "--image-size", 32, "--num-images", 3, "--out", tmp_path / "f")
     run(figures.main, *[trained / f"{name}.pt" for name in names], *words)
-    x = next(vae.evenly(vae.ImageFolder(photos, (32, 32)), 3, "cpu"))
+    x = next(vae.evenly_spaced(vae.ImageFolder(photos, (32, 32)), 3, "cpu"))
     turn = functools.partial(torch.rot90, k=2, dims=(2, 3))
     shrink = functools.partial(F.interpolate, scale_factor=0.5, mode="bicubic", antialias=True)
     for figure, tau in (("fig2-rotation", turn), ("fig2-scale", shrink)):
