@@ -441,8 +441,8 @@ def tf1_bilinear(n_in, n_out):
 
 def without_counters(weights):
     """A state dict without BatchNorm's step counters, which only some files have. So both kinds of
-    files give networks of the same hash. (load_state_dict() does not miss them: a plain dict passes
-    for the state of an old PyTorch, which had none, and they stay 0.)"""
+    files give the same vae.weights_hash(), for records. (load_state_dict() leaves counters that a
+    plain dict lacks at 0.)"""
     return {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
 
@@ -665,7 +665,7 @@ def batches(pictures, args, label, rank, world):
         loader = vae.data_loader(share, args.workers, batch_size=args.batch_size)
     bar = vae.Progress(last - first, 0, label, "image")
     for images, _label, index, readable in loader:
-        if vae.signal_heard():  # by any process, for which this one does not wait
+        if vae.signal_heard():  # by any process; this does not wait for the others
             raise SystemExit(128 + vae.SIGNALS[0])
         bar.update(len(images))
         if not readable.all():  # vae.ImageFolder names the files that are left out
@@ -974,7 +974,7 @@ def samples(args, rank, world, device):
     )
     origin, statistics = open_statistics(args, real_pictures, network)
     fake = score_pictures(fake_pictures, network, args, rank, world, device)
-    # Of the reference's pictures; {} if the reference is a file of ADM's without pictures
+    # `real` is of the reference's pictures. If it has none, score_pictures() gives {}
     real = statistics
     if real is None:
         real = score_pictures(real_pictures, network, args, rank, world, device, is_reference=True)
@@ -1086,7 +1086,7 @@ def thumbnails(images):
     """uint8 (B, 3, H, W) -> (B, 192): the pictures in [-1, 1], shrunk to 8 x 8 by averaging.
 
     The Frechet distance of thumbnails sees which colours are where, and nothing finer. It needs no
-    network, so a loss on features of the same network cannot flatter it.
+    network, so a loss on a network's features cannot flatter it.
     """
     return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 

@@ -4743,6 +4743,7 @@ AVERAGES = {  # how a trainer may keep weights w and their average a
     "shadow": lambda w, a: dict(model=w, ema=dict(shadow=a)),
     "swa": lambda w, a: dict(model=w, swa_state_dict=a),
     "prefixes": lambda w, a: under_prefix("model.", w) | under_prefix("ema_model.", a),
+    "a prefix in a dictionary": lambda w, a: dict(model=w, other=under_prefix("ema.", a)),
     "long prefixes": lambda w, a: under_prefix("vae.", w) | under_prefix("ema.module.vae.", a),
 }
 

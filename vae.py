@@ -339,7 +339,8 @@ class AutoencoderKL(nn.Module):
         """(h, w) of the latents of images (H, W).
 
         InputError where f does not divide a side, or where padding by reflection would fail:
-        reflection needs two cells a side, and scaling by .25 can leave one of fewer than 8.
+        reflection needs two cells a side, and scaling by .25 may leave only one, if a side has
+        fewer than 8.
         """
         grid = latent_grid(image_size, self.factor)
         if self.config["padding_mode"] == "reflect" and min(grid) < 8:
@@ -639,7 +640,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = smallest_cells(args, grid, model.factor)  # least side, in cells, for the losses
+    smallest = smallest_cells(args, grid, model.factor)  # no side is shrunk below it
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     shown = next(evenly_spaced(data.centred(), 8, device))  # 8 images, shown in every preview
@@ -918,8 +919,8 @@ def in_passes(function, size):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    They are kept with --latent-scale published or --train decoder, else measured: in the first
-    process alone, which saves, and not with --bench."""
+    With --latent-scale published they are kept, with --train decoder, too, if they are known; else
+    measured: in the first process alone, which saves, and not with --bench."""
     if step < args.steps:
         return None
     is_fixed = args.train == "decoder" and model.scaling_factor is not None
@@ -1323,20 +1324,19 @@ def in_our_names(weights, config, path="these weights"):
 def find_weights(checkpoint, anchor):
     """The weights of a network, in its own names, from somebody's checkpoint; None if not there.
 
-    They may stand in the checkpoint itself, in a dictionary of it, or in one of that; an average of
-    the weights comes first.
+    They may stand in the checkpoint itself, in a dictionary of it, or in one of that. An average of
+    the weights is preferred.
 
     anchor  a name that the network has, as "encoder.conv_in.weight". Whatever stands before it is
             a prefix (module., first_stage_model., ...), and only what has this prefix is kept.
             torch.compile's _orig_mod. may stand anywhere.
     """
-    holders = [("", checkpoint)]  # (name, dictionary); is_average() looks at the names
+    holders = [("", checkpoint)]  # (name, dictionary)
     for key, value in checkpoint.items():
         if isinstance(value, dict):
             holders.append((str(key), value))
             inner = [(f"{key}.{name}", item) for name, item in value.items()]
             holders += [(name, item) for name, item in inner if isinstance(item, dict)]
-    holders.sort(key=lambda pair: not is_average(pair[0]))
     networks = []  # (what the file calls it, tensors, prefix of its tensors)
     for name, holder in holders:
         tensors = {}
@@ -1344,11 +1344,11 @@ def find_weights(checkpoint, anchor):
             if isinstance(key, str) and isinstance(value, torch.Tensor):
                 tensors[key.replace("_orig_mod.", "")] = value
         prefixes = [key.removesuffix(anchor) for key in tensors if key.endswith(anchor)]
-        # Averages first, then the outermost
-        prefixes.sort(key=lambda prefix: (not is_average(prefix), len(prefix)))
+        prefixes.sort(key=len)  # the outermost first
         networks += [(f"{name}.{prefix}".strip("."), tensors, prefix) for prefix in prefixes]
     if not networks:
         return None
+    networks.sort(key=lambda network: not is_average(network[0]))
     taken, tensors, prefix = networks[0]
     say_averages(checkpoint, taken)
     # If an average is taken, the others are its plain weights, which need no message
@@ -1574,7 +1574,7 @@ def export(args):
         say("its convolutions pad by reflection: other programs than ours have to be told")
     layout = args.layout
     if args.export.endswith(".safetensors"):
-        layout = "one file in LDM's"
+        layout = "one file in LDM's"  # as the message below says it
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
@@ -1703,7 +1703,8 @@ class Inert:
 
 
 class InertDict:
-    """The same for classes that are dictionaries, as EasyDict: torch fills in their items."""
+    """The same for classes that are dictionaries, as EasyDict: it becomes an OrderedDict, which
+    torch fills."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
@@ -1787,8 +1788,9 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    # A file does not say which of its classes are dictionaries. An InertDict takes items, and no
-    # state but a dictionary. An Inert takes any state, and no items. So both are tried
+    # A file does not say which of its classes are dictionaries, so all of them get one stand-in or,
+    # if this fails, the other. What an InertDict makes takes items, and no state but a dictionary.
+    # An Inert takes any state, and no items
     for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
@@ -2070,9 +2072,9 @@ STOP_SIGNALS = [
 def launch(parser, run):
     """Parses the command line, calls run(args, rank, world, device), and ends the process.
 
-    An InputError is told in one line, with exit code 2. Any other exception keeps its traceback.
-    In both cases the process ends at once: it waits neither for its data loaders nor, under
-    torchrun, for the other processes, which torchrun then stops.
+    An InputError, or a lack of memory, is told in one line, with exit code 2. Any other exception
+    keeps its traceback. In all cases the process ends at once: it waits neither for its data
+    loaders nor, under torchrun, for the other processes, which torchrun then stops.
     """
     world = 1
     code = 0
@@ -2120,7 +2122,7 @@ def restored_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.counting.close()  # if a run with --bench failed
+        BENCH.counting.close()  # the counter of operations, if a run with --bench failed
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2279,8 +2281,8 @@ def has_bf16_units(device):
 
 @contextlib.contextmanager
 def full_precision():
-    """A context in which a GPU computes in full float32. With TF32, which start_process() turns on
-    for matrices and torch for convolutions, tokens and scores would come out differently."""
+    """A context in which a GPU computes in full float32. Tokens would come out differently with
+    TF32, which start_process() turns on for matrices, and torch for convolutions."""
     matmul = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -2903,9 +2905,7 @@ def load_run(args, arch, configs, required=()):
     Other pictures or another batch make another run: InputError, unless --change is given.
     """
     if Path(args.out).suffix != ".pt":
-        raise InputError(
-            f"--out {args.out}: give a name that ends in .pt (a folder without it is made)"
-        )
+        raise InputError(f"--out {args.out}: give a name that ends in .pt")
     check_writable(args.out)
     if args.bench or not os.path.exists(args.out):
         return None

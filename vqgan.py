@@ -249,7 +249,7 @@ def train(args, rank, world, device):
 
     # The images. All that can be wrong with the arguments is found before Log writes anything
     grid = model.grid(args.image_size)
-    smallest = vae.smallest_cells(args, grid, model.factor)  # least side, in cells, for the losses
+    smallest = vae.smallest_cells(args, grid, model.factor)  # no side is shrunk below it
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
     shown = next(vae.evenly_spaced(data.centred(), 8, device))  # 8 images, shown in every preview
