@@ -621,7 +621,8 @@ def weighted_losses(args, target, reconstruction, perceptual, ssim):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. All processes begin with equal
     # weights because of the seed. For flags that were not given, load_run() sets args to what the
-    # run was made with, starting_point() sets args.model, make_discriminator() args.disc_start
+    # run was made with, starting_point() sets args.model, make_discriminator() args.disc_start.
+    # `required` entries must be in the run's file, if only as None
     resumed = load_run(
         args, "AutoencoderKL", CONFIGS, required=("disc", "opt_disc", "ema", "latent")
     )
@@ -643,7 +644,8 @@ def train(args, rank, world, device):
     smallest = smallest_cells(args, grid, model.factor)  # no side is shrunk below it
     micro_batch = images_per_pass(args, world)
     data = ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
-    shown = next(evenly_spaced(data.centred(), 8, device))  # 8 images, shown in every preview
+    # Shown in every preview: 8 images, one batch
+    shown = next(evenly_spaced(data.centred(), n=8, device=device))
 
     # The optimisers, and the average of the weights. (What --train decoder freezes is in the
     # optimiser, too; it has no gradient, so Adam leaves it)
@@ -919,8 +921,8 @@ def in_passes(function, size):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    With --latent-scale published they are kept, with --train decoder, too, if they are known; else
-    measured: in the first process alone, which saves, and not with --bench."""
+    They are kept with --latent-scale published, and with --train decoder where they are known; else
+    measured, by the first process alone, since it saves. None with --bench."""
     if step < args.steps:
         return None
     is_fixed = args.train == "decoder" and model.scaling_factor is not None
@@ -1789,8 +1791,8 @@ def unpickle(path):
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     # A file does not say which of its classes are dictionaries, so all of them get one stand-in or,
-    # if this fails, the other. What an InertDict makes takes items, and no state but a dictionary.
-    # An Inert takes any state, and no items
+    # if this fails, the other. An InertDict fails where the file gives an object a state that is no
+    # dictionary, an Inert where the file gives it items
     for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
@@ -2070,10 +2072,10 @@ STOP_SIGNALS = [
 
 
 def launch(parser, run):
-    """Parses the command line, calls run(args, rank, world, device), and ends the process.
+    """Parses the command line and calls run(args, rank, world, device).
 
     An InputError, or a lack of memory, is told in one line, with exit code 2. Any other exception
-    keeps its traceback. In all cases the process ends at once: it waits neither for its data
+    keeps its traceback. After either the process ends at once: it waits neither for its data
     loaders nor, under torchrun, for the other processes, which torchrun then stops.
     """
     world = 1
@@ -2281,8 +2283,8 @@ def has_bf16_units(device):
 
 @contextlib.contextmanager
 def full_precision():
-    """A context in which a GPU computes in full float32. Tokens would come out differently with
-    TF32, which start_process() turns on for matrices, and torch for convolutions."""
+    """A context in which a GPU computes in full float32. A VQ-GAN's tokens would come out
+    differently with TF32, which start_process() turns on for matrices, torch for convolutions."""
     matmul = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -3096,7 +3098,7 @@ def is_due(step, every, last=None):
 
 
 class Log:
-    """OUT.jsonl, a line of JSON every --log-every steps, ten steps after the start and at the end;
+    """OUT.jsonl, a line of JSON every --log-every steps, ten steps after the start and at --steps;
     and what stderr shows of it: on a terminal a progress bar, else these lines as text.
 
     Values that are added are logged as means over the steps since the last line and over processes,

@@ -234,7 +234,8 @@ def codebook_use(model, data, n=1024, batch_size=16):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. For flags that were not given,
     # load_run() sets args to what the run was made with, starting_point() sets args.model,
-    # make_discriminator() args.disc_start
+    # make_discriminator() args.disc_start. `required` entries must be in the run's file, if only as
+    # None
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     vae.check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
     torch.manual_seed(args.seed)
@@ -252,7 +253,8 @@ def train(args, rank, world, device):
     smallest = vae.smallest_cells(args, grid, model.factor)  # no side is shrunk below it
     micro_batch = vae.images_per_pass(args, world)
     data = vae.ImageFolder(args.data, args.image_size, crop="random", seed=args.seed)
-    shown = next(vae.evenly_spaced(data.centred(), 8, device))  # 8 images, shown in every preview
+    # Shown in every preview: 8 images, one batch
+    shown = next(vae.evenly_spaced(data.centred(), n=8, device=device))
 
     # The optimisers, and the average of the weights. (What --train decoder freezes is in the
     # optimiser, too; it has no gradient, so Adam leaves it)
