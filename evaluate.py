@@ -1200,7 +1200,8 @@ def open_statistics(args, pictures, network):
     """-> (origin, statistics), for --statistics; without the flag ({}, None).
 
     origin      what they depend on: extractor and its weights, the size that the reference's
-                pictures are scored at, their number, and a hash of their files
+                pictures are scored at, their number, and a hash of their files, of which
+                MAX_REFERENCES are enough (to read all of ImageNet takes as long as to score it)
     statistics  those in the file, or None if there is no file yet
 
     InputError if the file has another origin, or if --statistics or --thumbnails lacks pictures.
@@ -1210,9 +1211,10 @@ def open_statistics(args, pictures, network):
             raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
     if not args.statistics:
         return {}, None
+    files = getattr(pictures, "files", [pictures.root])
     digest = hashlib.sha256()
-    for file in getattr(pictures, "files", [pictures.root]):
-        digest.update(vae.file_hash(file).encode())
+    for index in np.linspace(0, len(files) - 1, min(len(files), MAX_REFERENCES)).astype(int):
+        digest.update(vae.file_hash(files[index]).encode())
     origin = dict(
         extractor=network.description,
         size=list(pictures.size),

@@ -2097,7 +2097,7 @@ def launch(parser, run):
             code = 2
         except BaseException as error:
             if is_out_of_memory(error):
-                tell(f"{parser.prog}: {out_of_memory(args, world)}")
+                tell(f"{parser.prog}: {out_of_memory(args, world, error)}")
                 code = 2
             elif world == 1:
                 raise
@@ -2209,12 +2209,21 @@ def in_one_line(error):
 
 def is_out_of_memory(error):
     on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return on_cpu or is_one or is_out_of_shared_memory(error)
 
 
-def out_of_memory(args, world):
+def is_out_of_shared_memory(error):
+    """Data loaders hand their batches over in /dev/shm. In a container that has 64 MB."""
+    texts = ("unable to allocate shared memory(shm)", "workers are out of shared memory")
+    return any(text in str(error) for text in texts)
+
+
+def out_of_memory(args, world, error):
     """The flag to lower where memory was not enough: --micro-batch, or --batch-size for sampling
-    and evaluate.py, which have no micro-batches."""
+    and evaluate.py, which have no micro-batches; or --workers."""
+    if is_out_of_shared_memory(error):
+        return "/dev/shm is too small for --workers: give fewer, or 0 (or docker run --shm-size)"
     if getattr(args, "sample_from", None) or not hasattr(args, "micro_batch"):
         return f"out of memory: give --batch-size {max(1, args.batch_size // 2)}"
     micro_batch = args.micro_batch or args.batch_size // world
@@ -2696,8 +2705,6 @@ def endless_batches(data, args, step, rank, world):
             places = [divmod(place, len(data)) for place in range(first, first + size)]
             yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
-    if args.workers:
-        check_shared_memory(data, args, world)
     return iter(data_loader(data, args.workers, batch_sampler=items()))
 
 
@@ -2710,20 +2717,6 @@ def data_loader(data, workers, **options):
         pin_memory=torch.cuda.is_available(),
         **options,
     )
-
-
-def check_shared_memory(data, args, world):
-    """InputError if the batches that data loaders hold ready do not fit into /dev/shm, which is 64
-    MB in a container."""
-    item = data[(0, 0)]
-    size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
-    here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
-    needed = 2 * args.workers * size * here  # a worker holds two batches ready (prefetch_factor)
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
-        raise InputError(
-            f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
-            "and /dev/shm has less (docker run --shm-size); take fewer, or 0"
-        )
 
 
 def leave_signals(worker):
