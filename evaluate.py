@@ -1125,11 +1125,8 @@ def open_folder(path, notes, size):
         # What cannot be read is reported and counted when it is scored
         with contextlib.suppress(Exception), Image.open(file, formats=vae.FORMATS) as image:
             sizes.setdefault((image.height, image.width), file)
-            is_lossy = is_lossy or image.format in (
-                "JPEG",
-                "JPEG2000",
-                "WEBP",
-            )  # even if named .png
+            # Whatever its name is
+            is_lossy = is_lossy or image.format in ("JPEG", "JPEG2000", "WEBP")
     if size is None:
         if is_lossy:
             raise InputError(f"{path}: JPEG and WebP lose what the metrics measure; {WANTED}")

@@ -234,8 +234,7 @@ def codebook_use(model, data, n=1024, batch_size=16):
 def train(args, rank, world, device):
     # The networks: of the run to go on with, of --init, or new ones. For flags that were not given,
     # load_run() sets args to what the run was made with, starting_point() sets args.model,
-    # make_discriminator() args.disc_start. `required` entries must be in the run's file, if only as
-    # None
+    # make_discriminator() args.disc_start. `required` entries must be in its file, if only as None
     resumed = vae.load_run(args, "VQGAN", CONFIGS, required=("disc", "opt_disc", "ema"))
     vae.check_needs(args)  # InputError for --vgg with --lpips-weight 0, and the like
     torch.manual_seed(args.seed)
