@@ -703,7 +703,7 @@ def train(args, rank, world, device):
 
             # L_rec. LDM adds an image's LPIPS to each of its values' absolute error, and sums: that
             # is (mean error + LPIPS) times the number of values. The KL term is a sum over the
-            # posterior, before tau. So where tau shrinks the image, L_rec weighs less beside it.
+            # posterior, before tau. So where tau shrinks the image, L_rec weighs less beside KL.
             # `other_losses` is the weighted sum of LPIPS, L2 and 1 - SSIM
             num_values = target[0].numel()
             l1 = (target - reconstruction).abs().mean()
@@ -823,7 +823,7 @@ def draw_transforms(args, grid, smallest, generator):
         shrink, tau = identity_transform(grid), sample_transform(grid, **options)
     if tau.is_identity or not getattr(args, "explicit_weight", 0):  # vqgan.py has no such flag
         return shrink, tau, None
-    return shrink, identity_transform(tau.grid), tau  # tau.grid: the latent's size before tau
+    return shrink, identity_transform(grid), tau
 
 
 def smallest_cells(args, grid, factor):
@@ -922,7 +922,7 @@ def in_passes(function, size):
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
     They are kept with --latent-scale published, and with --train decoder where they are known; else
-    measured, by the first process alone, since it saves. None with --bench."""
+    measured, by the first process alone, since it saves, and not with --bench (then None)."""
     if step < args.steps:
         return None
     is_fixed = args.train == "decoder" and model.scaling_factor is not None
@@ -1705,8 +1705,8 @@ class Inert:
 
 
 class InertDict:
-    """The same for classes that are dictionaries, as EasyDict: it becomes an OrderedDict, which
-    torch fills."""
+    """The same for classes that are dictionaries, as EasyDict: it becomes an OrderedDict, the one
+    kind of dictionary to which torch's safe reader gives both items and attributes."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
@@ -1792,7 +1792,7 @@ def unpickle(path):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     # A file does not say which of its classes are dictionaries, so all of them get one stand-in or,
     # if this fails, the other. An InertDict fails where the file gives an object a state that is no
-    # dictionary, an Inert where the file gives it items
+    # dictionary of attributes, an Inert where the file gives it items
     for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
@@ -1927,8 +1927,7 @@ def weights_hash(module):
 
 
 # ==================================================================================================
-# The run kit: what every script here needs besides its paper. The generators' scripts and
-# evaluate.py import vae.py only if it is there, so that their networks can be copied without it.
+# The run kit: what every script here needs besides its paper
 
 
 class InputError(ValueError):
@@ -2113,8 +2112,8 @@ def launch(parser, run):
 
 @contextlib.contextmanager
 def restored_process():
-    """What a run changes in its process is put back afterwards, however it ends: streams, handlers
-    of STOP_SIGNALS, locks, data loaders. So a notebook can call main() twice."""
+    """However a run ends, puts back streams and the handlers of STOP_SIGNALS, gives up locks, and
+    ends data loaders. So a notebook can call main() twice."""
     streams = (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     others = multiprocessing.active_children()
@@ -2124,7 +2123,7 @@ def restored_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.counting.close()  # the counter of operations, if a run with --bench failed
+        BENCH.counting.close()  # ends class Bench's count of operations, if the run failed
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2146,8 +2145,8 @@ def end_loaders(others=()):
 
 class GuardedStream:
     """stdout or stderr that never ends a run: what a closed, full or broken stream does not take is
-    lost. If a signal comes during a write, which may wait for ever, remember_signal() raises an
-    error out of it, and nothing more is written to the stream."""
+    lost. If a signal comes during a write, which may be blocked for ever, remember_signal() ends
+    the write with an error, and the stream is not written to any more."""
 
     def __init__(self, stream):
         self.stream = stream  # None, if it was closed when Python started
@@ -2306,9 +2305,9 @@ def full_precision():
 
 
 def remember_signal(number, frame):
-    """Remembers it, for stop_signal(). A second one of its kind ends the process at once. During a
-    write to stdout or stderr, which may never return, it raises an error out of it, and that stream
-    is not written to any more."""
+    """Remembers a signal, for stop_signal(). A second one of its kind ends the process at once. If
+    a signal comes during a write to stdout or stderr, which may be blocked for ever, this ends the
+    write with an error, and the stream is not written to any more."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
@@ -2439,7 +2438,7 @@ def sample_noise(shape, seed, indices, device):
 
 
 def to_device(tensor, device):
-    """A host's tensor on the device; a GPU need not wait for it."""
+    """A host's tensor on the device; the host does not wait for the copy to a GPU."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -2530,7 +2529,7 @@ def find_images(root, flag="--data"):
 def walk(root, others):
     """The one walk of folders: yields (folder, paths of the images in it), sorted, root first.
 
-    Links are followed, each real folder once. Hidden folders and those of services are no data.
+    Links are followed, each real folder once. What is_service_name() knows is no data.
     others  a Counter of the endings of files that are no images
     """
 
@@ -2634,8 +2633,8 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def open_next(self, index, is_training):
         """-> (the first picture from `index` on that can be read, its index). If the disk is at
-        fault, caches and scores end in an InputError: they would be without the picture for
-        good."""
+        fault, all but training ends in an InputError: caches and scores would be without the
+        picture for good."""
         for step in range(len(self)):
             at = (index + step) % len(self)
             try:
@@ -3014,6 +3013,7 @@ def restored_arguments(args, stored):
     for name, action in actions.items():
         value = stored[name]
         flag = action.option_strings[0]
+        # (Other scripts have the flags encoder, cache and no_cache)
         is_code = name in ("perceptual", "encoder") and ":" in str(value)
         is_folder = name == "cache" and not getattr(args, "no_cache", False)
         if (is_code or is_folder) and value is not None and name not in args.given:
