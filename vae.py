@@ -680,8 +680,9 @@ def train(args, rank, world, device):
     while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
         # TRAINING STEP. Transforms and noise are functions of (seed, step). All processes share one
-        # tau. The noise is drawn for the whole batch, and this process takes its rows. `shrink` is
-        # the identity, except with --recipe release; `explicit_tau` is for Table 7's ablation alone
+        # tau. The noise is drawn for the whole batch, and this process takes its rows. `shrink`, of
+        # the images before they are encoded, is the identity, except with --recipe release;
+        # `explicit_tau` is for Table 7's ablation alone
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
@@ -921,8 +922,11 @@ def in_passes(function, size):
 @torch.no_grad()
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
-    They are kept with --latent-scale published, and with --train decoder where they are known; else
-    measured, by the first process alone, since it saves, and not with --bench (then None)."""
+
+    With --latent-scale published they are those of the weights that training began from, and with
+    --train decoder, too, if those are known. Else the first process, which saves, measures them. In
+    the other processes, and with --bench, they are None then.
+    """
     if step < args.steps:
         return None
     is_fixed = args.train == "decoder" and model.scaling_factor is not None
@@ -1258,8 +1262,8 @@ def read_ours(path, checkpoint, arch):
     config = dict(checkpoint["config"])
     if arch == "AutoencoderKL":
         # Until a fine-tune has finished, the scale of its latents is unknown: the configuration has
-        # that of the weights that it began from. The old shift stays as a sign, because
-        # measure_latents() measures a shift only where it is not 0
+        # that of the weights that it began from. The old shift stays, because measure_latents()
+        # measures a new one only where the old one is not 0
         latent = checkpoint["latent"] or dict(scale=None, shift=config.get("shift_factor"))
         config["scaling_factor"] = latent.get("scale")
         config["shift_factor"] = latent.get("shift")
@@ -1393,7 +1397,8 @@ def is_average(name):
 
 
 def say_averages(checkpoint, taken):
-    """Says where a file holds an average of the weights in a form that is not read here."""
+    """Says if a file holds an average of the weights in a form that is not read here. (One that can
+    be read would have been taken.)"""
     for key, value in checkpoint.items():
         is_one = is_average(str(key)) and isinstance(value, (dict, list)) and len(value) > 0
         if is_one and not is_average(taken):
@@ -1576,7 +1581,7 @@ def export(args):
         say("its convolutions pad by reflection: other programs than ours have to be told")
     layout = args.layout
     if args.export.endswith(".safetensors"):
-        layout = "one file in LDM's"  # as the message below says it
+        layout = "ldm"
         write_file(args.export, lambda part: write_single(part, model))
     elif layout == "diffusers":
         write_file(args.export, lambda folder: write_diffusers(folder, model, stored))
@@ -1705,15 +1710,15 @@ class Inert:
 
 
 class InertDict:
-    """The same for classes that are dictionaries, as EasyDict: it becomes an OrderedDict, the one
-    kind of dictionary to which torch's safe reader gives both items and attributes."""
+    """The same, for what may be a dictionary, as EasyDict: see unpickle(). It becomes an
+    OrderedDict, the one kind to which torch's safe reader gives both items and attributes."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
 
 class InertList:
-    """The same for deque."""
+    """The same, for deque."""
 
     def __new__(cls, *args, **kwargs):
         return []
@@ -2719,8 +2724,8 @@ def data_loader(data, workers, **options):
 
 
 def leave_signals(worker):
-    """Data loaders leave signals to the main process, which still needs them to finish its step;
-    and they let go of its locks, which they would hold for some seconds after it was killed."""
+    """Data loaders leave signals to the main process, which needs the loaders until its step is
+    done. They also close its locks, which would else outlast a killed main process by seconds."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     while LOCKS:
@@ -2877,8 +2882,8 @@ def update_ema(ema, model, decay, step):
     d = min(decay, (1 + step) / (10 + step)).
 
     LDM's LitEma has this warm-up, but counts from 1. The codes of DiT, SiT and REPA have none:
-    their average is mostly the random start during the first 1 / (1 - decay) steps. After ten times
-    as many steps it agrees with this one.
+    their average holds much of the random start during the first 1 / (1 - decay) steps. After ten
+    times as many it agrees with this one.
     """
     if ema is None:
         return
