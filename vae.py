@@ -507,7 +507,8 @@ def loss_gradient(rec_loss, g_loss, reconstruction, last_layer, gan_weight, gan_
 def backward_from(reconstruction, gradient, regularizer, share):
     """The backward pass through the autoencoder, from the gradient at its reconstruction and from
     the regulariser, a scalar: the KL term, and Eq. 4 with --explicit-weight; in vqgan.py the
-    codebook's loss. Both are multiplied by `share`, this micro-batch's part of the batch."""
+    codebook's loss. Gradient and regulariser are multiplied by `share`, this micro-batch's part
+    of the batch."""
     ends = [reconstruction]
     gradients = [gradient * share]
     if regularizer.requires_grad:  # it does not with --train decoder
@@ -682,7 +683,7 @@ def train(args, rank, world, device):
         # TRAINING STEP. Transforms and noise are functions of (seed, step). All processes share one
         # tau. The noise is drawn for the whole batch, and this process takes its rows. `shrink`, of
         # the images before they are encoded, is the identity, except with --recipe release;
-        # `explicit_tau` is for Table 7's ablation alone
+        # `explicit_tau` is None, except in some steps of Table 7's ablation
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
@@ -814,8 +815,9 @@ def draw_transforms(args, grid, smallest, generator):
 
     shrink        of the images before they are encoded; the identity, except with --recipe release
     tau           of images and latents alike (Eq. 5)
-    explicit_tau  None, except with --explicit-weight (Table 7's ablation): then the drawn transform
-                  is for Eq. 4, and tau is the identity, so that reconstructions are plain
+    explicit_tau  None, except with --explicit-weight (Table 7's ablation) in steps that draw no
+                  identity: then the drawn transform is for Eq. 4, and tau is the identity, so that
+                  reconstructions are plain
     """
     options = dict(p_alpha=args.p_alpha, kind=args.tau, smallest=smallest, generator=generator)
     if args.recipe == "release":
@@ -855,7 +857,7 @@ def make_discriminator(args, stored, step):
 
     Also sets args.disc_start where it was not given: a discriminator with weights enters the loss
     at once, a new one is trained for 1,000 steps first. A run that goes on has the value from its
-    checkpoint, unless its discriminator is new.
+    checkpoint, unless its discriminator is new, because it had none before.
     """
     if not args.gan_weight:
         return None
@@ -1146,7 +1148,7 @@ def starting_point(args, resumed, configs, read):
 
 
 def build(network_class, stored):
-    """The network of a Stored, on the CPU. It is built on "meta" first, where weights take no
+    """The network of a Stored. It is built on "meta" first, where weights take no
     memory, and compared with the file. InputError if its configuration describes no network, or one
     with other weights."""
     try:
@@ -1698,9 +1700,13 @@ def write_json(path, value):
 # The one reader of checkpoints. Nothing in a file is ever executed.
 
 
+# What takes the place of all that a foreign checkpoint names and torch does not know, classes and
+# functions alike. A file does not say which of them are dictionaries, so unpickle() tries InertDict
+# for all of them, then Inert. For deque it is InertList
+
+
 class Inert:
-    """Takes the place of whatever a foreign checkpoint names that torch does not know, classes and
-    functions alike. It does nothing and keeps nothing."""
+    """Does nothing and keeps nothing. torch's reader fails where the file gives it items."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -1710,15 +1716,15 @@ class Inert:
 
 
 class InertDict:
-    """The same, for what may be a dictionary, as EasyDict: see unpickle(). It becomes an
-    OrderedDict, the one kind to which torch's safe reader gives both items and attributes."""
+    """Becomes an OrderedDict, the one kind of dictionary to which torch's reader gives both items
+    and attributes. The reader fails where the file gives it a state that is no dictionary."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
 
 class InertList:
-    """The same, for deque."""
+    """Becomes a list."""
 
     def __new__(cls, *args, **kwargs):
         return []
@@ -1795,9 +1801,6 @@ def unpickle(path):
     names = []
     with contextlib.suppress(Exception):  # no zip file: torch.load alone decides
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    # A file does not say which of its classes are dictionaries, so all of them get one stand-in or,
-    # if this fails, the other. An InertDict fails where the file gives an object a state that is no
-    # dictionary of attributes, an Inert where the file gives it items
     for stand_in in (InertDict, Inert):
         with contextlib.suppress(Exception):
             return plain(load_inert(path, names, stand_in))
@@ -2128,7 +2131,7 @@ def restored_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.counting.close()  # ends class Bench's count of operations, if the run failed
+        BENCH.counting.close()  # --bench's count of floating-point operations, if the run failed
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2346,7 +2349,7 @@ def signal_heard():
 
 def leave_if_stopped(text):
     """After a signal to any of the processes: says so, and ends all of them with its code."""
-    signal_heard()  # tells the others, so that they leave their loops, too
+    signal_heard()  # ends the others' loops, where they ask it, as in dit.py's cache
     stopped = stop_signal()  # waits for them
     if stopped:
         say(text)
@@ -3119,7 +3122,7 @@ class Log:
     def begin(self, step):
         """Starts the clock and empties the averages: before the first step, and after each line."""
         if step == self.first:
-            BENCH.begin(self.device)  # --bench counts from the first step to the last
+            BENCH.begin(self.device)  # --bench counts floating-point operations until end()
         self.since = step
         self.started = time.monotonic()
         self.means = {}
@@ -3205,7 +3208,7 @@ class Log:
         """Says how the run ended and where its results are. One that a signal stopped leaves with
         the signal's code. The other processes wait here until all is saved."""
         self.bar.close()
-        BENCH.counting.close()
+        BENCH.counting.close()  # no more operations are counted
         barrier()
         is_complete = step >= self.args.steps
         if not self.args.bench:
