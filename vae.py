@@ -925,9 +925,9 @@ def in_passes(function, size):
 def final_scale(args, step, model, ema, data, device):
     """The latents' scale and shift for the checkpoint of a finished run; None if it was stopped.
 
-    With --latent-scale published they are those of the weights that training began from, and with
-    --train decoder, too, if those are known. Else the first process, which saves, measures them. In
-    the other processes, and with --bench, they are None then.
+    With --latent-scale published, or with --train decoder where they are known, they are those of
+    the weights that training began from. Else the first process measures them; the other processes,
+    and --bench, get None.
     """
     if step < args.steps:
         return None
@@ -1700,13 +1700,13 @@ def write_json(path, value):
 # The one reader of checkpoints. Nothing in a file is ever executed.
 
 
-# What takes the place of all that a foreign checkpoint names and torch does not know, classes and
-# functions alike. A file does not say which of them are dictionaries, so unpickle() tries InertDict
-# for all of them, then Inert. For deque it is InertList
+# Stand-ins for the classes and functions that a foreign pickle refers to and torch does not allow.
+# A file does not say which of them are dictionaries, so unpickle() tries InertDict for all of them
+# and, where torch's reader fails with it, Inert. For deque it is InertList
 
 
 class Inert:
-    """Does nothing and keeps nothing. torch's reader fails where the file gives it items."""
+    """Does nothing and keeps nothing. The reader fails where the file puts items into it."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -1716,8 +1716,8 @@ class Inert:
 
 
 class InertDict:
-    """Becomes an OrderedDict, the one kind of dictionary to which torch's reader gives both items
-    and attributes. The reader fails where the file gives it a state that is no dictionary."""
+    """Becomes an OrderedDict, the one kind of dictionary to which the reader gives both items and
+    attributes. The reader fails where its state in the file is no dictionary."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
@@ -2131,7 +2131,7 @@ def restored_process():
         yield
     finally:
         end_loaders(others)
-        BENCH.counting.close()  # --bench's count of floating-point operations, if the run failed
+        BENCH.counting.close()  # does nothing, unless a run with --bench failed
         BENCH.counter = None
         while LOCKS:
             os.close(LOCKS.pop())
@@ -2537,7 +2537,7 @@ def find_images(root, flag="--data"):
 def walk(root, others):
     """The one walk of folders: yields (folder, paths of the images in it), sorted, root first.
 
-    Links are followed, each real folder once. What is_service_name() knows is no data.
+    Links are followed, each real folder once. Names that is_service_name() knows are passed over.
     others  a Counter of the endings of files that are no images
     """
 
