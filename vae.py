@@ -522,15 +522,6 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def backward_discriminator(d_loss, share):
-    """The backward pass of share * hinge_loss(), through the discriminator.
-
-    The hinge's gradient can be finite although a logit is infinite or NaN. With 0 * d_loss added,
-    the gradient is NaN where the loss is not finite, and the step is skipped.
-    """
-    d_loss.backward(share + 0 * d_loss.detach())
-
-
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
@@ -680,14 +671,17 @@ def train(args, rank, world, device):
 
     while step < args.steps and not stop_signal():
         # ------------------------------------------------------------------------------------------
-        # TRAINING STEP. Transforms and noise are functions of (seed, step). All processes share one
-        # tau. The noise is drawn for the whole batch, and this process takes its rows. `shrink`, of
-        # the images before they are encoded, is the identity, except with --recipe release;
-        # `explicit_tau` is None, except in some steps of Table 7's ablation
+        # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
+        # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
+        # `shrink` is the identity, except with --recipe release, the authors' code: there some of
+        # the steps of Eq. 1 train on smaller images. `explicit_tau` is None, except with
+        # --explicit-weight (the paper's Table 7): in the steps of Eq. 5 it is what was drawn, and
+        # tau is the identity. The noise, too, is a function of (seed, step). It is drawn for the
+        # whole batch, and this process takes its rows
         host_rng, rng = step_rngs(args.seed, step, device)
         shrink, tau, explicit_tau = draw_transforms(args, grid, smallest, host_rng)
         images, _labels, _indices, readable = next(batches)  # images (B / world, 3, H, W) uint8
-        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # size in latent cells
+        shape = (args.batch_size, model.config["z_channels"], *shrink.size)  # h, w of the latents
         noise = rank_slice(torch.randn(shape, generator=rng, device=device), rank, world)
         log.count(unreadable=(~readable).sum())  # files, for which others stand in
         # The running means and variances of the discriminator, put back if the step is skipped
@@ -714,7 +708,7 @@ def train(args, rank, world, device):
             kl = posterior.kl().mean()
             regularizer = args.kl_weight * kl
             # Table 7's ablation: Eq. 4 in the place of Eq. 5
-            if explicit_tau is not None:  # then tau is the identity
+            if explicit_tau is not None:
                 with autocast:
                     explicit = eqloss.explicit_loss(
                         model.encode_mean, x, explicit_tau, args.stop_gradient
@@ -735,7 +729,9 @@ def train(args, rank, world, device):
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = hinge_loss(real, fake)
-                backward_discriminator(d_loss, share)
+                # The hinge's gradient can be finite although d_loss is not. With 0 * d_loss added
+                # it is NaN then, and the step is skipped
+                d_loss.backward(share + 0 * d_loss.detach())
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
             # (L_rec + w L_gan + regulariser).backward(), in two parts. loss_gradient() takes the

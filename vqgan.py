@@ -289,7 +289,7 @@ def train(args, rank, world, device):
         # TRAINING STEP. tau is a function of (seed, step): with probability p_alpha the identity
         # (Eq. 1), else a transform of the kind --tau (Eq. 5). The batch has one, in all processes.
         # `shrink` is the identity, except with --recipe release, the authors' code: there some of
-        # the steps of Eq. 1 train on smaller images. Nothing else is random here, and
+        # the steps of Eq. 1 train on smaller images. Nothing else is drawn here, and
         # `_explicit_tau` is None: --explicit-weight is vae.py's alone
         host_rng, _device_rng = vae.step_rngs(args.seed, step, device)
         shrink, tau, _explicit_tau = vae.draw_transforms(args, grid, smallest, host_rng)
@@ -311,7 +311,7 @@ def train(args, rank, world, device):
                 quantised, tokens, codebook_loss = model.quantize(tau(h))  # EQ-VAE (taming: h)
                 reconstruction = model.decode(quantised)  # of the target's shape
 
-            # L_rec and the codebook's loss are means, as in taming, not sums as in vae.py.
+            # L_rec and the codebook's loss are means, as in taming, not sums as vae.py's.
             # `other_losses` is the weighted sum of LPIPS, L2 and 1 - SSIM
             l1 = (target - reconstruction).abs().mean()
             other_losses, for_log = vae.weighted_losses(
@@ -334,14 +334,16 @@ def train(args, rank, world, device):
                     real = discriminator(target).float()
                     fake = discriminator(reconstruction.detach()).float()
                 d_loss = vae.hinge_loss(real, fake)
-                vae.backward_discriminator(d_loss, share)
+                # The hinge's gradient can be finite although d_loss is not. With 0 * d_loss added
+                # it is NaN then, and the step is skipped
+                d_loss.backward(share + 0 * d_loss.detach())
                 log.add(g_loss=g_loss, d_loss=d_loss, logits_real=real, logits_fake=fake)
 
-            # (L_rec + w L_gan + codebook's loss).backward(), in two parts. vae.loss_gradient()
-            # takes the gradient of the first two at the reconstruction, with VQ-GAN's adaptive
-            # weight w: --gan-weight times |gradient of L_rec| / |gradient of L_gan| at the
-            # decoder's last layer. vae.backward_from() carries that gradient on through decoder and
-            # encoder, and the gradient of the codebook's loss to the encoder and the codes
+            # (L_rec + w L_gan + weighted codebook loss).backward(), in two parts.
+            # vae.loss_gradient() takes the gradient of the first two at the reconstruction, with
+            # VQ-GAN's adaptive weight w: --gan-weight times |gradient of L_rec| / |gradient of
+            # L_gan| at the decoder's last layer. vae.backward_from() carries that gradient on
+            # through decoder and encoder, and the codebook loss's to the encoder and the codes
             gradient, scalars = vae.loss_gradient(
                 rec_loss,
                 g_loss,
