@@ -461,7 +461,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     # Scale and shift of the latents. If they are unknown, they are measured, and set
-    latent = measure_scale(autoencoder, images, micro_batch)
+    latent = measure_scale(args, autoencoder, images)
     vae.say_duration(args, step, device, forward_pass_of(model))  # if it is a CPU
     data = latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)
@@ -734,13 +734,14 @@ def save(args, step, model, optimizer, images, **entries):
 # every step draws a fresh sample
 
 
-def measure_scale(autoencoder, images, micro_batch):
+def measure_scale(args, autoencoder, images):
     """Scale and shift of the latents, for the checkpoint. Where the autoencoder's file has none, as
     that of LDM's kl-f16, they are measured and set. All processes measure the same images, and take
     the mean of their results, which may differ by rounding."""
     if autoencoder.scaling_factor is None:
         centred = images.centred()  # never mirrored
-        measured = vae.measure_latents(autoencoder, centred, batch_size=min(16, micro_batch))
+        at_once = vae.most_at_once(args)
+        measured = vae.measure_latents(autoencoder, centred, batch_size=at_once)
         pair = torch.tensor([measured["scale"], measured["shift"]], dtype=torch.float64)
         scale, shift = vae.mean_over_processes(pair).tolist()
         set_scale(autoencoder, dict(scale=scale, shift=shift))

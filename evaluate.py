@@ -1197,8 +1197,7 @@ def open_statistics(args, pictures, network):
     """-> (origin, statistics), for --statistics; without the flag ({}, None).
 
     origin      what they depend on: extractor and its weights, the size that the reference's
-                pictures are scored at, their number, and a hash of their files, of which
-                MAX_REFERENCES are enough (to read all of ImageNet takes as long as to score it)
+                pictures are scored at, their number, and a hash of their files
     statistics  those in the file, or None if there is no file yet
 
     InputError if the file has another origin, or if --statistics or --thumbnails lacks pictures.
@@ -1208,10 +1207,9 @@ def open_statistics(args, pictures, network):
             raise InputError(f"--{flag}: {args.reference} has no pictures; leave it out")
     if not args.statistics:
         return {}, None
-    files = getattr(pictures, "files", [pictures.root])
     digest = hashlib.sha256()
-    for index in np.linspace(0, len(files) - 1, min(len(files), MAX_REFERENCES)).astype(int):
-        digest.update(vae.file_hash(files[index]).encode())
+    for file in getattr(pictures, "files", [pictures.root]):
+        digest.update(vae.file_hash(file).encode())
     origin = dict(
         extractor=network.description,
         size=list(pictures.size),
@@ -1225,7 +1223,7 @@ def open_statistics(args, pictures, network):
 def read_own_statistics(path, origin):
     """The statistics in a file of --statistics, whose origin must be the same."""
     mend = "delete it, or give another name"
-    with open_npz(path, "was not written by this flag", mend) as file:
+    with open_npz(path, "was not written by --statistics", mend) as file:
         their_origin = json.loads(str(file["made"]))
         statistics = {name: file[name] for name in ARRAYS if name in file.files}
         statistics |= {name: int(file[name]) for name in COUNTS}

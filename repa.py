@@ -298,7 +298,7 @@ def train(args, rank, world, device):
     null = len(images.classes)  # the label that stands for no class
     micro_batch = vae.images_per_pass(args, world)
 
-    # REPA, down to the empty line: the encoder whose tokens are the targets
+    # REPA, to the empty line: the encoder of the targets
     side = autoencoder.latent_size[0] // CONFIGS[args.model]["patch_size"]  # of the grid of tokens
     encode, encoder_id = load_encoder(args.encoder, args.encoder_weights, device)
     args.encoder_id = encoder_id  # checkpoints and caches keep it
@@ -320,10 +320,10 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source, encoder_id)  # REPA: encoder_id
     # Scale and shift of the latents. If they are unknown, they are measured, and set
-    latent = dit.measure_scale(autoencoder, images, micro_batch)
+    latent = dit.measure_scale(args, autoencoder, images)
     vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     latent_views = dit.latent_data(args, rank, world, device, autoencoder, source, images)
-    # REPA: the encoder's tokens, if they are cached, and latents together with tokens or images
+    # REPA: latents together with tokens or images
     features = cache_features(args, rank, world, device, images, latent_views, encode, side, width)
     data = AlignedLatents(latent_views, images, features)
     batches = vae.endless_batches(data, args, step, rank, world)

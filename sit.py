@@ -271,7 +271,7 @@ def train(args, rank, world, device):
     step = resumed["step"] if resumed else 0
     vae.check_same_start(step, model, images, source)  # compares processes
     # Scale and shift of the latents. If they are unknown, they are measured, and set
-    latent = dit.measure_scale(autoencoder, images, micro_batch)
+    latent = dit.measure_scale(args, autoencoder, images)
     vae.say_duration(args, step, device, dit.forward_pass_of(model))  # if it is a CPU
     data = dit.latent_data(args, rank, world, device, autoencoder, source, images)
     batches = vae.endless_batches(data, args, step, rank, world)

@@ -2708,6 +2708,8 @@ def endless_batches(data, args, step, rank, world):
             places = [divmod(place, len(data)) for place in range(first, first + size)]
             yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
 
+    if args.workers:
+        check_shared_memory(data, args, world)
     return iter(data_loader(data, args.workers, batch_sampler=items()))
 
 
@@ -2720,6 +2722,20 @@ def data_loader(data, workers, **options):
         pin_memory=torch.cuda.is_available(),
         **options,
     )
+
+
+def check_shared_memory(data, args, world):
+    """InputError if the batches that data loaders hold ready do not fit into /dev/shm. It comes
+    before a training run writes anything; launch() tells of what it has not foreseen."""
+    item = data[(0, 0)]
+    size = sum(value.nbytes for value in item if isinstance(value, torch.Tensor))
+    here = args.batch_size // world * environment_number("LOCAL_WORLD_SIZE", world)
+    needed = 2 * args.workers * size * here  # a worker holds two batches ready (prefetch_factor)
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        raise InputError(
+            f"--workers {args.workers}: their batches need {needed / 1e9:.2g} GB of shared memory, "
+            "and /dev/shm has less (docker run --shm-size); take fewer, or 0"
+        )
 
 
 def leave_signals(worker):
