@@ -16,6 +16,10 @@ prepare() {
   echo "installing $* into $(python -c 'import sys; print(sys.prefix)')"
   python -m pip install -qq --disable-pip-version-check "$@"
 }
+# glibc gives the memory of large tensors back to the system and asks for it again at each operation.
+# If it keeps it, scoring on a CPU takes half of the time, with the same numbers. test.sh and
+# reproduce.sh get this, too
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 case "${*:-}" in

