@@ -120,7 +120,7 @@ ARMS = {
     "p5": same_stages("EQ, p_alpha .5", "--p-alpha 0.5", " + EQ"),
     "p7": same_stages("EQ, p_alpha .7", "--p-alpha 0.7", " + EQ (p_alpha 0.7)"),
 }
-KL_WEIGHTS = ("1", "3", "10")
+KL_WEIGHTS = ("1", "3", "10", "30")
 for weight in KL_WEIGHTS:
     flags = f"--p-alpha 1 --kl-weight {weight}"
     ARMS[f"kl-{weight}"] = same_stages(f"standard, KL weight {weight}", flags)
