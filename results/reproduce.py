@@ -266,7 +266,7 @@ def make_tables():
         "blur": Table(
             "the KL weight that blurs as EQ does", "1", [], seeds=(100,), unclaimed=(blur,)
         ),
-        "why": Table("is it the blur?", "1", blurs),
+        "why": Table("how much of it is blur", "1", blurs),
     }
 
 
@@ -437,7 +437,9 @@ def page(scores):
             continue
         seeds = ", ".join(str(seed) for seed in table.seeds)
         about = f"Seeds {seeds}" if len(table.seeds) > 1 else f"Seed {seeds}"
-        about += f"; {SAMPLES:,} samples; {scores.core_hours([table]):.1f} core hours."
+        if any(line.network for line in table.lines):
+            about += f"; {SAMPLES:,} samples"
+        about += f"; {scores.core_hours([table]):.1f} core hours."
         about += speed_text(name, table, scores)
         header = ["score", "autoencoder", "ours", "change in each seed", "t-test", "paper"]
         rows = report.markdown_table(header, table_rows(table, scores))
